@@ -1,0 +1,21 @@
+"""Images in [-1, 1], shaped (C, H, W), with a class label and, where there is one, a caption.
+
+Every data set here yields dictionaries; batches hold
+
+- ``image``: (B, 3, H, W) float32 in [-1, 1];
+- ``label``: (B,) int64 class index, absent where there are no classes;
+- ``caption``: list of B strings, absent where there are none.
+"""
+
+from lpl_lightning.data.base import ImageDataModule, SampleRequests
+from lpl_lightning.data.folder import ImageFolderDataModule, ImageFolderDataset
+from lpl_lightning.data.shapes import ShapesDataModule, ShapesDataset
+
+__all__ = [
+    "ImageDataModule",
+    "ImageFolderDataModule",
+    "ImageFolderDataset",
+    "SampleRequests",
+    "ShapesDataModule",
+    "ShapesDataset",
+]

@@ -1,0 +1,137 @@
+"""What the image data modules share: loaders, and requests for images to generate."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sized
+from typing import Any, Literal, TypedDict
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = ["ImageDataModule", "SampleRequests"]
+
+Split = Literal["train", "val", "test"]
+
+
+class Request(TypedDict):
+    """One image to generate: its number, its class and the seed of its noise."""
+
+    index: int
+    label: int
+    seed: int
+
+
+class SampleRequests(Dataset[Request]):
+    """Requests for images to generate, balanced over the classes: image ``i`` is of class ``i % num_classes``.
+
+    Each image has a seed of its own, so it does not depend on the batch, the rank or the run it is made in.
+
+    Args:
+        num_images: How many images to generate.
+        num_classes: How many classes to go round; 0 for an unconditional model (every label is then 0).
+        seed: Image ``i`` is drawn from seed ``seed + i``.
+    """
+
+    def __init__(self, num_images: int, num_classes: int = 0, seed: int = 0) -> None:
+        for name, value in (("num_images", num_images), ("num_classes", num_classes)):
+            if value < 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {value}.")
+        self.num_images = num_images
+        self.num_classes = num_classes
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __getitem__(self, index: int) -> Request:
+        if not 0 <= index < self.num_images:
+            raise IndexError(index)
+        label = index % self.num_classes if self.num_classes else 0
+        return {"index": index, "label": label, "seed": self.seed + index}
+
+
+class ImageDataModule(pl.LightningDataModule, ABC):
+    """A data module of square images; subclasses say where the images come from.
+
+    ``lpl predict`` asks it for images to generate: ``num_generate`` of them, balanced over the classes.
+
+    Args:
+        image_size: Side of the images, in pixels.
+        batch_size: Images per batch and process.
+        num_workers: Loader processes; 0 loads in the training process.
+        num_generate: How many images ``lpl predict`` generates.
+        generate_seed: Generated image ``i`` is drawn from seed ``generate_seed + i``.
+    """
+
+    def __init__(
+        self, image_size: int, batch_size: int, num_workers: int, num_generate: int, generate_seed: int
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("image_size", image_size, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("num_generate", num_generate, 0),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.num_generate = num_generate
+        self.generate_seed = generate_seed
+
+    @property
+    @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their labels; empty where there are none."""
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels tell apart; 0 where there are none."""
+        return len(self.class_names)
+
+    @abstractmethod
+    def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
+        """The images of one split."""
+
+    def _loader(self, split: Split) -> DataLoader[dict[str, Any]]:
+        dataset = self.dataset(split)
+        assert isinstance(dataset, Sized)
+        train = split == "train"
+        ranks = self.trainer.world_size if self.trainer is not None else 1
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=train,
+            # A partial batch would weigh its samples more; a set smaller than a batch must still yield one.
+            drop_last=train and len(dataset) // ranks >= self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Shuffled training batches."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Validation batches, in order."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Test batches, in order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Request]:
+        """Requests for ``num_generate`` images: ``index``, ``label`` and ``seed``, each (B,) int64."""
+        requests = SampleRequests(self.num_generate, self.num_classes, self.generate_seed)
+        return DataLoader(requests, batch_size=self.batch_size)
+
+
+def to_unit_range(image_uint8: Tensor) -> Tensor:
+    """Map a uint8 image in [0, 255] to float32 in [-1, 1]."""
+    return image_uint8.float().div_(127.5).sub_(1.0)

@@ -1,0 +1,152 @@
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lpl_lightning.data import ImageDataModule, SampleRequests, ShapesDataModule
+from lpl_lightning.data.base import Split, to_unit_range
+
+
+class Numbers(Dataset[dict[str, Any]]):
+    """Images that hold their own index."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": torch.full((3, 2, 2), float(index))}
+
+
+class NumbersDataModule(ImageDataModule):
+    """The least a subclass must define."""
+
+    def __init__(self, length: int, batch_size: int, num_generate: int = 0, seed: int = 0) -> None:
+        super().__init__(2, batch_size, 0, num_generate, seed)
+        self.length = length
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return ()
+
+    def dataset(self, split: Split) -> Numbers:
+        return Numbers(self.length)
+
+
+def indices(batches: list[dict[str, Tensor]]) -> list[int]:
+    return [int(value) for batch in batches for value in batch["image"][:, 0, 0, 0]]
+
+
+@given(
+    num_images=st.integers(0, 200),
+    num_classes=st.integers(1, 30),
+    seed=st.integers(0, 2**31),
+)
+def test_requests_are_balanced_and_have_a_seed_each(num_images: int, num_classes: int, seed: int) -> None:
+    requests = [SampleRequests(num_images, num_classes, seed)[i] for i in range(num_images)]
+    counts = Counter(request["label"] for request in requests)
+    per_class = [counts[label] for label in range(num_classes)]
+    assert sum(per_class) == num_images
+    assert max(per_class) - min(per_class) <= 1
+    assert [request["index"] for request in requests] == list(range(num_images))
+    assert len({request["seed"] for request in requests}) == num_images
+
+
+def test_requests_of_a_longer_run_begin_as_those_of_a_shorter() -> None:
+    short, long = SampleRequests(5, 3, seed=9), SampleRequests(50, 3, seed=9)
+    assert [short[i] for i in range(5)] == [long[i] for i in range(5)]
+    assert short[0]["seed"] == 9
+
+
+def test_requests_without_classes_are_all_of_label_zero() -> None:
+    requests = SampleRequests(7)
+    assert {requests[i]["label"] for i in range(7)} == {0}
+
+
+def test_requests_end() -> None:
+    assert len(SampleRequests(4)) == 4
+    assert len(list(SampleRequests(4))) == 4  # type: ignore[call-overload]  # iterates by __getitem__
+    with pytest.raises(IndexError):
+        SampleRequests(4)[4]
+
+
+def test_a_negative_number_of_requests_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`num_images` must be 0 or more, got -1"):
+        SampleRequests(-1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 0}, r"`image_size` must be 1 or more, got 0"),
+        ({"batch_size": 0}, r"`batch_size` must be 1 or more, got 0"),
+        ({"num_workers": -1}, r"`num_workers` must be 0 or more, got -1"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShapesDataModule(**arguments)
+
+
+def test_unit_range_maps_the_ends_to_the_ends_and_comes_back() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    image = to_unit_range(levels)
+    assert image.dtype == torch.float32
+    assert image[0] == -1.0
+    assert image[255] == 1.0
+    assert torch.equal(((image + 1) * 255 / 2).round().to(torch.uint8), levels)
+    assert levels[200] == 200  # The argument is left as it was.
+
+
+def test_training_batches_are_full_and_hold_each_image_at_most_once() -> None:
+    batches = list(NumbersDataModule(length=11, batch_size=4).train_dataloader())
+    assert [len(batch["image"]) for batch in batches] == [4, 4]
+    assert len(set(indices(batches))) == 8
+
+
+def test_training_batches_are_shuffled_anew_each_epoch() -> None:
+    loader = NumbersDataModule(length=50, batch_size=50).train_dataloader()
+    first, second = indices(list(loader)), indices(list(loader))
+    assert first != second
+    assert sorted(first) == sorted(second) == list(range(50))
+
+
+def test_fewer_training_images_than_a_batch_still_make_one() -> None:
+    batches = list(NumbersDataModule(length=3, batch_size=4).train_dataloader())
+    assert [len(batch["image"]) for batch in batches] == [3]
+
+
+def test_validation_and_test_batches_hold_every_image_in_order() -> None:
+    data = NumbersDataModule(length=11, batch_size=4)
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        assert indices(list(loader)) == list(range(11))
+
+
+def test_predict_batches_are_the_requests() -> None:
+    data = ShapesDataModule(batch_size=4, num_generate=10, generate_seed=100)
+    batches = list(data.predict_dataloader())
+    assert [len(batch["index"]) for batch in batches] == [4, 4, 2]
+    label = torch.cat([batch["label"] for batch in batches])
+    assert label.dtype == torch.int64
+    assert label.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+    assert torch.cat([batch["seed"] for batch in batches]).tolist() == list(range(100, 110))
+
+
+def test_predict_batches_without_classes() -> None:
+    (batch,) = NumbersDataModule(length=1, batch_size=8, num_generate=3).predict_dataloader()
+    assert batch["label"].tolist() == [0, 0, 0]
+
+
+def test_a_worker_loads_what_the_training_process_loads() -> None:
+    here, there = (ShapesDataModule(16, 8, 6, batch_size=4, num_workers=workers) for workers in (0, 1))
+    for a, b in zip(here.val_dataloader(), there.val_dataloader(), strict=True):
+        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["label"], b["label"])
+        assert a["caption"] == b["caption"]
