@@ -1,0 +1,158 @@
+r"""Training of the autoencoder itself.
+
+.. math:: L = \|x - \hat x\|_1 + w_{KL} \, KL(q(z|x) \,\|\, N(0, 1)) + w_P \, P(\hat x, x)
+
+with the first two terms as means over pixels and over latent elements, so that neither depends on the image's size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from diffusers import AutoencoderKL
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.image import PeakSignalNoiseRatio
+
+from lpl_lightning.optimization import build_optimizers
+
+__all__ = ["AutoencoderModule", "autoencoder_kl"]
+
+
+def autoencoder_kl(
+    block_out_channels: list[int],
+    latent_channels: int = 4,
+    layers_per_block: int = 2,
+    norm_num_groups: int = 32,
+    mid_block_add_attention: bool = True,
+    sample_size: int = 256,
+) -> AutoencoderKL:
+    """Make an untrained ``AutoencoderKL`` without quantization convolutions.
+
+    A config names this function where it would name the class: diffusers annotates the class's lists of blocks as
+    tuples of one element, which a parser of types must refuse.
+
+    Args:
+        block_out_channels: Channels of each block from the images inwards; n of them downsample by 2 ** (n - 1).
+        latent_channels: Channels of the latents.
+        layers_per_block: Residual layers in an encoder block; a decoder block has one more.
+        norm_num_groups: Groups of the normalization; divides every entry of ``block_out_channels``.
+        mid_block_add_attention: Attention between the encoder's and the decoder's middle layers.
+        sample_size: Side of the images in pixels, kept in the model's config.
+    """
+    if uneven := [channels for channels in block_out_channels if channels % norm_num_groups]:
+        raise ValueError(
+            f"`norm_num_groups`={norm_num_groups} must divide every entry of `block_out_channels`, got {uneven}."
+        )
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(block_out_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(block_out_channels),
+        block_out_channels=tuple(block_out_channels),
+        latent_channels=latent_channels,
+        layers_per_block=layers_per_block,
+        norm_num_groups=norm_num_groups,
+        mid_block_add_attention=mid_block_add_attention,
+        sample_size=sample_size,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+class AutoencoderModule(pl.LightningModule):
+    """Trains a diffusers ``AutoencoderKL`` on images with L1, KL and, if given, a perceptual loss.
+
+    Validation reconstructs from the posterior's mean and logs ``val_psnr`` (dB, from the squared error over all
+    pixels of the set, images in [-1, 1]), and measures the latents' mean and standard deviation, which
+    ``SaveAutoencoder`` writes into the saved model as ``shift_factor`` and ``scaling_factor``.
+
+    Args:
+        autoencoder: The model to train, randomly initialised or pretrained.
+        optimizer: Makes the optimizer of the autoencoder's parameters.
+        lr_scheduler: Makes a schedule that advances once a step.
+        kl_weight: Weight of the KL divergence, in nats per latent element.
+        perceptual: Called with the reconstruction and the image, both (B, 3, H, W) in [-1, 1], gives a loss of any
+            shape, whose mean is taken; ``lpips.LPIPS`` serves. Frozen, and kept out of the checkpoint.
+        perceptual_weight: Its weight.
+    """
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderKL,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        kl_weight: float = 5e-4,
+        perceptual: nn.Module | None = None,
+        perceptual_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        # Objects cannot go into a checkpoint that runs no code; what the command line was given is plain and can.
+        self.save_hyperparameters(ignore=["autoencoder", "optimizer", "lr_scheduler", "perceptual"])
+        if "_instantiator" in self.hparams:
+            self.save_hyperparameters()
+        self.autoencoder = autoencoder
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.kl_weight = kl_weight
+        self.perceptual_weight = perceptual_weight
+        # In a tuple, so that it is neither saved, trained nor counted as part of this module.
+        self._perceptual = (perceptual.eval().requires_grad_(False),) if perceptual is not None else ()
+        self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0))
+        self.latent_mean = MeanMetric()
+        self.latent_square = MeanMetric()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Reconstruct images from the mean of their posterior: (B, 3, H, W) in [-1, 1] in and out."""
+        reconstruction: Tensor = self.autoencoder.decode(self.autoencoder.encode(images).latent_dist.mode()).sample
+        return reconstruction
+
+    def _step(self, images: Tensor, stage: Literal["train", "val", "test"]) -> Tensor:
+        posterior = self.autoencoder.encode(images).latent_dist
+        latents = posterior.sample() if stage == "train" else posterior.mode()
+        reconstruction = self.autoencoder.decode(latents).sample
+        l1 = (reconstruction - images).abs().mean()
+        kl = posterior.kl().sum() / latents.numel()
+        loss: Tensor = l1 + self.kl_weight * kl
+        logs = {"l1": l1, "kl": kl}
+        for perceptual in self._perceptual:
+            logs["perceptual"] = perceptual.to(images.device)(reconstruction, images).mean()
+            loss = loss + self.perceptual_weight * logs["perceptual"]
+        prefix = "" if stage == "train" else f"{stage}_"
+        self.log(f"{prefix}loss", loss, prog_bar=True, batch_size=len(images))
+        for name, value in logs.items():
+            self.log(f"{prefix}loss_{name}", value, prog_bar=stage == "train", batch_size=len(images))
+        if stage != "train":
+            self.psnr(reconstruction, images)
+            self.log(f"{stage}_psnr", self.psnr, prog_bar=True, batch_size=len(images))
+            self.latent_mean.update(latents)
+            self.latent_square.update(latents.square())
+        return loss
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One training step on ``batch["image"]``."""
+        return self._step(batch["image"], "train")
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the latents' statistics of the last validation."""
+        self.latent_mean.reset()
+        self.latent_square.reset()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Reconstruct from the posterior's mean."""
+        self._step(batch["image"], "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Reconstruct from the posterior's mean."""
+        self._step(batch["image"], "test")
+
+    def latent_statistics(self) -> tuple[float, float]:
+        """Mean and standard deviation of the latents of the last validation, over all elements."""
+        mean = self.latent_mean.compute()
+        return mean.item(), (self.latent_square.compute() - mean.square()).sqrt().item()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over the autoencoder's parameters, and its schedule."""
+        return build_optimizers(self.autoencoder.parameters(), self.optimizer, self.lr_scheduler)

@@ -1,0 +1,220 @@
+"""Images that a run makes: grids during training, and files from ``lpl predict``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from lpl_lightning.callbacks.run_folder import run_folder
+from lpl_lightning.data.base import SampleRequests
+from lpl_lightning.module import LatentDiffusionModule
+
+__all__ = ["ImageWriter", "SampleGrid"]
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Map images in [-1, 1] to uint8 in [0, 255] on the CPU, rounding to the nearest."""
+    return images.add(1).mul(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
+class SampleGrid(Callback):
+    """Writes a grid of samples as PNG: at the start of training, every n steps, and at the end.
+
+    All grids of a run use the same seeds, so that they can be compared. They lie in ``samples/`` of the run's folder
+    and go to TensorBoard where it is the logger.
+
+    Args:
+        num_images: How many, going round the classes.
+        columns: Images in a row; a multiple of the number of classes puts a class in each column.
+        every_n_steps: Optimizer steps between grids; none gives the first and the last only.
+        seed: Image ``i`` is drawn from seed ``seed + i``.
+        batch_size: Images sampled at once.
+    """
+
+    def __init__(
+        self,
+        num_images: int = 64,
+        columns: int = 8,
+        every_n_steps: int | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> None:
+        for name, value in (("num_images", num_images), ("columns", columns), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {value}.")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be 1 or more, or none, got {every_n_steps}.")
+        self.num_images = num_images
+        self.columns = columns
+        self.every_n_steps = every_n_steps
+        self.seed = seed
+        self.batch_size = batch_size
+        self._last_step = -1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a module that cannot generate."""
+        if not isinstance(pl_module, LatentDiffusionModule):
+            raise ValueError(
+                f"SampleGrid draws from a LatentDiffusionModule, got {type(pl_module).__name__}; "
+                "take it out of trainer.callbacks."
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw what the model makes before this run."""
+        self._last_step = -1
+        self._draw(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw every n optimizer steps."""
+        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the last grid and say where it is."""
+        path = self._draw(trainer, pl_module)
+        if path is not None:
+            rank_zero_info(f"Samples: {path}")
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Path | None:
+        step, folder = trainer.global_step, run_folder(trainer)
+        if folder is None or not isinstance(pl_module, LatentDiffusionModule):
+            return None
+        path = folder / "samples" / f"step-{step:08d}.png"
+        if step == self._last_step:
+            return path
+        self._last_step = step
+        requests = SampleRequests(self.num_images, getattr(pl_module.conditioner, "num_classes", 0), self.seed)
+        asked = [requests[i] for i in range(self.num_images)]
+        was_training = pl_module.training
+        pl_module.eval()
+        images = []
+        for start in range(0, self.num_images, self.batch_size):
+            part = asked[start : start + self.batch_size]
+            images.append(pl_module.generate([r["seed"] for r in part], [r["label"] for r in part]))
+        pl_module.train(was_training)
+        grid = make_grid(to_uint8(torch.cat(images)), nrow=self.columns)
+        # Sharded models need every rank to sample; only one writes.
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_png(grid, path)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image("samples", grid, step)
+        return path
+
+
+class ImageWriter(BasePredictionWriter):
+    """Writes what ``lpl predict`` generates as PNG files, one folder a class, and resumes where it was stopped.
+
+    Image ``i`` is ``DIRNAME/CLASS/i.png``. Images that are there are not made again; a folder made with other
+    settings is refused.
+
+    Args:
+        dirname: Where to; the folder is made if need be.
+    """
+
+    def __init__(self, dirname: str = "generated") -> None:
+        super().__init__(write_interval="batch")
+        self.folder = Path(dirname)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a folder whose images were made with other settings; do not gather the images in memory."""
+        if stage != "predict" or not isinstance(pl_module, LatentDiffusionModule):
+            return
+        trainer.predict_loop.return_predictions = False
+        settings = self._settings(trainer, pl_module)
+        record = self.folder / "settings.json"
+        if record.exists():
+            known = json.loads(record.read_text())
+            if known != settings:
+                differ = sorted(key for key in settings | known if settings.get(key) != known.get(key))
+                raise ValueError(
+                    f"{self.folder} holds images made with other settings ({', '.join(differ)}; see {record}). "
+                    "Give another folder with --writer.dirname, or delete it."
+                )
+        elif trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(settings, indent=1))
+
+    @staticmethod
+    def _settings(trainer: pl.Trainer, pl_module: LatentDiffusionModule) -> dict[str, Any]:
+        sampler = pl_module.sampler
+        scheduler = sampler.scheduler if sampler.scheduler is not None else pl_module.noise.sampling_scheduler()
+        weights = trainer.ckpt_path or pl_module.weights
+        data = getattr(trainer, "datamodule", None)
+        return {
+            "weights": str(weights),
+            "scheduler": type(scheduler).__name__,
+            "num_steps": sampler.num_steps,
+            "guidance_scale": sampler.guidance_scale,
+            "generate_seed": getattr(data, "generate_seed", None),
+            "image_size": getattr(data, "image_size", None),
+            "num_classes": getattr(data, "num_classes", None),
+        }
+
+    def path(self, index: int, label: int) -> Path:
+        """Where image ``index`` lies."""
+        return self.folder / f"{label:04d}" / f"{index:06d}.png"
+
+    def on_predict_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take out of the batch what is there already. Each image has its own seed, so the others stay the same."""
+        if not isinstance(pl_module, LatentDiffusionModule):
+            return
+        todo = [
+            not self.path(index, label).exists()
+            for index, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
+        ]
+        for key, values in batch.items():
+            batch[key] = values[torch.tensor(todo, device=values.device)]
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write a batch of images."""
+        if not isinstance(pl_module, LatentDiffusionModule):
+            return
+        for image, index, label in zip(
+            to_uint8(prediction), batch["index"].tolist(), batch["label"].tolist(), strict=True
+        ):
+            path = self.path(index, label)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_png(image, path)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say where the images are."""
+        if isinstance(pl_module, LatentDiffusionModule):
+            rank_zero_info(f"Images: {self.folder}")
+
+
+def _write_png(image: Tensor, path: Path) -> None:
+    """Write (3, H, W) uint8; the file appears whole or not at all."""
+    part = path.with_suffix(".part")
+    to_pil_image(image).save(part, format="PNG")
+    os.replace(part, path)

@@ -1,0 +1,89 @@
+"""What a finished training leaves behind: safetensors that hold what was trained and nothing that can run code."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors.torch import save_file
+
+from lpl_lightning.autoencoder_module import AutoencoderModule
+from lpl_lightning.callbacks.run_folder import run_folder
+
+__all__ = ["SaveAutoencoder", "SaveWeights"]
+
+Precision = Literal["float32", "float16", "bfloat16"]
+
+
+class SaveWeights(Callback):
+    """At the end of ``fit``, write the trained weights as one safetensors file, for ``weights`` of another run.
+
+    Args:
+        filename: Name of the file inside the run's folder.
+        dtype: Precision of the saved weights.
+    """
+
+    def __init__(self, filename: str = "weights.safetensors", dtype: Precision = "float32") -> None:
+        self.filename = filename
+        self.dtype = dtype
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the file."""
+        folder = run_folder(trainer)
+        if folder is None or not trainer.is_global_zero:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = getattr(torch, self.dtype)
+        state = {
+            name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+            for name, tensor in pl_module.state_dict().items()
+        }
+        save_file(state, folder / self.filename)
+        rank_zero_info(f"Weights saved in {folder / self.filename}")
+
+
+class SaveAutoencoder(Callback):
+    """At the end of ``fit``, write the autoencoder as a diffusers ``save_pretrained`` folder.
+
+    ``shift_factor`` and ``scaling_factor`` are set from the latents of the last validation, so that the scaled
+    latents have zero mean and unit variance.
+
+    Args:
+        dirname: Folder inside the run's folder.
+        dtype: Precision of the saved weights.
+    """
+
+    def __init__(
+        self,
+        dirname: str = "autoencoder",
+        dtype: Precision = "float32",
+    ) -> None:
+        self.dirname = dirname
+        self.dtype = dtype
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a module that is not an autoencoder's."""
+        if not isinstance(pl_module, AutoencoderModule):
+            raise ValueError(
+                f"SaveAutoencoder saves the autoencoder of an AutoencoderModule, got {type(pl_module).__name__}; "
+                "take it out of trainer.callbacks."
+            )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the folder."""
+        folder = run_folder(trainer)
+        if folder is None or not isinstance(pl_module, AutoencoderModule):
+            return
+        if pl_module.latent_mean.update_count == 0:
+            rank_zero_info("SaveAutoencoder: no validation has run, so the latents' scale is left as it was.")
+        else:
+            mean, std = pl_module.latent_statistics()
+            pl_module.autoencoder.register_to_config(shift_factor=mean, scaling_factor=1.0 / std)
+        if trainer.is_global_zero:
+            model = copy.deepcopy(pl_module.autoencoder).to("cpu", getattr(torch, self.dtype))
+            model.save_pretrained(folder / self.dirname)
+            rank_zero_info(f"Autoencoder saved in {folder / self.dirname}")

@@ -1,0 +1,61 @@
+"""The ``lpl`` command: one LightningCLI over any module and any data.
+
+``lpl fit | validate | test | predict -c CONFIG.yaml [-c OVERLAY.yaml ...] [--key value ...]``. Files given later are
+laid over those before them; ``callbacks+:`` in one appends to the list of the last.
+"""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lpl_lightning.callbacks import ImagesPerSecond, ImageWriter
+
+__all__ = ["LPLCLI", "main"]
+
+
+class LPLCLI(LightningCLI):
+    """LightningCLI with what every run of this package has: images per second, and files from ``predict``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks that are always there, under keys of their own."""
+        parser.add_lightning_class_args(ImagesPerSecond, "throughput")
+        parser.add_lightning_class_args(ImageWriter, "writer")
+
+    def instantiate_classes(self) -> None:
+        """Build the parts. What a part refuses is the error; the parser's list of all that it tried is its cause."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if cause is error:
+                raise
+            raise ValueError(str(cause)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config as it was given.
+
+        Lightning would lay the checkpoint's own hyperparameters over it, so that a setting of the command line (a
+        sampler's steps, say) would be ignored, and a checkpoint of another model would replace the configured one
+        without a word.
+        """
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: Arguments as a list of strings or a config as a dictionary; by default those of the process.
+    """
+    LPLCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        # A resumed or repeated run may write into a folder that has a config already.
+        save_config_kwargs={"overwrite": True},
+        args=args,
+    )

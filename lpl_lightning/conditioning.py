@@ -1,0 +1,169 @@
+"""What a denoiser is conditioned on, and the dropout that classifier-free guidance needs.
+
+A *conditioner* turns a batch's labels (or, with a text encoder, its captions) into a ``Condition``. In training it
+replaces each sample's condition by the null condition with probability ``dropout``, drawn anew at each step
+(Ho & Salimans, 2021).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ClassLabels", "ClassTokens", "Condition", "Conditioner"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What diffusers backbones take; each holds what it needs.
+
+    Attributes:
+        class_labels: (B,) int64 for backbones with a label embedding of their own.
+        tokens: (B, L, D) for backbones that attend to tokens.
+        pooled: (B, P) one vector a sample.
+    """
+
+    class_labels: Tensor | None = None
+    tokens: Tensor | None = None
+    pooled: Tensor | None = None
+
+    def joined(self, other: Condition) -> Condition:
+        """Both conditions in one batch, this one first."""
+
+        def cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else torch.cat([a, b])
+
+        return Condition(
+            cat(self.class_labels, other.class_labels),
+            cat(self.tokens, other.tokens),
+            cat(self.pooled, other.pooled),
+        )
+
+
+class Conditioner(nn.Module, ABC):
+    """Base of conditioners.
+
+    Args:
+        dropout: Probability with which a training sample loses its condition.
+    """
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"`dropout` must lie in 0 .. 1, got {dropout}.")
+        self.dropout = dropout
+
+    @abstractmethod
+    def forward(self, batch: Mapping[str, Any], batch_size: int, drop: Tensor | None = None) -> Condition:
+        """The condition of a batch.
+
+        Args:
+            batch: A batch of data.
+            batch_size: Number of samples B; a batch without a condition cannot tell.
+            drop: (B,) bool, the samples that get the null condition.
+        """
+
+    def draw_drop(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor | None:
+        """Draw on the CPU which samples lose their condition, (B,) bool; none where ``dropout`` is 0."""
+        return torch.rand(batch_size, generator=generator) < self.dropout if self.dropout else None
+
+    def check(self, data: object) -> None:
+        """Refuse a data module whose conditions do not fit, before the first step.
+
+        Raises:
+            ValueError: They do not fit.
+        """
+
+
+class _Classes(Conditioner):
+    """Labels 0 .. num_classes - 1, with ``num_classes`` as the null label."""
+
+    def __init__(self, num_classes: int, dropout: float) -> None:
+        super().__init__(dropout)
+        if num_classes < 0:
+            raise ValueError(f"`num_classes` must be 0 (unconditional) or more, got {num_classes}.")
+        self.num_classes = num_classes
+        self.register_buffer("null", torch.tensor(num_classes), persistent=False)
+
+    null: Tensor
+
+    def labels(self, batch: Mapping[str, Any], batch_size: int, drop: Tensor | None) -> Tensor:
+        """Class labels (B,) with the null label where dropped, or for all where there are no classes."""
+        if self.num_classes == 0 or (drop is not None and bool(drop.all())):
+            return self.null.expand(batch_size)
+        if "label" not in batch:
+            raise ValueError(
+                f"The batch holds no 'label' (it has {sorted(batch)}), but the conditioner was built for "
+                f"`num_classes`={self.num_classes}. Use data with classes, or `num_classes`: 0."
+            )
+        labels = torch.as_tensor(batch["label"])
+        # Looked at only where that costs no wait for an accelerator; ``check`` compares the counts before training.
+        if labels.device.type == "cpu" and len(labels) and int(labels.max()) >= self.num_classes:
+            raise ValueError(
+                f"The batch holds class {int(labels.max())}, but the conditioner knows `num_classes`="
+                f"{self.num_classes}, numbered from 0."
+            )
+        labels = labels.to(self.null.device)
+        return labels if drop is None else torch.where(drop.to(labels.device, non_blocking=True), self.null, labels)
+
+    def check(self, data: object) -> None:
+        """Refuse data with another number of classes."""
+        found = getattr(data, "num_classes", None)
+        if isinstance(found, int) and self.num_classes not in (0, found):
+            raise ValueError(
+                f"`num_classes`={self.num_classes} of the conditioner does not fit the data, which has {found} "
+                f"classes. Set `model.init_args.conditioner.init_args.num_classes` to {found}."
+            )
+
+
+class ClassLabels(_Classes):
+    """Class labels for a backbone that embeds them itself, such as DiT.
+
+    Args:
+        num_classes: Number of classes; the null label of guidance is ``num_classes``.
+        dropout: Probability with which a training sample loses its label.
+    """
+
+    def __init__(self, num_classes: int, dropout: float = 0.1) -> None:
+        super().__init__(num_classes, dropout)
+
+    def forward(self, batch: Mapping[str, Any], batch_size: int, drop: Tensor | None = None) -> Condition:
+        """Labels (B,), from ``batch["label"]``."""
+        return Condition(class_labels=self.labels(batch, batch_size, drop))
+
+
+class ClassTokens(_Classes):
+    """Trained embeddings of class labels, for a backbone made for text, such as SD3's MMDiT.
+
+    Args:
+        num_classes: Number of classes; 0 trains unconditionally. One more embedding is the null condition.
+        token_dim: Width D of the tokens: ``joint_attention_dim`` of an MMDiT.
+        pooled_dim: Width P of the pooled vector: ``pooled_projection_dim`` of an MMDiT.
+        tokens_per_class: Number L of tokens a class has.
+        dropout: Probability with which a training sample loses its label.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        token_dim: int,
+        pooled_dim: int,
+        tokens_per_class: int = 1,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(num_classes, dropout)
+        self.token_dim, self.pooled_dim = token_dim, pooled_dim
+        self.tokens = nn.Embedding(num_classes + 1, tokens_per_class * token_dim)
+        self.pooled = nn.Embedding(num_classes + 1, pooled_dim)
+        for embedding in (self.tokens, self.pooled):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, batch: Mapping[str, Any], batch_size: int, drop: Tensor | None = None) -> Condition:
+        """Tokens (B, L, D) and pooled vectors (B, P), from ``batch["label"]``."""
+        labels = self.labels(batch, batch_size, drop)
+        return Condition(tokens=self.tokens(labels).unflatten(-1, (-1, self.token_dim)), pooled=self.pooled(labels))

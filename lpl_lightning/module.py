@@ -1,0 +1,201 @@
+r"""Training of a latent diffusion or flow model.
+
+images, condition -> ``Autoencoder.encode`` -> z0 -> ``NoiseProcess`` -> (z_t, t) -> ``Denoiser`` -> prediction ->
+``NoiseProcess.estimate_z0`` -> z0_hat -> losses:
+
+.. math:: L = \mathbb{E} \, w_t \| p - p^* \|^2 + \sum_{terms}
+
+with the prediction's target :math:`p^*` and the terms that callbacks add, such as ``LPLCallback``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from lpl_lightning.autoencoder import Autoencoder
+from lpl_lightning.conditioning import Conditioner
+from lpl_lightning.denoiser import Denoiser
+from lpl_lightning.mixin import LPLMixin
+from lpl_lightning.noise import NoiseProcess
+from lpl_lightning.optimization import build_optimizers
+from lpl_lightning.pretrained import check_fit, read_state
+from lpl_lightning.sampling import Sampler, initial_noise
+
+__all__ = ["LatentDiffusionModule"]
+
+PARTS = ["autoencoder", "noise", "denoiser", "conditioner", "optimizer", "lr_scheduler", "sampler"]
+
+
+class LatentDiffusionModule(LPLMixin, pl.LightningModule):
+    """A latent diffusion or flow model, in parts.
+
+    Batches are dictionaries with ``image`` (B, 3, H, W) in [-1, 1] and what the conditioner asks for. Logged are
+    ``loss``, ``loss_diffusion`` and what callbacks add; in validation and test the same with ``val_`` and ``test_``,
+    on noise and times that are the same each time.
+
+    Args:
+        autoencoder: The frozen autoencoder.
+        noise: How latents are noised and what the denoiser predicts.
+        denoiser: The network that is trained.
+        conditioner: What makes the denoiser's condition of a batch, and its dropout for guidance.
+        optimizer: Makes the optimizer of the trainable parameters.
+        lr_scheduler: Makes a schedule that advances once a step.
+        sampler: How images are sampled; by default 50 steps with guidance 2.
+        weights: Weights to start from, for post-training: a checkpoint (.ckpt), a .safetensors file or
+            ``embedded:NAME``. Optimizer and step count start anew; to go on with a run give its checkpoint as
+            ``ckpt_path`` instead.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        noise: NoiseProcess,
+        denoiser: Denoiser,
+        conditioner: Conditioner,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        sampler: Sampler | None = None,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        # Built by hand, the parts are objects, which a checkpoint that runs no code cannot hold: load_from_checkpoint
+        # is given them again. Built by the command line, they are plain config, and it builds them itself.
+        self.save_hyperparameters(ignore=PARTS)
+        if "_instantiator" in self.hparams:
+            self.save_hyperparameters()
+        self.autoencoder = autoencoder
+        self.noise = noise
+        self.denoiser = denoiser
+        self.conditioner = conditioner
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.sampler = sampler if sampler is not None else Sampler()
+        self.weights = weights
+
+    def setup(self, stage: str) -> None:
+        """Check that the parts and the data fit, and load ``weights``, before the first step."""
+        data = getattr(self.trainer, "datamodule", None)
+        latent_size = None
+        image_size = getattr(data, "image_size", None)
+        if isinstance(image_size, int):
+            if image_size % self.autoencoder.downscale:
+                raise ValueError(
+                    f"`image_size`={image_size} of the data must be divisible by {self.autoencoder.downscale}, the "
+                    f"autoencoder's downscaling; the nearest are {_nearest(image_size, self.autoencoder.downscale)}."
+                )
+            latent_size = image_size // self.autoencoder.downscale
+        self.denoiser.check(self.autoencoder.latent_channels, latent_size, self.conditioner)
+        self.conditioner.check(data)
+        self.sampler.check(self.noise)
+        if self.weights is not None and not self.trainer.ckpt_path:
+            self.load_weights(self.weights)
+
+    def load_weights(self, source: str) -> None:
+        """Load trained weights, of this model with any autoencoder.
+
+        Args:
+            source: A checkpoint (.ckpt), a .safetensors file or ``embedded:NAME``.
+
+        Raises:
+            ValueError: The weights are of another model.
+        """
+        found = read_state(source)
+        check_fit(self.state_dict(), found, source)
+        self.load_state_dict(found)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model in one sentence."""
+        check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+
+    def _step(self, batch: dict[str, Any], stage: Literal["train", "val", "test"], batch_idx: int) -> Tensor:
+        training = stage == "train"
+        generator = None if training else torch.Generator().manual_seed(batch_idx)
+        images: Tensor = batch["image"]
+        z0 = self.autoencoder.encode(images, generator)
+        noisy = self.noise.sample(z0, generator)
+        drop = self.conditioner.draw_drop(len(z0)) if training else None
+        condition = self.conditioner(batch, len(z0), drop)
+        prediction = self.denoiser(noisy.z_t, noisy.t, condition)
+        errors = (prediction.float() - self.noise.target(noisy)).square().flatten(1).mean(dim=1)
+        diffusion = (self.noise.weight(noisy) * errors).mean()
+        z0_hat = self.noise.estimate_z0(prediction, noisy)
+        loss: Tensor = diffusion + self.auxiliary_loss(z0_hat, noisy.z0, noisy.noise_to_signal)
+        prefix = "" if training else f"{stage}_"
+        self.log(f"{prefix}loss", loss, prog_bar=True, batch_size=len(z0), sync_dist=not training)
+        self.log(
+            f"{prefix}loss_diffusion",
+            diffusion,
+            prog_bar=training,
+            batch_size=len(z0),
+            sync_dist=not training,
+        )
+        return loss
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One step of training."""
+        return self._step(batch, "train", batch_idx)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """The same losses on noise and times that are the same each time."""
+        self._step(batch, "val", batch_idx)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """As in validation."""
+        self._step(batch, "test", batch_idx)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Generate the images that a batch of ``SampleRequests`` asks for: (B, 3, H, W) in [-1, 1]."""
+        return self.generate(batch["seed"].tolist(), batch["label"])
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latents: the data's, and without data the one that the backbone was built for."""
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        image_size = getattr(data, "image_size", None)
+        if isinstance(image_size, int):
+            return image_size // self.autoencoder.downscale
+        return int(self.denoiser.backbone.config.sample_size)
+
+    @torch.no_grad()
+    def generate(self, seeds: Sequence[int], labels: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Generate images.
+
+        Args:
+            seeds: One seed an image; the same seed, label and weights give the same image in any batch.
+            labels: (B,) classes; none for an unconditional model.
+
+        Returns:
+            (B, 3, H, W) float32 in [-1, 1], on the module's device.
+        """
+        if not seeds:
+            return torch.empty(0, 3, *2 * [self.latent_size * self.autoencoder.downscale], device=self.device)
+        shape = (self.autoencoder.latent_channels, self.latent_size, self.latent_size)
+        z_start = initial_noise(seeds, shape).to(self.device)
+        batch = {} if labels is None else {"label": torch.as_tensor(labels)}
+        null_of_all = torch.ones(len(seeds), dtype=torch.bool)
+        z0 = self.sampler(
+            self.denoiser,
+            self.noise,
+            z_start,
+            self.conditioner(batch, len(seeds)),
+            self.conditioner(batch, len(seeds), drop=null_of_all),
+        )
+        return self.autoencoder.decode(z0).float().clamp(-1, 1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over the trainable parameters, and its schedule."""
+        frozen = set(self.autoencoder.parameters())
+        trained = [parameter for parameter in self.parameters() if parameter not in frozen]
+        return build_optimizers(trained, self.optimizer, self.lr_scheduler)
+
+
+def _nearest(size: int, factor: int) -> tuple[int, int]:
+    below = max(factor, size // factor * factor)
+    return below, below + factor

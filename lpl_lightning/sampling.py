@@ -1,0 +1,114 @@
+"""From noise to a clean latent, over diffusers' schedulers, with classifier-free guidance (Ho & Salimans, 2021)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from lpl_lightning.conditioning import Condition
+from lpl_lightning.noise import NoiseProcess
+
+__all__ = ["Sampler", "initial_noise"]
+
+
+def initial_noise(seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
+    """Draw each sample's noise from its own seed, so that a sample does not depend on its batch.
+
+    Args:
+        seeds: B seeds.
+        shape: (C, h, w).
+
+    Returns:
+        (B, C, h, w) float32, on the CPU.
+    """
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+
+
+class Sampler:
+    """Samples latents with a diffusers scheduler.
+
+    Args:
+        num_steps: Number of sampling steps.
+        guidance_scale: lambda of classifier-free guidance, ``null + lambda * (conditional - null)``; 1 is none, and
+            costs half.
+        scheduler: A diffusers scheduler; by default the one that the noise process names (DDIM, or Euler for flow).
+    """
+
+    def __init__(self, num_steps: int = 50, guidance_scale: float = 2.0, scheduler: Any = None) -> None:
+        if num_steps < 1:
+            raise ValueError(f"`num_steps` must be 1 or more, got {num_steps}.")
+        if scheduler is not None and not hasattr(scheduler, "set_timesteps"):
+            raise ValueError(f"`scheduler` must be a diffusers scheduler, got {type(scheduler).__name__}.")
+        self.num_steps = num_steps
+        self.guidance_scale = guidance_scale
+        self.scheduler = scheduler
+
+    def check(self, noise: NoiseProcess) -> None:
+        """Refuse a scheduler made for another prediction than the noise process's.
+
+        Raises:
+            ValueError: They do not fit.
+        """
+        if self.scheduler is None:
+            return
+        config = self.scheduler.config
+        is_flow = config.get("prediction_type") is None or config.get("use_flow_sigmas")
+        made_for = "flow" if is_flow else str(config.get("prediction_type"))
+        if made_for.removesuffix("_prediction") != noise.prediction_type.removesuffix("_prediction"):
+            raise ValueError(
+                f"The scheduler {type(self.scheduler).__name__} is set for prediction_type={made_for!r}, but the "
+                f"noise process {type(noise).__name__} trains {noise.prediction_type!r}. Set the scheduler's "
+                "`prediction_type`, or leave `scheduler` out to have the matching one."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        predict: Callable[[Tensor, Tensor, Condition], Tensor],
+        noise: NoiseProcess,
+        z_start: Tensor,
+        condition: Condition,
+        null: Condition | None = None,
+    ) -> Tensor:
+        """Sample.
+
+        Args:
+            predict: The denoiser, ``(z_t, t, condition) -> prediction``.
+            noise: The process that it was trained with.
+            z_start: Standard normal noise (B, C, h, w).
+            condition: Condition of the B samples.
+            null: Null condition of the B samples, for guidance; without it there is none.
+
+        Returns:
+            z0: (B, C, h, w) float32.
+        """
+        self.check(noise)
+        scheduler = copy.deepcopy(self.scheduler) if self.scheduler is not None else noise.sampling_scheduler()
+        _set_timesteps(scheduler, self.num_steps, z_start.device)
+        guided = null is not None and self.guidance_scale != 1
+        both = condition.joined(null) if guided and null is not None else condition
+        z = z_start.float() * getattr(scheduler, "init_noise_sigma", 1.0)
+        for step in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(z, step) if hasattr(scheduler, "scale_model_input") else z
+            model_input = torch.cat([scaled, scaled]) if guided else scaled
+            t = step.to(z.device, torch.float32).expand(len(model_input))
+            prediction = predict(model_input, t, both).float()
+            if guided:
+                conditional, unconditional = prediction.chunk(2)
+                prediction = unconditional + self.guidance_scale * (conditional - unconditional)
+            z = cast(Tensor, scheduler.step(prediction, step, z).prev_sample)
+        return z
+
+
+def _set_timesteps(scheduler: Any, num_steps: int, device: torch.device) -> None:
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        # Evenly from 1 down to 1/n and then 0; left to itself the scheduler spends its last step on 1/1000.
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num_steps, num_steps).tolist(), device=device)
+    else:
+        scheduler.set_timesteps(num_steps, device=device)

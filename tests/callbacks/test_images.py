@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_mixin import Foreign
+from test_module import trainer
+
+from lpl_lightning import ClassTokens, ImageWriter, LatentDiffusionModule, SampleGrid, Sampler, ShapesDataModule
+
+MakeModule = Callable[..., LatentDiffusionModule]
+
+
+@pytest.fixture
+def module(make_module: MakeModule) -> LatentDiffusionModule:
+    return make_module(conditioner=ClassTokens(8, token_dim=8, pooled_dim=8))
+
+
+def data(num_generate: int = 20, batch_size: int = 8, seed: int = 0) -> ShapesDataModule:
+    return ShapesDataModule(
+        image_size=16,
+        train_images=16,
+        val_images=8,
+        batch_size=batch_size,
+        num_generate=num_generate,
+        generate_seed=seed,
+    )
+
+
+def pictures(folder: Path) -> dict[str, Any]:
+    found = {}
+    for path in sorted(folder.rglob("*.png")):
+        with Image.open(path) as image:
+            found[str(path.relative_to(folder))] = np.asarray(image)
+    return found
+
+
+def predict(module: LatentDiffusionModule, folder: Path, tmp_path: Path, **options: Any) -> None:
+    run = trainer(tmp_path, callbacks=[ImageWriter(str(folder))])
+    assert run.predict(module, data(**options)) is None, "images are not gathered in memory"
+
+
+def test_predict_writes_class_balanced_images(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    predict(module, tmp_path / "out", tmp_path)
+    images = pictures(tmp_path / "out")
+    per_class = [len(list((tmp_path / "out" / f"{c:04d}").iterdir())) for c in range(8)]
+    assert len(images) == 20
+    assert per_class == [3, 3, 3, 3, 2, 2, 2, 2]
+    expected = module.generate([9], [1])[0]
+    written = torch.from_numpy(images["0001/000009.png"].copy()).permute(2, 0, 1)
+    assert (written - (expected + 1) * 127.5).abs().max() <= 0.51
+
+
+def test_predict_goes_on_where_it_stopped_with_the_same_images(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    predict(module, whole, tmp_path)
+    predict(module, parts, tmp_path, num_generate=11, batch_size=4)
+    (parts / "0002" / "000002.png").unlink()
+    untouched = parts / "0000" / "000000.png"
+    before = untouched.stat().st_mtime_ns
+    made: list[int] = []
+    generate = module.generate
+
+    def watched(seeds: Any, labels: Any = None) -> torch.Tensor:
+        made.extend(seeds)
+        return generate(seeds, labels)
+
+    module.generate = watched  # type: ignore[method-assign]
+    predict(module, parts, tmp_path)
+    assert made == [2, *range(11, 20)]
+    assert untouched.stat().st_mtime_ns == before
+    first, second = pictures(whole), pictures(parts)
+    assert first.keys() == second.keys()
+    for name, image in first.items():
+        # A batch of another size may round otherwise: at most one level.
+        assert np.abs(image.astype(int) - second[name].astype(int)).max() <= 1
+    assert not list(parts.rglob("*.part"))
+
+
+def test_images_of_other_settings_are_not_mixed_in(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    predict(module, tmp_path / "out", tmp_path, num_generate=2)
+    module.sampler = Sampler(num_steps=3)
+    with pytest.raises(ValueError, match=r"other settings \(guidance_scale, num_steps; see .*settings.json"):
+        predict(module, tmp_path / "out", tmp_path)
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["num_steps"] == 2
+
+
+def test_grids_at_start_every_n_steps_and_end(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path, max_steps=5, max_epochs=-1, callbacks=[SampleGrid(num_images=10, columns=5, every_n_steps=2)]
+    )
+    run.fit(module, data())
+    grids = pictures(tmp_path / "samples")
+    assert list(grids) == [f"step-{s:08d}.png" for s in (0, 2, 4, 5)]
+    last = grids["step-00000005.png"]
+    assert last.shape == (2 * 18 + 2, 5 * 18 + 2, 3)
+    # The second row of five holds images 5 to 9; the last of them has seed 9 and label 9 % 8.
+    expected = (module.eval().generate([9], [1])[0] + 1) * 127.5
+    cell = torch.from_numpy(last[20:36, 74:90].copy()).permute(2, 0, 1)
+    assert (cell - expected).abs().max() <= 1.5
+    assert module.training is False
+
+
+def test_a_module_that_cannot_generate_is_refused() -> None:
+    with pytest.raises(ValueError, match="draws from a LatentDiffusionModule, got Foreign"):
+        SampleGrid().setup(pl.Trainer(logger=False), Foreign(), "fit")
+    with pytest.raises(ValueError, match="`every_n_steps` must be 1 or more"):
+        SampleGrid(every_n_steps=0)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from test_mixin import Foreign, fit
+from test_module import trainer
+
+from lpl_lightning import (
+    Autoencoder,
+    AutoencoderModule,
+    ClassTokens,
+    LatentDiffusionModule,
+    SaveAutoencoder,
+    SaveWeights,
+    ShapesDataModule,
+)
+from lpl_lightning.autoencoder_module import autoencoder_kl
+from lpl_lightning.pretrained import read_state
+
+
+def small_data() -> ShapesDataModule:
+    return ShapesDataModule(image_size=16, train_images=32, val_images=16, batch_size=8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_saved_weights_are_the_trained_ones(
+    make_module: Callable[..., LatentDiffusionModule], tmp_path: Path, dtype: str
+) -> None:
+    module = make_module(conditioner=ClassTokens(8, token_dim=8, pooled_dim=8))
+    trainer(tmp_path, callbacks=[SaveWeights(dtype=dtype)]).fit(module, small_data())  # type: ignore[arg-type]
+    saved = read_state(str(tmp_path / "weights.safetensors"))
+    state = module.state_dict()
+    assert saved.keys() == state.keys()
+    for name, tensor in state.items():
+        assert saved[name].dtype == getattr(torch, dtype)
+        torch.testing.assert_close(saved[name].float(), tensor, atol=1e-3 if dtype == "float16" else 0, rtol=0)
+
+
+def test_saved_autoencoder_is_scaled_and_loads(tmp_path: Path) -> None:
+    module = AutoencoderModule(autoencoder_kl([8, 8], layers_per_block=1, norm_num_groups=4, sample_size=16))
+    run = trainer(tmp_path, max_steps=4, max_epochs=1, limit_val_batches=2, callbacks=[SaveAutoencoder()])
+    run.fit(module, small_data())
+    config = AutoencoderKL.load_config(str(tmp_path / "autoencoder"))
+    images = torch.stack([small_data().dataset("val")[i]["image"] for i in range(16)])
+    latents = module.autoencoder.encode(images).latent_dist.mode()
+    assert config["shift_factor"] == pytest.approx(latents.mean().item(), abs=1e-4)
+    assert 1 / config["scaling_factor"] == pytest.approx(latents.std().item(), rel=1e-2)
+    loaded = Autoencoder(str(tmp_path / "autoencoder"), sample_posterior=False)
+    assert loaded.encode(images).std().item() == pytest.approx(1, abs=0.02)
+    torch.testing.assert_close(loaded.decode(loaded.encode(images)), module(images), atol=1e-4, rtol=1e-4)
+
+
+def test_a_module_without_autoencoder_training_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="saves the autoencoder of an AutoencoderModule, got Foreign"):
+        fit(Foreign(), tmp_path, SaveAutoencoder())

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lpl_lightning.losses.outliers import inlier_mask, odd_kernel
+
+
+def naive_mask(features: Tensor, quantile: float, widening: float, dilation: int, erosion: int) -> Tensor:
+    """Position by position, in plain Python numbers."""
+    result = torch.zeros_like(features)
+    batch, channels, height, width = features.shape
+    for b in range(batch):
+        for c in range(channels):
+            values = sorted(features[b, c].flatten().tolist())
+            n = len(values)
+            low = values[max(1, int(quantile * n)) - 1]
+            high = values[max(1, int((1 - quantile) * n)) - 1]
+            mean = sum(values) / n
+            std = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
+            inlier = [
+                [
+                    std == 0 or low - widening * std < features[b, c, y, x].item() < high + widening * std
+                    for x in range(width)
+                ]
+                for y in range(height)
+            ]
+
+            def window(grid: list[list[bool]], y: int, x: int, size: int) -> list[bool]:
+                half = size // 2
+                rows = range(max(0, y - half), min(height, y + half + 1))
+                columns = range(max(0, x - half), min(width, x + half + 1))
+                return [grid[i][j] for i in rows for j in columns]
+
+            dilated = [[any(window(inlier, y, x, dilation)) for x in range(width)] for y in range(height)]
+            for y in range(height):
+                for x in range(width):
+                    result[b, c, y, x] = float(all(window(dilated, y, x, erosion)))
+    return result
+
+
+@pytest.mark.parametrize(("dilation", "erosion"), [(1, 1), (3, 5), (3, 3), (1, 3)])
+def test_mask_equals_a_naive_loop(dilation: int, erosion: int) -> None:
+    features = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    features[0, 0, 3, 3:5] = 40.0
+    features[1, 2, 0, 0] = -60.0
+    features[1, 1] = 2.5
+    expected = naive_mask(features, 0.02, 2.0, dilation, erosion)
+    assert torch.equal(inlier_mask(features, dilation=dilation, erosion=erosion), expected)
+    if dilation == 1:
+        assert expected[0, 0].min() == expected[1, 2].min() == 0, "what is planted is found"
+    assert expected[1, 1].min() == 1, "a constant channel has no outliers"
+
+
+@settings(deadline=None, max_examples=40)
+@given(side=st.integers(1, 9), seed=st.integers(0, 10**6), spike=st.floats(0, 1e3))
+def test_any_size_down_to_one_position(side: int, seed: int, spike: float) -> None:
+    features = torch.randn(1, 2, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    features[0, 0, 0, 0] += spike
+    assert torch.equal(inlier_mask(features), naive_mask(features, 0.02, 2.0, 3, 5))
+
+
+def test_a_planted_spike_is_masked_and_nothing_else() -> None:
+    features = torch.randn(1, 1, 32, 32)
+    features[0, 0, 10, 20] = 1e3
+    mask = inlier_mask(features, dilation=1, erosion=1)
+    assert mask[0, 0, 10, 20] == 0
+    assert mask.sum() == 32 * 32 - 1
+
+
+def test_no_gradient_flows_through() -> None:
+    assert not inlier_mask(torch.randn(1, 1, 8, 8, requires_grad=True)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "expected"), [(3, 1.0, 3), (5, 1.0, 5), (3, 0.5, 1), (5, 0.5, 3), (5, 0.25, 1)]
+)
+def test_kernels_scale_to_odd_sizes(size: int, scale: float, expected: int) -> None:
+    kernel = odd_kernel(size, scale)
+    assert kernel % 2 == 1
+    assert abs(kernel - size * scale) <= 1
+    assert kernel == expected

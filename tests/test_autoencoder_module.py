@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_module import trainer
+from torch import Tensor, nn
+
+from lpl_lightning import AutoencoderModule, ShapesDataModule
+from lpl_lightning.autoencoder_module import autoencoder_kl
+
+
+class Difference(nn.Module):
+    """Stands where LPIPS would: a trained-looking network on both images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(3, 2, 3)
+
+    def forward(self, reconstruction: Tensor, image: Tensor) -> Tensor:
+        difference: Tensor = self.net(reconstruction) - self.net(image)
+        return difference.square().mean(dim=(1, 2, 3), keepdim=True)
+
+
+def small() -> AutoencoderModule:
+    return AutoencoderModule(
+        autoencoder_kl([8, 16], layers_per_block=1, norm_num_groups=4, sample_size=16),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3),
+    )
+
+
+def data() -> ShapesDataModule:
+    return ShapesDataModule(image_size=16, train_images=64, val_images=16, batch_size=8)
+
+
+def test_training_raises_the_psnr(tmp_path: Path) -> None:
+    module, run = small(), trainer(tmp_path, max_steps=60, max_epochs=-1)
+    before = run.validate(module, data(), verbose=False)[0]["val_psnr"]
+    run.fit(module, data())
+    assert run.validate(module, data(), verbose=False)[0]["val_psnr"] > before + 3
+
+
+def test_psnr_and_latent_statistics_in_closed_form(tmp_path: Path) -> None:
+    module, run = small(), trainer(tmp_path, limit_val_batches=2)
+    metrics = run.validate(module, data(), verbose=False)[0]
+    images = torch.stack([data().dataset("val")[i]["image"] for i in range(16)])
+    with torch.no_grad():
+        error = (module(images).clamp(-1, 1) - images).square().mean()
+        latents = module.autoencoder.encode(images).latent_dist.mode()
+    assert metrics["val_psnr"] == pytest.approx((10 * torch.log10(4 / error)).item(), abs=1e-3)
+    mean, std = module.latent_statistics()
+    assert mean == pytest.approx(latents.mean().item(), abs=1e-5)
+    assert std == pytest.approx(latents.std(correction=0).item(), rel=1e-3)
+
+
+def test_kl_is_in_nats_per_latent_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = small()
+    logged: dict[str, Tensor] = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    module.training_step({"image": images}, 0)
+    posterior = module.autoencoder.encode(images).latent_dist
+    element = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar)
+    torch.testing.assert_close(logged["loss_kl"], element.mean())
+    torch.testing.assert_close(logged["loss"], logged["loss_l1"] + module.kl_weight * logged["loss_kl"])
+
+
+def test_a_perceptual_loss_pulls_but_is_neither_trained_nor_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    perceptual = Difference()
+    module = AutoencoderModule(small().autoencoder, perceptual=perceptual, perceptual_weight=0.5)
+    logged: dict[str, Tensor] = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
+    loss = module.training_step({"image": torch.rand(2, 3, 16, 16)}, 0)
+    loss.backward()
+    expected = logged["loss_l1"] + module.kl_weight * logged["loss_kl"] + 0.5 * logged["loss_perceptual"]
+    torch.testing.assert_close(logged["loss"], expected)
+    assert logged["loss_perceptual"] > 0
+    assert perceptual.net.weight.grad is None
+    assert not any("perceptual" in name for name in module.state_dict())
+
+
+def test_groups_that_do_not_divide_the_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`norm_num_groups`=4 must divide .* got \[6\]"):
+        autoencoder_kl([8, 6], norm_num_groups=4)

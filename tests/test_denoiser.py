@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_dit, tiny_sd3
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from lpl_lightning import ClassLabels, ClassTokens, Denoiser
+from lpl_lightning.conditioning import Condition
+
+
+def test_sd3_passes_all_on_to_the_backbone() -> None:
+    denoiser = tiny_sd3()
+    z, t = torch.randn(3, 4, 4, 4), torch.tensor([0.0, 500.0, 999.0])
+    tokens, pooled = torch.randn(3, 2, 8), torch.randn(3, 8)
+    expected = denoiser.backbone(
+        hidden_states=z, timestep=t, encoder_hidden_states=tokens, pooled_projections=pooled, return_dict=False
+    )[0]
+    torch.testing.assert_close(denoiser(z, t, Condition(tokens=tokens, pooled=pooled)), expected)
+
+
+def test_dit_gives_the_mean_and_ignores_the_variance() -> None:
+    denoiser = tiny_dit().eval()
+    z, t, labels = torch.randn(3, 4, 4, 4), torch.tensor([0.0, 500.0, 999.0]), torch.tensor([0, 2, 3])
+    expected = denoiser.backbone(z, timestep=t, class_labels=labels).sample
+    out = denoiser(z, t, Condition(class_labels=labels))
+    assert expected.shape[1] == 8
+    torch.testing.assert_close(out, expected[:, :4])
+
+
+def test_dit_drops_no_labels_on_its_own() -> None:
+    """In training mode too, the same input gives the same output: the conditioner alone drops labels."""
+    denoiser = tiny_dit().train()
+    z, t = torch.randn(64, 4, 4, 4), torch.full((64,), 500.0)
+    condition = Condition(class_labels=torch.zeros(64, dtype=torch.long))
+    torch.testing.assert_close(denoiser(z, t, condition), denoiser(z, t, condition))
+
+
+def test_a_backbone_of_ones_own_is_a_few_lines() -> None:
+    class Mine(Denoiser):
+        def forward(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            scale: Tensor = self.backbone(t[:, None] / 1000)
+            return z_t * scale[:, :, None, None]
+
+    class Net(nn.Linear):
+        config = nn.Module()
+
+    mine = Mine(Net(1, 4))
+    mine.check(4, 8, ClassLabels(3))
+    assert mine(torch.randn(2, 4, 8, 8), torch.rand(2), Condition()).shape == (2, 4, 8, 8)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    sd3, tokens = tiny_sd3(), ClassTokens(3, 8, 8)
+    sd3.check(4, 4, tokens)
+    cases = [
+        (sd3, 16, 4, tokens, "takes latents of 4 channels, the autoencoder makes 16"),
+        (sd3, 4, 5, tokens, "`patch_size`=2 does not divide"),
+        (sd3, 4, 32, tokens, "set `pos_embed_max_size` to 16 or more"),
+        (sd3, 4, 4, ClassTokens(3, 6, 8), "`token_dim`=6 of the conditioner must be 8"),
+        (sd3, 4, 4, ClassTokens(3, 8, 6), "`pooled_dim`=6 of the conditioner must be 8"),
+        (sd3, 4, 4, ClassLabels(3), "condition it by ClassTokens"),
+        (tiny_dit(), 4, 4, ClassLabels(5), r"`num_classes`=5 .* is 3"),
+        (tiny_dit(), 4, 4, tokens, "conditioned by ClassLabels, got ClassTokens"),
+        (tiny_dit(out_channels=3), 4, 4, ClassLabels(3), "predicts 3 channels"),
+    ]
+    for denoiser, channels, size, conditioner, message in cases:
+        with pytest.raises(ValueError, match=message):
+            denoiser.check(channels, size, conditioner)
+    with pytest.raises(ValueError, match=r"`caption_projection_dim`=1152 must equal .* = 16"):
+        type(sd3)(SD3Transformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=8))

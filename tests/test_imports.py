@@ -1,0 +1,59 @@
+"""A file imports only from those above it: data flows one way."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import lpl_lightning
+
+ORDER = [
+    "data",
+    "pretrained",
+    "autoencoder",
+    "noise",
+    "conditioning",
+    "denoiser",
+    "losses",
+    "sampling",
+    "optimization",
+    "mixin",
+    "module",
+    "autoencoder_module",
+    "callbacks",
+    "cli",
+    "__main__",
+]
+PACKAGE = ROOT / "lpl_lightning"
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def unit(name: str) -> str:
+    return name.split(".")[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    tree = ast.parse(path.read_text())
+    names = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
+    names += [alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names]
+    for name in names:
+        if name.startswith("lpl_lightning."):
+            assert ORDER.index(unit(name)) <= ORDER.index(own), f"{own} imports {name}"
+        assert name != "lpl_lightning", "import from the file, not from the package that imports it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_public_names_are_listed_and_files_are_short(path: Path) -> None:
+    source = path.read_text()
+    assert path.name == "__main__.py" or "__all__" in source
+    assert len(source.splitlines()) <= 350
+
+
+def test_every_public_name_is_there() -> None:
+    for name in lpl_lightning.__all__:
+        assert getattr(lpl_lightning, name).__doc__

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import image_batch, tiny_kl, tiny_sd3
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from lpl_lightning import Autoencoder, ClassTokens, LatentDiffusionModule, LPLCallback, SampleGrid, ShapesDataModule
+
+MakeModule = Callable[..., LatentDiffusionModule]
+
+
+def trainer(tmp_path: Path, **options: Any) -> pl.Trainer:
+    settings: dict[str, Any] = {
+        "default_root_dir": tmp_path,
+        "max_steps": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 1,
+    }
+    return pl.Trainer(**(settings | options))
+
+
+@pytest.fixture
+def data() -> ShapesDataModule:
+    return ShapesDataModule(image_size=16, train_images=32, val_images=8, batch_size=8)
+
+
+def fits(make_module: MakeModule, **overrides: Any) -> LatentDiffusionModule:
+    return make_module(conditioner=ClassTokens(8, token_dim=8, pooled_dim=8), **overrides)
+
+
+@pytest.mark.parametrize("dit", [False, True], ids=["sd3_flow", "dit_ddpm"])
+def test_loss_is_the_mean_squared_error_of_the_target(
+    make_module: MakeModule, dit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recomputed from the parts with the same draws."""
+    module = make_module(dit)
+    logged: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
+    batch = image_batch()
+    torch.manual_seed(5)
+    loss = module.training_step(batch, 0)
+    torch.manual_seed(5)
+    noisy = module.noise.sample(module.autoencoder.encode(batch["image"]))
+    condition = module.conditioner(batch, 6, module.conditioner.draw_drop(6))
+    prediction = module.denoiser(noisy.z_t, noisy.t, condition)
+    torch.testing.assert_close(loss, F.mse_loss(prediction, module.noise.target(noisy)))
+    torch.testing.assert_close(logged["loss_diffusion"], loss)
+
+
+def test_lpl_leaves_the_diffusion_loss_of_the_first_step_as_it_is(
+    make_module: MakeModule, data: ShapesDataModule, tmp_path: Path
+) -> None:
+    module = fits(make_module)
+    twin = copy.deepcopy(module)
+    seen = []
+    for model, callbacks in ((module, []), (twin, [LPLCallback(weight=3.0)])):
+        pl.seed_everything(3, verbose=False)
+        run = trainer(tmp_path, max_steps=1, callbacks=callbacks)
+        run.fit(model, data)
+        seen.append(run.callback_metrics)
+    assert seen[0]["loss_diffusion"] == seen[1]["loss_diffusion"]
+    assert "loss_lpl" not in seen[0]
+    assert seen[1]["loss_lpl"] > 0
+    torch.testing.assert_close(seen[1]["loss"], seen[1]["loss_diffusion"] + 3 * seen[1]["loss_lpl"])
+
+
+def test_validation_draws_the_same_noise_each_time(
+    make_module: MakeModule, data: ShapesDataModule, tmp_path: Path
+) -> None:
+    module = fits(make_module)
+    losses = [trainer(tmp_path).validate(module, data, verbose=False)[0]["val_loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("lpl", [False, True], ids=["without_lpl", "with_lpl"])
+def test_training_lowers_the_validation_loss(
+    make_module: MakeModule, data: ShapesDataModule, tmp_path: Path, lpl: bool
+) -> None:
+    module = fits(make_module, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
+    run = trainer(tmp_path, max_steps=60, max_epochs=-1, callbacks=[LPLCallback(weight=0.3)] if lpl else [])
+    before = run.validate(module, data, verbose=False)[0]
+    run.fit(module, data)
+    after = run.validate(module, data, verbose=False)[0]
+    assert after["val_loss_diffusion"] < 0.9 * before["val_loss_diffusion"]
+    if lpl:
+        assert after["val_loss_lpl"] < before["val_loss_lpl"]
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_checkpoint_holds_only_what_was_trained_and_resumes(
+    make_module: MakeModule, data: ShapesDataModule, tmp_path: Path
+) -> None:
+    module = fits(make_module)
+    run = trainer(tmp_path, callbacks=[LPLCallback()])
+    run.fit(module, data)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert not [name for name in checkpoint["state_dict"] if name.startswith("autoencoder")]
+    again = fits(make_module)
+    longer = trainer(tmp_path, max_steps=3)
+    longer.fit(again, data, ckpt_path=str(tmp_path / "a.ckpt"))
+    assert longer.global_step == 3
+    parts = {k: getattr(module, k) for k in ("autoencoder", "noise", "denoiser", "conditioner")}
+    loaded = LatentDiffusionModule.load_from_checkpoint(tmp_path / "a.ckpt", **copy.deepcopy(parts))
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_post_training_starts_from_the_weights_alone(
+    make_module: MakeModule, data: ShapesDataModule, tmp_path: Path, suffix: str
+) -> None:
+    base = fits(make_module)
+    source = tmp_path / f"base.{suffix}"
+    if suffix == "ckpt":
+        run = trainer(tmp_path)
+        run.fit(base, data)
+        run.save_checkpoint(source)
+    else:
+        save_file(base.state_dict(), source)
+    module = fits(make_module, weights=str(source))
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    run.fit(module, data)
+    assert run.global_step == 1
+    moved = [(a - b).abs().max() for a, b in zip(module.state_dict().values(), base.state_dict().values(), strict=True)]
+    assert 0 < max(moved) < 5e-3  # one AdamW step at 1e-3 from there
+
+
+def test_weights_of_another_model_are_refused(make_module: MakeModule, data: ShapesDataModule, tmp_path: Path) -> None:
+    save_file(fits(make_module, denoiser=tiny_sd3(num_layers=1)).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"are of another model: \d+ weights are missing, such as 'denoiser"):
+        trainer(tmp_path).fit(fits(make_module, weights=str(tmp_path / "other.safetensors")), data)
+    run = trainer(tmp_path)
+    run.fit(fits(make_module, denoiser=tiny_sd3(num_attention_heads=1, caption_projection_dim=8)), data)
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="the checkpoint are of another model: .* another shape, such as"):
+        trainer(tmp_path).fit(fits(make_module), data, ckpt_path=str(tmp_path / "other.ckpt"))
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        trainer(tmp_path).fit(fits(make_module, weights=str(tmp_path / "text.ckpt")), data)
+
+
+def test_what_does_not_fit_is_refused_before_the_first_step(make_module: MakeModule, tmp_path: Path) -> None:
+    cases = [
+        (fits(make_module), ShapesDataModule(image_size=18), r"`image_size`=18 .* divisible by 4.*\(16, 20\)"),
+        (fits(make_module), ShapesDataModule(image_size=20), "latents are 5 wide"),
+        (make_module(), ShapesDataModule(image_size=16), "`num_classes`=3 of the conditioner does not fit"),
+        (
+            fits(make_module, autoencoder=Autoencoder(tiny_kl(latent_channels=16))),
+            ShapesDataModule(image_size=16),
+            "takes latents of 4 channels, the autoencoder makes 16",
+        ),
+    ]
+    for module, data, message in cases:
+        run = trainer(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            run.fit(module, data)
+        assert run.global_step == 0
+
+
+def test_images_depend_on_seed_label_and_weights_alone(make_module: MakeModule) -> None:
+    module = make_module().eval()
+    together = module.generate([3, 4, 5], [0, 1, 2])
+    assert together.shape == (3, 3, 16, 16)
+    assert together.abs().max() <= 1
+    torch.testing.assert_close(together[1:2], module.generate([4], [1]), atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(module.generate([4], [1]), module.generate([4], [2]))
+    assert module.generate([], []).shape == (0, 3, 16, 16)
+
+
+def test_sampling_during_training_does_not_change_it(
+    make_module: MakeModule, data: ShapesDataModule, tmp_path: Path
+) -> None:
+    module = fits(make_module)
+    twin = copy.deepcopy(module)
+    for model, callbacks in ((module, []), (twin, [SampleGrid(num_images=8, every_n_steps=1)])):
+        pl.seed_everything(3, verbose=False)
+        trainer(tmp_path, max_steps=3, callbacks=callbacks).fit(model, data)
+    for a, b in zip(module.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_frozen_model_has_nothing_to_train(make_module: MakeModule) -> None:
+    module = make_module()
+    module.requires_grad_(False)
+    with pytest.raises(ValueError, match="Nothing to train"):
+        module.configure_optimizers()
