@@ -111,14 +111,16 @@ def _load(source: str, subfolder: str | None) -> nn.Module:
     family = getattr(diffusers, name, None)
     if family is None:
         raise ValueError(f"`model`={source!r} is a {name!r}, which the installed diffusers does not have.")
-    return cast(nn.Module, family.from_pretrained(str(found), torch_dtype=torch.float32, **where))
+    # low_cpu_mem_usage needs accelerate, which nothing else here does.
+    model = family.from_pretrained(str(found), torch_dtype=torch.float32, low_cpu_mem_usage=False, **where)
+    return cast(nn.Module, model)
 
 
 class Autoencoder(nn.Module):
     """A frozen diffusers autoencoder: ``encode``, ``decode`` and the decoder's ``features``.
 
     It never leaves eval mode, its parameters take no gradient (gradients pass through it to its input), it runs
-    outside autocast in its own precision, and it keeps itself out of the state dict of any module it is part of,
+    outside autocast in the precision it came in, and it keeps itself out of the state dict of any module it is part of,
     so that checkpoints hold only what was trained.
 
     Args:
@@ -140,7 +142,8 @@ class Autoencoder(nn.Module):
         self.sample_posterior = sample_posterior
         config = cast(Mapping[str, Any], module.config)
         self._config = config
-        shift, scale = _latent_affine(config)
+        # At least float32: a model in half precision does not make its latents so.
+        shift, scale = (value.to(torch.promote_types(self.dtype, torch.float32)) for value in _latent_affine(config))
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)
         cast(Any, self).register_load_state_dict_pre_hook(_keep_own_weights)
@@ -224,6 +227,11 @@ class Autoencoder(nn.Module):
         """Precision of the wrapped model."""
         return cast(torch.dtype, next(self.model.parameters()).dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow to another device but keep the precision, which a trainer would change with that of all else."""
+        apply: Callable[..., Self] = super()._apply
+        return apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
+
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever is asked."""
         return super().train(False)
@@ -234,7 +242,8 @@ class Autoencoder(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Add nothing: the autoencoder is an input of the training, not a result."""
-        return cast(dict[str, Any], kwargs.get("destination", args[0] if args else {}))
+        destination: dict[str, Any] | None = args[0] if args else kwargs.get("destination")
+        return {} if destination is None else destination
 
 
 def _latent_affine(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio
 
+from lpl_lightning.arguments import check_divides
 from lpl_lightning.optimization import build_optimizers
+from lpl_lightning.pretrained import check_fit
 
 __all__ = ["AutoencoderModule", "autoencoder_kl"]
 
@@ -103,6 +105,16 @@ class AutoencoderModule(pl.LightningModule):
         self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0))
         self.latent_mean = MeanMetric()
         self.latent_square = MeanMetric()
+
+    def setup(self, stage: str) -> None:
+        """Check that the images fit, before the first step."""
+        image_size = getattr(getattr(self.trainer, "datamodule", None), "image_size", None)
+        if isinstance(image_size, int):
+            check_divides(image_size, 2 ** (len(self.autoencoder.config.block_out_channels) - 1))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model in one sentence."""
+        check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstruct images from the mean of their posterior: (B, 3, H, W) in [-1, 1] in and out."""

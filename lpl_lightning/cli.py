@@ -6,10 +6,13 @@ laid over those before them; ``callbacks+:`` in one appends to the list of the l
 
 from __future__ import annotations
 
+import warnings
+
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lpl_lightning.callbacks import ImagesPerSecond, ImageWriter
+from lpl_lightning.module import LatentDiffusionModule
 
 __all__ = ["LPLCLI", "main"]
 
@@ -34,6 +37,18 @@ class LPLCLI(LightningCLI):
                 raise
             raise ValueError(str(cause)) from error
 
+    def before_predict(self) -> None:
+        """Refuse to generate from a model that nothing has trained."""
+        if (
+            isinstance(self.model, LatentDiffusionModule)
+            and not self.model.weights
+            and not self.config.predict.ckpt_path
+        ):
+            raise ValueError(
+                "`lpl predict` needs trained weights: give `--ckpt_path` a checkpoint, or `--model.weights` a "
+                "checkpoint or .safetensors file."
+            )
+
     def _parse_ckpt_path(self) -> None:
         """Leave the config as it was given.
 
@@ -49,6 +64,8 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments as a list of strings or a config as a dictionary; by default those of the process.
     """
+    # Lightning warns of every module in eval mode, which a frozen autoencoder is on purpose.
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training")
     LPLCLI(
         pl.LightningModule,
         pl.LightningDataModule,

@@ -88,14 +88,16 @@ class _Classes(Conditioner):
         if num_classes < 0:
             raise ValueError(f"`num_classes` must be 0 (unconditional) or more, got {num_classes}.")
         self.num_classes = num_classes
-        self.register_buffer("null", torch.tensor(num_classes), persistent=False)
+        # Says where the module is. The null label itself is no buffer: weight averaging would average it.
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
 
-    null: Tensor
+    anchor: Tensor
 
     def labels(self, batch: Mapping[str, Any], batch_size: int, drop: Tensor | None) -> Tensor:
         """Class labels (B,) with the null label where dropped, or for all where there are no classes."""
+        null = torch.full((batch_size,), self.num_classes, device=self.anchor.device)
         if self.num_classes == 0 or (drop is not None and bool(drop.all())):
-            return self.null.expand(batch_size)
+            return null
         if "label" not in batch:
             raise ValueError(
                 f"The batch holds no 'label' (it has {sorted(batch)}), but the conditioner was built for "
@@ -108,8 +110,8 @@ class _Classes(Conditioner):
                 f"The batch holds class {int(labels.max())}, but the conditioner knows `num_classes`="
                 f"{self.num_classes}, numbered from 0."
             )
-        labels = labels.to(self.null.device)
-        return labels if drop is None else torch.where(drop.to(labels.device, non_blocking=True), self.null, labels)
+        labels = labels.to(null.device)
+        return labels if drop is None else torch.where(drop.to(null.device, non_blocking=True), null, labels)
 
     def check(self, data: object) -> None:
         """Refuse data with another number of classes."""

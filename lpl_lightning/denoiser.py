@@ -7,8 +7,9 @@ A denoiser knows nothing of noise processes. For a backbone that is not here, su
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
+import torch
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
@@ -26,10 +27,17 @@ class Denoiser(nn.Module, ABC):
     """
 
     backbone: Any
+    predicts_variance: ClassVar[bool] = False
+    """Whether the backbone may predict twice the latents' channels, the second half of which is ignored."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the backbone's weights."""
+        return cast(torch.dtype, next(self.backbone.parameters()).dtype)
 
     @abstractmethod
     def forward(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -64,7 +72,7 @@ class Denoiser(nn.Module, ABC):
                 f"of {wanted} latent channels."
             )
         predicted = getattr(config, "out_channels", None) or wanted
-        if predicted not in (latent_channels, 2 * latent_channels):
+        if predicted != latent_channels and not (self.predicts_variance and predicted == 2 * latent_channels):
             raise ValueError(
                 f"The denoiser predicts {predicted} channels for latents of {latent_channels}: set the backbone's "
                 f"`out_channels` to {latent_channels}."
@@ -86,6 +94,8 @@ class DiTDenoiser(Denoiser):
             (twice the channels), that half is ignored.
     """
 
+    predicts_variance = True
+
     def __init__(self, backbone: DiTTransformer2DModel) -> None:
         super().__init__(backbone)
         for module in backbone.modules():
@@ -94,7 +104,7 @@ class DiTDenoiser(Denoiser):
 
     def forward(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Predict; see the base class."""
-        out = self.backbone(z_t, timestep=t, class_labels=condition.class_labels).sample
+        out = self.backbone(z_t.to(self.dtype), timestep=t, class_labels=condition.class_labels).sample
         return cast(Tensor, out[:, : z_t.shape[1]])
 
     def check(self, latent_channels: int, latent_size: int | None, conditioner: Conditioner) -> None:
@@ -130,7 +140,7 @@ class SD3Denoiser(Denoiser):
     def forward(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Predict; see the base class."""
         out = self.backbone(
-            z_t, encoder_hidden_states=condition.tokens, pooled_projections=condition.pooled, timestep=t
+            z_t.to(self.dtype), encoder_hidden_states=condition.tokens, pooled_projections=condition.pooled, timestep=t
         ).sample
         return cast(Tensor, out)
 

@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from lpl_lightning.arguments import check_divides
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.conditioning import Conditioner
 from lpl_lightning.denoiser import Denoiser
@@ -30,6 +31,7 @@ from lpl_lightning.sampling import Sampler, initial_noise
 
 __all__ = ["LatentDiffusionModule"]
 
+MEANING = "lpl_lightning"
 PARTS = ["autoencoder", "noise", "denoiser", "conditioner", "optimizer", "lr_scheduler", "sampler"]
 
 
@@ -78,24 +80,23 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.sampler = sampler if sampler is not None else Sampler()
         self.weights = weights
+        if weights is not None:
+            # Here rather than in setup, which runs before each evaluation too, and after weight averaging has made
+            # its copy. A checkpoint of this module holds its own weights and asks for no others.
+            self.load_weights(weights)
+            self.hparams["weights"] = None
 
     def setup(self, stage: str) -> None:
-        """Check that the parts and the data fit, and load ``weights``, before the first step."""
+        """Check that the parts and the data fit, before the first step."""
         data = getattr(self.trainer, "datamodule", None)
         latent_size = None
         image_size = getattr(data, "image_size", None)
         if isinstance(image_size, int):
-            if image_size % self.autoencoder.downscale:
-                raise ValueError(
-                    f"`image_size`={image_size} of the data must be divisible by {self.autoencoder.downscale}, the "
-                    f"autoencoder's downscaling; the nearest are {_nearest(image_size, self.autoencoder.downscale)}."
-                )
+            check_divides(image_size, self.autoencoder.downscale)
             latent_size = image_size // self.autoencoder.downscale
         self.denoiser.check(self.autoencoder.latent_channels, latent_size, self.conditioner)
         self.conditioner.check(data)
         self.sampler.check(self.noise)
-        if self.weights is not None and not self.trainer.ckpt_path:
-            self.load_weights(self.weights)
 
     def load_weights(self, source: str) -> None:
         """Load trained weights, of this model with any autoencoder.
@@ -111,8 +112,26 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         self.load_state_dict(found)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model in one sentence."""
+        """Refuse a checkpoint of another model, or of the same model trained for something else, in one sentence."""
         check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+        own, found = self._meaning(), checkpoint.get(MEANING)
+        if found is not None and found != own:
+            differ = [f"{key} {found.get(key)} there, {own[key]} here" for key in own if found.get(key) != own[key]]
+            raise ValueError(
+                f"The checkpoint's model was trained for something else: {'; '.join(differ)}. "
+                "Give the noise process and the autoencoder that it was trained with."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what the weights mean, which their shapes do not tell."""
+        checkpoint[MEANING] = self._meaning()
+
+    def _meaning(self) -> dict[str, Any]:
+        return {
+            "prediction_type": self.noise.prediction_type,
+            "latent_shift": [round(value, 6) for value in self.autoencoder.shift.flatten().tolist()],
+            "latent_scale": [round(value, 6) for value in self.autoencoder.scale.flatten().tolist()],
+        }
 
     def _step(self, batch: dict[str, Any], stage: Literal["train", "val", "test"], batch_idx: int) -> Tensor:
         training = stage == "train"
@@ -177,15 +196,19 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         if not seeds:
             return torch.empty(0, 3, *2 * [self.latent_size * self.autoencoder.downscale], device=self.device)
         shape = (self.autoencoder.latent_channels, self.latent_size, self.latent_size)
-        z_start = initial_noise(seeds, shape).to(self.device)
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        z_start = initial_noise(generators, shape).to(self.device)
         batch = {} if labels is None else {"label": torch.as_tensor(labels)}
+        # Without classes the condition is the null condition, and there is nothing to guide by.
+        unconditional = getattr(self.conditioner, "num_classes", None) == 0
         null_of_all = torch.ones(len(seeds), dtype=torch.bool)
         z0 = self.sampler(
             self.denoiser,
             self.noise,
             z_start,
             self.conditioner(batch, len(seeds)),
-            self.conditioner(batch, len(seeds), drop=null_of_all),
+            None if unconditional else self.conditioner(batch, len(seeds), drop=null_of_all),
+            generators,
         )
         return self.autoencoder.decode(z0).float().clamp(-1, 1)
 
@@ -194,8 +217,3 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         frozen = set(self.autoencoder.parameters())
         trained = [parameter for parameter in self.parameters() if parameter not in frozen]
         return build_optimizers(trained, self.optimizer, self.lr_scheduler)
-
-
-def _nearest(size: int, factor: int) -> tuple[int, int]:
-    below = max(factor, size // factor * factor)
-    return below, below + factor

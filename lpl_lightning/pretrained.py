@@ -44,7 +44,7 @@ def locate(source: str, argument: str) -> Path | str:
         names = sorted(EMBEDDED + path.stem for path in weights.iterdir() if not path.name.startswith((".", "_")))
         raise FileNotFoundError(f"`{argument}`={source!r} does not ship with lpl_lightning; these do: {names}.")
     path = Path(source).expanduser()
-    if path.exists():
+    if source and path.exists():
         return path
     looks_like_path = source.startswith((".", "/", "~")) or path.suffix in {
         ".safetensors",

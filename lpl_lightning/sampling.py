@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -11,23 +12,24 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from lpl_lightning.arguments import at_least
 from lpl_lightning.conditioning import Condition
 from lpl_lightning.noise import NoiseProcess
 
 __all__ = ["Sampler", "initial_noise"]
 
 
-def initial_noise(seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
-    """Draw each sample's noise from its own seed, so that a sample does not depend on its batch.
+def initial_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
+    """Draw each sample's noise from its own generator, so that a sample does not depend on its batch.
 
     Args:
-        seeds: B seeds.
+        generators: B generators on the CPU.
         shape: (C, h, w).
 
     Returns:
         (B, C, h, w) float32, on the CPU.
     """
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
 class Sampler:
@@ -41,8 +43,7 @@ class Sampler:
     """
 
     def __init__(self, num_steps: int = 50, guidance_scale: float = 2.0, scheduler: Any = None) -> None:
-        if num_steps < 1:
-            raise ValueError(f"`num_steps` must be 1 or more, got {num_steps}.")
+        at_least(1, num_steps=num_steps)
         if scheduler is not None and not hasattr(scheduler, "set_timesteps"):
             raise ValueError(f"`scheduler` must be a diffusers scheduler, got {type(scheduler).__name__}.")
         self.num_steps = num_steps
@@ -66,6 +67,13 @@ class Sampler:
                 f"noise process {type(noise).__name__} trains {noise.prediction_type!r}. Set the scheduler's "
                 "`prediction_type`, or leave `scheduler` out to have the matching one."
             )
+        trained = noise.sampling_scheduler().config
+        for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr"):
+            if key in trained and key in config and trained[key] != config[key]:
+                raise ValueError(
+                    f"The scheduler {type(self.scheduler).__name__} has {key}={config[key]!r}, but the noise process "
+                    f"was trained with {trained[key]!r}: set it so, or leave `scheduler` out to have the matching one."
+                )
 
     @torch.no_grad()
     def __call__(
@@ -75,6 +83,7 @@ class Sampler:
         z_start: Tensor,
         condition: Condition,
         null: Condition | None = None,
+        generators: Sequence[torch.Generator] | None = None,
     ) -> Tensor:
         """Sample.
 
@@ -84,6 +93,7 @@ class Sampler:
             z_start: Standard normal noise (B, C, h, w).
             condition: Condition of the B samples.
             null: Null condition of the B samples, for guidance; without it there is none.
+            generators: B generators on the CPU, for schedulers that add noise on the way.
 
         Returns:
             z0: (B, C, h, w) float32.
@@ -93,6 +103,8 @@ class Sampler:
         _set_timesteps(scheduler, self.num_steps, z_start.device)
         guided = null is not None and self.guidance_scale != 1
         both = condition.joined(null) if guided and null is not None else condition
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        noise_source = {"generator": list(generators)} if generators is not None and takes_generator else {}
         z = z_start.float() * getattr(scheduler, "init_noise_sigma", 1.0)
         for step in scheduler.timesteps:
             scaled = scheduler.scale_model_input(z, step) if hasattr(scheduler, "scale_model_input") else z
@@ -102,7 +114,7 @@ class Sampler:
             if guided:
                 conditional, unconditional = prediction.chunk(2)
                 prediction = unconditional + self.guidance_scale * (conditional - unconditional)
-            z = cast(Tensor, scheduler.step(prediction, step, z).prev_sample)
+            z = cast(Tensor, scheduler.step(prediction, step, z, **noise_source).prev_sample)
         return z
 
 

@@ -80,6 +80,16 @@ def test_a_perceptual_loss_pulls_but_is_neither_trained_nor_saved(monkeypatch: p
     assert not any("perceptual" in name for name in module.state_dict())
 
 
+def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    with pytest.raises(ValueError, match="`image_size`=17 of the data must be divisible by 2"):
+        run.fit(small(), ShapesDataModule(image_size=17))
+    run.fit(AutoencoderModule(autoencoder_kl([8], layers_per_block=1, norm_num_groups=4)), data())
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="the checkpoint are of another model"):
+        trainer(tmp_path).fit(small(), data(), ckpt_path=str(tmp_path / "other.ckpt"))
+
+
 def test_groups_that_do_not_divide_the_channels_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`norm_num_groups`=4 must divide .* got \[6\]"):
         autoencoder_kl([8, 6], norm_num_groups=4)

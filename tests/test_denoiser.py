@@ -63,6 +63,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (sd3, 4, 4, ClassLabels(3), "condition it by ClassTokens"),
         (tiny_dit(), 4, 4, ClassLabels(5), r"`num_classes`=5 .* is 3"),
         (tiny_dit(), 4, 4, tokens, "conditioned by ClassLabels, got ClassTokens"),
+        (tiny_sd3(out_channels=8), 4, 4, tokens, "predicts 8 channels"),
         (tiny_dit(out_channels=3), 4, 4, ClassLabels(3), "predicts 3 channels"),
     ]
     for denoiser, channels, size, conditioner, message in cases:

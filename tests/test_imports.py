@@ -11,6 +11,7 @@ from conftest import ROOT
 import lpl_lightning
 
 ORDER = [
+    "arguments",
     "data",
     "pretrained",
     "autoencoder",

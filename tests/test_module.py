@@ -9,10 +9,21 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import image_batch, tiny_kl, tiny_sd3
+from diffusers import DDPMScheduler
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from lpl_lightning import Autoencoder, ClassTokens, LatentDiffusionModule, LPLCallback, SampleGrid, ShapesDataModule
+from lpl_lightning import (
+    DDPM,
+    Autoencoder,
+    ClassTokens,
+    LatentDiffusionModule,
+    LPLCallback,
+    SampleGrid,
+    Sampler,
+    ShapesDataModule,
+)
 
 MakeModule = Callable[..., LatentDiffusionModule]
 
@@ -189,9 +200,107 @@ def test_sampling_during_training_does_not_change_it(
     twin = copy.deepcopy(module)
     for model, callbacks in ((module, []), (twin, [SampleGrid(num_images=8, every_n_steps=1)])):
         pl.seed_everything(3, verbose=False)
-        trainer(tmp_path, max_steps=3, callbacks=callbacks).fit(model, data)
+        lpl = LPLCallback(start_step=1, ramp_steps=2)
+        run = trainer(tmp_path, max_steps=3, callbacks=[*callbacks, lpl])
+        run.fit(model, data)
+        # Only where the module is back in training mode does LPL follow its schedule and log under its own name.
+        assert run.callback_metrics["lpl_weight"] == pytest.approx(2.0)
     for a, b in zip(module.state_dict().values(), twin.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_weights_to_start_from_never_replace_trained_ones(
+    make_module: MakeModule, data: ShapesDataModule, tmp_path: Path
+) -> None:
+    """Not when the module is validated after training, nor when its checkpoint is loaded and evaluated."""
+    save_file(fits(make_module).state_dict(), tmp_path / "base.safetensors")
+    module = fits(make_module, weights=str(tmp_path / "base.safetensors"))
+    run = trainer(tmp_path)
+    run.fit(module, data)
+    trained = copy.deepcopy(module.state_dict())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    run.validate(module, data, verbose=False)
+    parts = {k: getattr(module, k) for k in ("autoencoder", "noise", "denoiser", "conditioner")}
+    loaded = LatentDiffusionModule.load_from_checkpoint(tmp_path / "a.ckpt", **copy.deepcopy(parts))
+    trainer(tmp_path).validate(loaded, data, verbose=False)
+    for model in (module, loaded):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, trained[name])
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_weight_averaging_starts_from_the_weights_and_resumes(
+    make_module: MakeModule, data: ShapesDataModule, tmp_path: Path
+) -> None:
+    base = make_module(conditioner=ClassTokens(1000, token_dim=8, pooled_dim=8)).state_dict()
+    save_file(base, tmp_path / "base.safetensors")
+
+    def start(steps: int, decay: float, start_at: int) -> tuple[LatentDiffusionModule, pl.Trainer]:
+        average = EMAWeightAveraging(decay=decay, update_starting_at_step=start_at)
+        module = make_module(
+            conditioner=ClassTokens(1000, token_dim=8, pooled_dim=8), weights=str(tmp_path / "base.safetensors")
+        )
+        return module, trainer(tmp_path, max_steps=steps, limit_val_batches=0, callbacks=[average, LPLCallback()])
+
+    class ManyClasses(ShapesDataModule):
+        num_classes = 1000
+
+    many_classes = ManyClasses(image_size=16, train_images=32, val_images=8, batch_size=8)
+    module, run = start(2, 0.5, 100)
+    run.fit(module, many_classes)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, base[name]), "an average without an update is what it began with"
+    module, run = start(2, 0.9999, 0)
+    run.fit(module, many_classes)
+    everything = torch.ones(2, dtype=torch.bool)
+    embeddings = module.state_dict()["conditioner.pooled.weight"]
+    torch.testing.assert_close(module.conditioner({}, 2, everything).pooled[0].detach(), embeddings[1000])
+    run.save_checkpoint(tmp_path / "ema.ckpt")
+    again, longer = start(3, 0.9999, 0)
+    longer.fit(again, many_classes, ckpt_path=str(tmp_path / "ema.ckpt"))
+    assert longer.global_step == 3
+
+
+def test_pure_bfloat16_trains_with_the_autoencoder_in_float32(
+    make_module: MakeModule, data: ShapesDataModule, tmp_path: Path
+) -> None:
+    module = fits(make_module)
+    run = trainer(tmp_path, precision="bf16-true", callbacks=[LPLCallback(), SampleGrid(num_images=8)])
+    run.fit(module, data)
+    assert module.denoiser.dtype == torch.bfloat16
+    assert module.autoencoder.dtype == torch.float32
+    assert torch.isfinite(run.callback_metrics["loss"])
+
+
+def test_a_checkpoint_trained_for_something_else_is_refused(
+    make_module: MakeModule, data: ShapesDataModule, tmp_path: Path
+) -> None:
+    run = trainer(tmp_path)
+    run.fit(fits(make_module), data)
+    run.save_checkpoint(tmp_path / "flow.ckpt")
+    with pytest.raises(ValueError, match="trained for something else: prediction_type flow there, epsilon here"):
+        trainer(tmp_path).fit(fits(make_module, noise=DDPM()), data, ckpt_path=str(tmp_path / "flow.ckpt"))
+    other = Autoencoder(tiny_kl(scaling_factor=0.7, shift_factor=0.1))
+    with pytest.raises(ValueError, match=r"latent_scale \[0\.5\] there, \[0\.7\] here"):
+        trainer(tmp_path).fit(fits(make_module, autoencoder=other), data, ckpt_path=str(tmp_path / "flow.ckpt"))
+
+
+def test_a_sampler_that_adds_noise_draws_it_from_the_seeds(make_module: MakeModule) -> None:
+    process = DDPM()
+    scheduler = DDPMScheduler.from_config(process.sampling_scheduler().config)
+    module = make_module(dit=True, sampler=Sampler(num_steps=3, guidance_scale=1.0, scheduler=scheduler)).eval()
+    state = torch.get_rng_state()
+    first, again = module.generate([3, 4], [1, 1]), module.generate([4], [1])
+    torch.testing.assert_close(first[1:], again, atol=1e-4, rtol=1e-3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_classes_there_is_nothing_to_guide_by(make_module: MakeModule) -> None:
+    module = make_module(conditioner=ClassTokens(0, token_dim=8, pooled_dim=8)).eval()
+    sizes: list[int] = []
+    module.denoiser.register_forward_hook(lambda _m, inputs, _o: sizes.append(len(inputs[0])))
+    module.generate([0, 1])
+    assert sizes == [2, 2]
 
 
 def test_a_frozen_model_has_nothing_to_train(make_module: MakeModule) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -58,13 +59,14 @@ def test_the_exact_denoiser_of_a_gaussian_gives_that_gaussian(process: NoiseProc
     ],
     ids=lambda s: type(s).__name__,
 )
-def test_any_diffusers_scheduler_serves(scheduler: object) -> None:
+def test_any_diffusers_scheduler_serves(scheduler: Any) -> None:
     process = DDPM("epsilon")
     sampler = Sampler(num_steps=50, guidance_scale=1.0, scheduler=scheduler)
     for _ in range(2):  # the scheduler's own state must not leak from one call into the next
         z0 = sampler(exact_denoiser(process), process, torch.randn(4000, 1, 2, 2), NOTHING)
         assert z0.mean().item() == pytest.approx(MEAN, abs=0.05)
         assert z0.std().item() == pytest.approx(STD, rel=0.1)
+    assert scheduler.num_inference_steps is None, "the scheduler that was given stays as it was"
 
 
 def test_flow_takes_even_euler_steps() -> None:
@@ -94,8 +96,11 @@ def test_guidance_extrapolates_from_the_null_condition() -> None:
 
 
 def test_noise_belongs_to_its_seed() -> None:
-    together = initial_noise([5, 6, 7], (4, 2, 2))
-    torch.testing.assert_close(together[1:2], initial_noise([6], (4, 2, 2)))
+    def noise_of(*seeds: int) -> Tensor:
+        return initial_noise([torch.Generator().manual_seed(seed) for seed in seeds], (4, 2, 2))
+
+    together = noise_of(5, 6, 7)
+    torch.testing.assert_close(together[1:2], noise_of(6))
     assert not torch.equal(together[0], together[1])
 
 
@@ -107,7 +112,9 @@ def test_a_scheduler_of_another_prediction_is_refused() -> None:
         Sampler(scheduler=ddim).check(FlowMatching())
     with pytest.raises(ValueError, match="prediction_type='flow'"):
         Sampler(scheduler=FlowMatching().sampling_scheduler()).check(DDPM())
-    Sampler(scheduler=ddim).check(DDPM("v_prediction"))
+    with pytest.raises(ValueError, match="beta_start=0.0001, but the noise process was trained with 0.00085"):
+        Sampler(scheduler=ddim).check(DDPM("v_prediction"))
+    Sampler(scheduler=DDPM("v_prediction").sampling_scheduler()).check(DDPM("v_prediction"))
     with pytest.raises(ValueError, match="`num_steps` must be"):
         Sampler(num_steps=0)
     with pytest.raises(ValueError, match="must be a diffusers scheduler"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from lpl_lightning.arguments import at_least
 from lpl_lightning.callbacks.run_folder import run_folder
 from lpl_lightning.data.base import SampleRequests
 from lpl_lightning.module import LatentDiffusionModule
@@ -32,7 +34,8 @@ class SampleGrid(Callback):
     """Writes a grid of samples as PNG: at the start of training, every n steps, and at the end.
 
     All grids of a run use the same seeds, so that they can be compared. They lie in ``samples/`` of the run's folder
-    and go to TensorBoard where it is the logger.
+    and go to TensorBoard where it is the logger. Among the callbacks it stands behind one that averages weights, so
+    that the last grid shows the averaged ones.
 
     Args:
         num_images: How many, going round the classes.
@@ -50,11 +53,9 @@ class SampleGrid(Callback):
         seed: int = 0,
         batch_size: int = 64,
     ) -> None:
-        for name, value in (("num_images", num_images), ("columns", columns), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be 1 or more, got {value}.")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be 1 or more, or none, got {every_n_steps}.")
+        at_least(1, num_images=num_images, columns=columns, batch_size=batch_size)
+        if every_n_steps is not None:
+            at_least(1, every_n_steps=every_n_steps)
         self.num_images = num_images
         self.columns = columns
         self.every_n_steps = every_n_steps
@@ -84,6 +85,8 @@ class SampleGrid(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the last grid and say where it is."""
+        # Anew even where the last step was drawn: weight averaging may just have put its weights in place.
+        self._last_step = -1
         path = self._draw(trainer, pl_module)
         if path is not None:
             rank_zero_info(f"Samples: {path}")
@@ -98,13 +101,14 @@ class SampleGrid(Callback):
         self._last_step = step
         requests = SampleRequests(self.num_images, getattr(pl_module.conditioner, "num_classes", 0), self.seed)
         asked = [requests[i] for i in range(self.num_images)]
-        was_training = pl_module.training
+        modes = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
         images = []
         for start in range(0, self.num_images, self.batch_size):
             part = asked[start : start + self.batch_size]
             images.append(pl_module.generate([r["seed"] for r in part], [r["label"] for r in part]))
-        pl_module.train(was_training)
+        for module, training in modes.items():
+            module.training = training
         grid = make_grid(to_uint8(torch.cat(images)), nrow=self.columns)
         # Sharded models need every rank to sample; only one writes.
         if trainer.is_global_zero:
@@ -119,8 +123,8 @@ class SampleGrid(Callback):
 class ImageWriter(BasePredictionWriter):
     """Writes what ``lpl predict`` generates as PNG files, one folder a class, and resumes where it was stopped.
 
-    Image ``i`` is ``DIRNAME/CLASS/i.png``. Images that are there are not made again; a folder made with other
-    settings is refused.
+    Image ``i`` is ``DIRNAME/CLASS/i.png``, all in class 0 where the model knows no classes. Images that are there are
+    not made again; a folder made with other weights or settings, which ``settings.json`` in it records, is refused.
 
     Args:
         dirname: Where to; the folder is made if need be.
@@ -131,10 +135,14 @@ class ImageWriter(BasePredictionWriter):
         self.folder = Path(dirname)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a folder whose images were made with other settings; do not gather the images in memory."""
-        if stage != "predict" or not isinstance(pl_module, LatentDiffusionModule):
+        """Do not gather the images in memory."""
+        if stage == "predict" and isinstance(pl_module, LatentDiffusionModule):
+            trainer.predict_loop.return_predictions = False
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a folder whose images were made with other weights or settings."""
+        if not isinstance(pl_module, LatentDiffusionModule):
             return
-        trainer.predict_loop.return_predictions = False
         settings = self._settings(trainer, pl_module)
         record = self.folder / "settings.json"
         if record.exists():
@@ -153,17 +161,24 @@ class ImageWriter(BasePredictionWriter):
     def _settings(trainer: pl.Trainer, pl_module: LatentDiffusionModule) -> dict[str, Any]:
         sampler = pl_module.sampler
         scheduler = sampler.scheduler if sampler.scheduler is not None else pl_module.noise.sampling_scheduler()
-        weights = trainer.ckpt_path or pl_module.weights
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in pl_module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         data = getattr(trainer, "datamodule", None)
-        return {
-            "weights": str(weights),
-            "scheduler": type(scheduler).__name__,
+        settings = {
+            "weights_blake2b": digest.hexdigest(),
+            "autoencoder": dict(pl_module.autoencoder.model.config),
+            "scheduler": {"class": type(scheduler).__name__, **scheduler.config},
             "num_steps": sampler.num_steps,
             "guidance_scale": sampler.guidance_scale,
             "generate_seed": getattr(data, "generate_seed", None),
             "image_size": getattr(data, "image_size", None),
             "num_classes": getattr(data, "num_classes", None),
         }
+        # As it comes back from the file, where tuples are lists.
+        restored: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+        return restored
 
     def path(self, index: int, label: int) -> Path:
         """Where image ``index`` lies."""
@@ -180,6 +195,8 @@ class ImageWriter(BasePredictionWriter):
         """Take out of the batch what is there already. Each image has its own seed, so the others stay the same."""
         if not isinstance(pl_module, LatentDiffusionModule):
             return
+        if getattr(pl_module.conditioner, "num_classes", None) == 0:
+            batch["label"] = torch.zeros_like(batch["label"])
         todo = [
             not self.path(index, label).exists()
             for index, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.losses import LatentPerceptualLoss
 from lpl_lightning.mixin import LPLMixin
@@ -19,7 +20,8 @@ class LPLCallback(Callback):
     """Adds ``weight * LPL`` to the loss of a module with ``LPLMixin``.
 
     The term is attached at setup and detached at teardown. It logs ``loss_lpl`` (before the weight), ``gate_share``
-    (share of the batch that passed the gate) and ``lpl_weight``; in validation ``val_loss_lpl``.
+    (share of the batch that passed the gate) and ``lpl_weight``; in validation ``val_loss_lpl``,
+    in test ``test_loss_lpl``.
 
     Args:
         weight: Weight w of the loss; the paper's best is about 3, where LPL is about a fifth of the total.
@@ -40,14 +42,8 @@ class LPLCallback(Callback):
         loss: Callable[[Autoencoder], LatentPerceptualLoss] = LatentPerceptualLoss,
         autoencoder: Autoencoder | None = None,
     ) -> None:
-        for name, value, least in (
-            ("weight", weight, 0),
-            ("start_step", start_step, 0),
-            ("ramp_steps", ramp_steps, 0),
-            ("every_n_steps", every_n_steps, 1),
-        ):
-            if value < least:
-                raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+        at_least(0, weight=weight, start_step=start_step, ramp_steps=ramp_steps)
+        at_least(1, every_n_steps=every_n_steps)
         self.weight = weight
         self.start_step = start_step
         self.ramp_steps = ramp_steps
@@ -72,6 +68,11 @@ class LPLCallback(Callback):
                 f"LPLCallback needs a module with LPLMixin, got {type(pl_module).__name__}. Make it a subclass of "
                 "lpl_lightning.LPLMixin and add self.auxiliary_loss(z0_hat, z0, noise_to_signal) to its loss."
             )
+        if "lpl" in pl_module.loss_terms:
+            raise ValueError(
+                "There are two LPLCallbacks under trainer.callbacks, perhaps one of the config and one of an overlay; "
+                "leave one out."
+            )
         autoencoder = self._autoencoder or getattr(pl_module, "autoencoder", None)
         if not isinstance(autoencoder, Autoencoder):
             raise ValueError(
@@ -88,7 +89,7 @@ class LPLCallback(Callback):
             if autoencoder.scale.device != z0.device:
                 autoencoder.to(z0.device)
             value: Tensor = loss(z0_hat, z0, noise_to_signal).mean()
-            prefix = "" if training else "val_"
+            prefix = "" if training else "test_" if trainer.testing else "val_"
             pl_module.log(
                 f"{prefix}loss_lpl",
                 value.detach(),
@@ -109,3 +110,7 @@ class LPLCallback(Callback):
         """Detach the term."""
         if isinstance(pl_module, LPLMixin):
             pl_module.remove_loss_term("lpl")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Detach the term, so that a run that was interrupted in a notebook can be started again."""
+        self.teardown(trainer, pl_module, "fit")

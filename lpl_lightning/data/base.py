@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lpl_lightning.arguments import at_least
+
 __all__ = ["ImageDataModule", "SampleRequests"]
 
 Split = Literal["train", "val", "test"]
@@ -36,9 +38,7 @@ class SampleRequests(Dataset[Request]):
     """
 
     def __init__(self, num_images: int, num_classes: int = 0, seed: int = 0) -> None:
-        for name, value in (("num_images", num_images), ("num_classes", num_classes)):
-            if value < 0:
-                raise ValueError(f"`{name}` must be 0 or more, got {value}.")
+        at_least(0, num_images=num_images, num_classes=num_classes)
         self.num_images = num_images
         self.num_classes = num_classes
         self.seed = seed
@@ -70,14 +70,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         self, image_size: int, batch_size: int, num_workers: int, num_generate: int, generate_seed: int
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("image_size", image_size, 1),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("num_generate", num_generate, 0),
-        ):
-            if value < least:
-                raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+        at_least(1, image_size=image_size, batch_size=batch_size)
+        at_least(0, num_workers=num_workers, num_generate=num_generate)
         self.image_size = image_size
         self.batch_size = batch_size
         self.num_workers = num_workers

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from lpl_lightning.arguments import at_least
 from lpl_lightning.data.base import ImageDataModule, Split, to_unit_range
 
 __all__ = ["ShapesDataModule", "ShapesDataset"]
@@ -197,8 +198,7 @@ class ShapesDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, length: int, image_size: int = 64, split: Split = "train", seed: int = 0) -> None:
-        if length < 1:
-            raise ValueError(f"`length` must be 1 or more, got {length}.")
+        at_least(1, length=length)
         self.length = length
         self.image_size = image_size
         self.split = split
@@ -245,9 +245,7 @@ class ShapesDataModule(ImageDataModule):
         generate_seed: int = 0,
     ) -> None:
         super().__init__(image_size, batch_size, num_workers, num_generate, generate_seed)
-        for name, value in (("train_images", train_images), ("val_images", val_images)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be 1 or more, got {value}.")
+        at_least(1, train_images=train_images, val_images=val_images)
         self.train_images = train_images
         self.val_images = val_images
         self.seed = seed

@@ -7,8 +7,9 @@ Equation 3, for one sample with decoder features :math:`\phi_l` of the clean lat
     L = \delta_{nsr \le \tau} \sum_l \omega_l \frac{1}{C_l} \sum_c
         \frac{\| \rho_{l,c} \odot (\phi'_{l,c} - \hat\phi'_{l,c}) \|_2^2}{\| \rho_{l,c} \|_1}
 
-with the outlier mask :math:`\rho` of ``outliers.py`` and :math:`nsr = \sigma_t / \alpha_t`. The squares are averaged
-over the inliers, so that a layer's share does not grow with its area. The training loss is its mean over the *whole*
+with the outlier mask :math:`\rho` of ``outliers.py`` and :math:`nsr = \sigma_t / \alpha_t`. The paper prints the norm
+without the division by the number of inliers; with it, a layer's share does not grow with its area, as in the public
+code, and the paper's weight of 3 is of the right size. The training loss is its mean over the *whole*
 batch, gated samples counting as zero, since the gate stands inside the expectation.
 """
 
@@ -19,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.losses.outliers import inlier_mask, odd_kernel
 
@@ -113,12 +115,13 @@ class LatentPerceptualLoss(nn.Module):
         autoencoder: The frozen autoencoder whose decoder looks at the latents.
         depth: How many of the decoder's feature maps are compared, shallow to deep; at most all there are. The
             paper's 5 are all those of its decoders (a middle block and four others).
-        threshold: tau: samples with sigma / alpha above it are gated. The paper's best lie between 3 and 6 at
-            256 and 512 px; it scales with the latents' side.
+        threshold: tau: samples with sigma / alpha above it are gated. About 3 for latents of 32 x 32 (256 px, f = 8)
+            and 6 for 64 x 64: in proportion to the latents' side.
         statistics: See ``standardize``.
         depth_weights: See ``depth_weight``.
         mask_outliers: Whether outliers are left out of maps finer than twice the first.
-        dilation: Window that dilates the map of inliers, on the finest map; coarser maps have smaller ones.
+        dilation: Window that dilates the map of inliers, in positions of a map as large as the image; coarser maps
+            have smaller ones, to the nearest odd number.
         erosion: Window that erodes it afterwards, likewise.
         eps: Added to the variances.
     """
@@ -136,8 +139,7 @@ class LatentPerceptualLoss(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"`depth` must be 1 or more, got {depth}.")
+        at_least(1, depth=depth)
         if threshold <= 0:
             raise ValueError(f"`threshold` must be a noise-to-signal ratio above 0, got {threshold}.")
         for name, size in (("dilation", dilation), ("erosion", erosion)):
@@ -179,20 +181,20 @@ class LatentPerceptualLoss(nn.Module):
                 f"got shape {tuple(noise_to_signal.shape)}."
             )
         # An empty sum: zero, connected to the graph, and with a zero gradient even where z0_hat is not finite.
-        losses = z0_hat.flatten(1)[:, :0].sum(dim=1)
+        losses = z0_hat.float().flatten(1)[:, :0].sum(dim=1)
         if noise_to_signal is None:
             return losses + self._ungated(z0_hat, z0)
         kept = self.passes(noise_to_signal.detach()).nonzero().squeeze(1).to(z0.device, non_blocking=True)
         if len(kept) == 0:
             return losses
-        return losses.index_add(0, kept, self._ungated(z0_hat[kept], z0[kept]).to(losses.dtype))
+        return losses.index_add(0, kept, self._ungated(z0_hat[kept], z0[kept]))
 
     def _ungated(self, z0_hat: Tensor, z0: Tensor) -> Tensor:
         """Loss (B,) of samples that have passed the gate."""
         with torch.no_grad():
             targets = self.autoencoder.features(z0, self.depth)
         predictions = self.autoencoder.features(z0_hat, self.depth)
-        first, finest = predictions[0].shape[-1], predictions[-1].shape[-1]
+        first, image_side = predictions[0].shape[-1], z0.shape[-1] * self.autoencoder.downscale
         total = z0_hat.new_zeros(len(z0), dtype=torch.float32)
         with torch.autocast(z0.device.type, enabled=False):
             for predicted, target in zip(predictions, targets, strict=True):
@@ -201,8 +203,8 @@ class LatentPerceptualLoss(nn.Module):
                 if self.mask_outliers and side > 2 * first:
                     mask = inlier_mask(
                         predicted.detach().float(),
-                        dilation=odd_kernel(self.dilation, side / finest),
-                        erosion=odd_kernel(self.erosion, side / finest),
+                        dilation=odd_kernel(self.dilation, side / image_side),
+                        erosion=odd_kernel(self.erosion, side / image_side),
                     )
                 distance = masked_distance(
                     *standardize(predicted.float(), target.float(), self.statistics, self.eps), mask

@@ -92,6 +92,20 @@ def test_images_of_other_settings_are_not_mixed_in(module: LatentDiffusionModule
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["num_steps"] == 2
 
 
+def test_images_of_other_weights_are_not_mixed_in(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    predict(module, tmp_path / "out", tmp_path, num_generate=2)
+    with torch.no_grad():
+        next(module.denoiser.parameters()).add_(0.1)
+    with pytest.raises(ValueError, match=r"other settings \(weights_blake2b; see"):
+        predict(module, tmp_path / "out", tmp_path)
+
+
+def test_without_classes_all_images_lie_in_one_folder(make_module: MakeModule, tmp_path: Path) -> None:
+    predict(make_module(conditioner=ClassTokens(0, token_dim=8, pooled_dim=8)), tmp_path / "out", tmp_path)
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == ["0000"]
+    assert len(pictures(tmp_path / "out")) == 20
+
+
 def test_grids_at_start_every_n_steps_and_end(module: LatentDiffusionModule, tmp_path: Path) -> None:
     run = trainer(
         tmp_path, max_steps=5, max_epochs=-1, callbacks=[SampleGrid(num_images=10, columns=5, every_n_steps=2)]
@@ -105,7 +119,6 @@ def test_grids_at_start_every_n_steps_and_end(module: LatentDiffusionModule, tmp
     expected = (module.eval().generate([9], [1])[0] + 1) * 127.5
     cell = torch.from_numpy(last[20:36, 74:90].copy()).permute(2, 0, 1)
     assert (cell - expected).abs().max() <= 1.5
-    assert module.training is False
 
 
 def test_a_module_that_cannot_generate_is_refused() -> None:

@@ -41,6 +41,24 @@ def test_its_loss_is_made_with_the_options_given(tmp_path: Path) -> None:
     assert trainer.callback_metrics["gate_share"] == 0.5
 
 
+def test_two_of_them_are_refused(tmp_path: Path) -> None:
+    pair = [LPLCallback(autoencoder=Autoencoder(tiny_kl())) for _ in range(2)]
+    with pytest.raises(ValueError, match="two LPLCallbacks under trainer.callbacks"):
+        fit(Foreign(), tmp_path, *pair)
+
+
+def test_a_run_that_was_interrupted_can_be_started_again(tmp_path: Path) -> None:
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("stopped")
+
+    module, callback = Foreign(), LPLCallback(autoencoder=Autoencoder(tiny_kl()))
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(module, tmp_path, callback, Stop())
+    assert not module.loss_terms
+    fit(module, tmp_path, callback)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

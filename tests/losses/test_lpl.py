@@ -23,28 +23,29 @@ def naive_loss(
     mask: bool,
     eps: float,
 ) -> Tensor:
-    """Eq. 3 written out: loops over samples, maps, channels and positions."""
+    """Eq. 3 written out: loops over samples, maps and channels."""
     losses = []
     for estimate, clean in zip(z0_hat, z0, strict=True):
         phis_hat = autoencoder.features(estimate[None], depth)
         phis = autoencoder.features(clean[None], depth)
-        first, finest = phis[0].shape[-1], phis[-1].shape[-1]
+        first = phis[0].shape[-1]
         total = torch.zeros((), dtype=z0.dtype)
         for phi_hat, phi in zip(phis_hat, phis, strict=True):
-            side = phi.shape[-1]
-            ratio = side / first
+            ratio = phi.shape[-1] // first
             omega = {"inverse_upscale": 1 / ratio, "exponential": 2**-ratio, "uniform": 1.0}[weights]
             inliers = torch.ones_like(phi)
             if mask and ratio > 2:
-                kernels = [1 if side < finest and k == 3 else 3 if side < finest else k for k in (3, 5)]
+                # Kernels 3 and 5 on a map of the image's side, which is 8 times the latent's; half that on one of half.
+                kernels = {4: (1, 3), 8: (3, 5)}[ratio]
                 inliers = naive_mask(phi_hat.detach(), 0.02, 2.0, *kernels)
+                assert 0.5 < inliers.mean() < 1, "there is something to mask"
             channels = phi.shape[1]
             of_map = torch.zeros((), dtype=z0.dtype)
             for c in range(channels):
-                a, b, rho = phi_hat[0, c].flatten(), phi[0, c].flatten(), inliers[0, c].flatten()
-                mean_a, mean_b = torch.stack([*a]).sum() / len(a), torch.stack([*b]).sum() / len(b)
-                std_a = (torch.stack([(x - mean_a) ** 2 for x in a]).sum() / len(a) + eps).sqrt()
-                std_b = (torch.stack([(x - mean_b) ** 2 for x in b]).sum() / len(b) + eps).sqrt()
+                a, b, rho = phi_hat[0, c], phi[0, c], inliers[0, c]
+                mean_a, mean_b = a.sum() / a.numel(), b.sum() / b.numel()
+                std_a = (((a - mean_a) ** 2).sum() / a.numel() + eps).sqrt()
+                std_b = (((b - mean_b) ** 2).sum() / b.numel() + eps).sqrt()
                 if statistics == "predicted_detached":
                     mean_a, std_a = mean_a.detach(), std_a.detach()
                 one = torch.ones(())
@@ -56,10 +57,8 @@ def naive_loss(
                     "none": (0 * one, one, 0 * one, one),
                 }
                 ma, sa, mb, sb = moments[statistics]
-                of_channel = sum(
-                    rho[i] * ((b[i] - mb) / sb - (a[i] - ma) / sa) ** 2 for i in range(len(a)) if rho[i] > 0
-                )
-                of_map = of_map + of_channel / max(rho.sum().item(), 1)
+                difference = (b - mb) / sb - (a - ma) / sa
+                of_map = of_map + (rho * difference**2).sum() / rho.sum()
             total = total + omega * of_map / channels
         losses.append(total)
     return torch.stack(losses)
@@ -70,7 +69,9 @@ CASES: list[dict[str, Any]] = [
     *({"depth_weights": w} for w in get_args(DepthWeights)),
     {"mask_outliers": False},
     {"depth": 1},
+    {"depth": 2},
     {"depth": 3},
+    {"depth": 4},
 ]
 
 
@@ -78,13 +79,31 @@ CASES: list[dict[str, Any]] = [
 def double() -> Autoencoder:
     """A decoder in float64, small enough for loops in Python."""
     torch.manual_seed(1)
-    model = tiny_kl(block_out_channels=(4, 4, 4), norm_num_groups=2)
-    return Autoencoder(model).double()
+    model: Any = tiny_kl(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+    ).double()
+
+    def plant(side: int) -> Any:
+        """Outliers as trained decoders have them, ``side`` positions wide."""
+
+        def hook(_module: object, _inputs: object, features: Tensor) -> Tensor:
+            spikes = torch.zeros_like(features)
+            spikes[:, ::2, 1 : 1 + side, 2 : 2 + side] = 60.0
+            return features + spikes
+
+        return hook
+
+    for block, side in zip(model.decoder.up_blocks, (1, 1, 4, 4), strict=True):
+        block.register_forward_hook(plant(side))
+    return Autoencoder(model)
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_value_and_gradient_equal_eq_3_written_out(double: Autoencoder, options: dict[str, Any]) -> None:
-    z0 = torch.randn(2, 4, 2, 2, dtype=torch.float64)
+    z0 = torch.randn(2, 4, 4, 4, dtype=torch.float64)
     z0_hat = (z0 + 0.5 * torch.randn_like(z0)).requires_grad_()
     settings: dict[str, Any] = {
         "depth": 4,
@@ -156,6 +175,14 @@ def test_a_gated_estimate_that_is_not_finite_harms_nothing(lpl: LatentPerceptual
     lpl(broken, z0, torch.tensor([1.0, 1.0, 1.0, 9.0])).mean().backward()
     assert broken.grad is not None
     assert torch.isfinite(broken.grad).all()
+
+
+def test_the_result_is_float32_whatever_comes(lpl: LatentPerceptualLoss) -> None:
+    z0_hat, z0 = pair()
+    nsr = torch.tensor([1.0, 9.0, 1.0, 1.0])
+    half = lpl(z0_hat.bfloat16(), z0.bfloat16(), nsr)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, lpl(z0_hat, z0, nsr), rtol=0.1, atol=0.01)
 
 
 def test_samples_do_not_depend_on_their_batch(lpl: LatentPerceptualLoss) -> None:

@@ -50,6 +50,9 @@ def test_mask_equals_a_naive_loop(dilation: int, erosion: int) -> None:
     features[0, 0, 3, 3:5] = 40.0
     features[1, 2, 0, 0] = -60.0
     features[1, 1] = 2.5
+    # Within two standard deviations beyond the quantiles, but not within one.
+    features[0, 1, 5, 5] = features[0, 1].min() - 1.5 * features[0, 1].std()
+    features[0, 2, 5, 5] = features[0, 2].flatten().sort().values[-3] + 1.5 * features[0, 2].std()
     expected = naive_mask(features, 0.02, 2.0, dilation, erosion)
     assert torch.equal(inlier_mask(features, dilation=dilation, erosion=erosion), expected)
     if dilation == 1:
