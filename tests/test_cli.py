@@ -1,0 +1,246 @@
+"""Every config, through the command line, on real models."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, tiny_taesd
+from PIL import Image
+
+from lpl_lightning import Autoencoder, LatentDiffusionModule
+from lpl_lightning.cli import main
+
+CONFIGS = ROOT / "configs"
+SHORT = [
+    "--trainer.max_steps=2",
+    "--trainer.val_check_interval=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--data.batch_size=4",
+]
+FEW_STEPS = ["--model.sampler.num_steps=2"]
+
+
+def in_folder(tmp_path: Path) -> list[str]:
+    return [f"--trainer.logger.init_args.save_dir={tmp_path / 'runs'}"]
+
+
+def last_run(tmp_path: Path) -> Path:
+    return max((tmp_path / "runs").glob("*/version_*"), key=lambda p: p.stat().st_mtime)
+
+
+def logged(run: Path) -> dict[str, list[float]]:
+    columns: dict[str, list[float]] = {}
+    with (run / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value:
+                    columns.setdefault(name, []).append(float(value))
+    return columns
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of small photos-to-be, and a saved autoencoder beside them."""
+    for name, color in (("cat", (200, 80, 30)), ("dog", (20, 90, 160))):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(8):
+            image = Image.new("RGB", (40 + i, 36), color)
+            image.putpixel((i, i), (255, 255, 255))
+            image.save(tmp_path / "photos" / name / f"{i}.png")
+    tiny_taesd(latent_channels=16).save_pretrained(tmp_path / "vae")
+    return tmp_path / "photos"
+
+
+def folder_args(photos: Path) -> list[str]:
+    return [
+        f"--data.root={photos}",
+        "--data.num_workers=0",
+        f"--model.autoencoder.model={photos.parent / 'vae'}",
+        "--model.conditioner.num_classes=2",
+    ]
+
+
+def test_quickstart_trains_with_lpl_and_draws(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    main(["fit", "-c", str(CONFIGS / "quickstart.yaml"), *SHORT, *FEW_STEPS, *in_folder(tmp_path)])
+    run = last_run(tmp_path)
+    metrics = logged(run)
+    for name in ("loss", "loss_diffusion", "loss_lpl", "gate_share", "images_per_second"):
+        assert name in metrics
+    grid = run / "samples" / "step-00000002.png"
+    with Image.open(grid) as image:
+        assert image.size == (8 * 66 + 2, 8 * 66 + 2)
+    assert f"Samples: {grid}" in caplog.text
+
+
+def test_autoencoder_shapes(tmp_path: Path) -> None:
+    main(["fit", "-c", str(CONFIGS / "autoencoder_shapes.yaml"), *SHORT, *in_folder(tmp_path)])
+    assert (last_run(tmp_path) / "autoencoder" / "config.json").is_file()
+
+
+def test_the_same_module_trains_an_autoencoder_on_a_folder(photos: Path, tmp_path: Path) -> None:
+    args = ["fit", "-c", str(CONFIGS / "autoencoder_shapes.yaml"), *SHORT, *in_folder(tmp_path)]
+    data = ["--data=lpl_lightning.ImageFolderDataModule", f"--data.root={photos}", "--data.image_size=32"]
+    main([*args, *data, "--data.num_workers=0", "--data.batch_size=4"])
+    assert Autoencoder(str(last_run(tmp_path) / "autoencoder")).latent_channels == 4
+
+
+def test_denoiser_shapes(tmp_path: Path) -> None:
+    main(["fit", "-c", str(CONFIGS / "denoiser_shapes.yaml"), *SHORT, *FEW_STEPS, *in_folder(tmp_path)])
+    assert (last_run(tmp_path) / "weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("overlay", [[], ["-c", str(CONFIGS / "lpl.yaml")]], ids=["without_lpl", "with_lpl"])
+def test_folder_with_and_without_the_overlay(photos: Path, tmp_path: Path, overlay: list[str]) -> None:
+    main(
+        ["fit", "-c", str(CONFIGS / "folder.yaml"), *overlay]
+        + [*SHORT, *FEW_STEPS, *folder_args(photos), *in_folder(tmp_path)]
+    )
+    metrics = logged(last_run(tmp_path))
+    assert ("loss_lpl" in metrics) == bool(overlay)
+    assert len(list((last_run(tmp_path) / "samples").iterdir())) == 2, "the overlay appends, it does not replace"
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_post_training_validation_and_prediction_from_a_checkpoint(photos: Path, tmp_path: Path) -> None:
+    base = ["-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *folder_args(photos), *in_folder(tmp_path)]
+    main(["fit", *base, *SHORT])
+    checkpoint = last_run(tmp_path) / "checkpoints" / "last.ckpt"
+    main(["fit", *base, "-c", str(CONFIGS / "lpl.yaml"), *SHORT, f"--model.weights={checkpoint}"])
+    assert "loss_lpl" in logged(last_run(tmp_path))
+    main(["validate", *base, f"--ckpt_path={checkpoint}", "--trainer.enable_progress_bar=false"])
+    out = tmp_path / "out"
+    main(
+        ["predict", *base, f"--ckpt_path={checkpoint}", f"--writer.dirname={out}", "--data.num_generate=3"]
+        + ["--trainer.enable_progress_bar=false"]
+    )
+    assert sorted(p.parent.name + "/" + p.name for p in out.rglob("*.png")) == [
+        "0000/000000.png",
+        "0000/000002.png",
+        "0001/000001.png",
+    ]
+
+
+def test_a_run_saves_the_config_that_makes_it_again(tmp_path: Path) -> None:
+    main(["fit", "-c", str(CONFIGS / "quickstart.yaml"), *SHORT, *FEW_STEPS, *in_folder(tmp_path)])
+    first = last_run(tmp_path)
+    main(["fit", "-c", str(first / "config.yaml")])
+    second = last_run(tmp_path)
+    assert second != first
+    assert logged(first)["loss"] == logged(second)["loss"]
+
+
+def test_a_checkpoint_of_the_command_line_builds_its_own_parts(photos: Path, tmp_path: Path) -> None:
+    main(["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *SHORT, *folder_args(photos), *in_folder(tmp_path)])
+    checkpoint = last_run(tmp_path) / "checkpoints" / "last.ckpt"
+    module = LatentDiffusionModule.load_from_checkpoint(checkpoint, weights_only=True)
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    assert module.sampler.num_steps == 2
+    assert module.generate([0], [1]).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in CONFIGS.glob("*.yaml")))
+def test_every_key_of_a_config_is_explained(name: str) -> None:
+    """A comment stands above each block of keys; no config is a bare list of settings."""
+    lines = (CONFIGS / name).read_text().splitlines()
+    comments = sum(line.lstrip().startswith("#") for line in lines)
+    assert comments >= 0.3 * (len(lines) - comments)
+
+
+def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*args: str) -> Any:
+        with pytest.raises(SystemExit):
+            main(["fit", *args, "--print_config"])
+        return capsys.readouterr().out
+
+    first = printed("-c", str(CONFIGS / "quickstart.yaml"))
+    (tmp_path / "again.yaml").write_text(first)
+    again = printed("-c", str(tmp_path / "again.yaml"))
+    assert yaml.safe_load(first) == yaml.safe_load(again)
+    assert yaml.safe_load(first)["model"]["init_args"]["weights"] == "embedded:denoiser_shapes"
+
+
+def test_a_checkpoint_is_left_at_the_end(photos: Path, tmp_path: Path) -> None:
+    """Also where the run ends in the middle of an epoch and between two validations."""
+    args = ["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *SHORT, *folder_args(photos), *in_folder(tmp_path)]
+    main([*args, "--trainer.val_check_interval=1000", "--trainer.max_steps=1"])
+    assert torch.load(last_run(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda photos: shutil.rmtree(photos), "`root` must be a folder of images, but .* does not exist"),
+        (lambda photos: list(map(shutil.rmtree, [*photos.iterdir()])), "`root` must hold images, but no file"),
+        (lambda photos: shutil.rmtree(photos / "cat"), "`num_classes`=2 of the conditioner .* has 1 classes"),
+    ],
+    ids=["missing", "empty", "a_class_is_gone"],
+)
+def test_a_bad_folder_is_one_clear_error(
+    photos: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    spoil(photos)
+    args = ["fit", "-c", str(CONFIGS / "folder.yaml"), *SHORT, *folder_args(photos), *in_folder(tmp_path)]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(args)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_an_unreadable_photo_among_good_ones_is_one_warning(photos: Path, tmp_path: Path) -> None:
+    (photos / "cat" / "bad.png").write_bytes((photos / "cat" / "1.png").read_bytes()[:60])
+    args = ["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *SHORT, *folder_args(photos), *in_folder(tmp_path)]
+    with pytest.warns(UserWarning, match=r"Left out 1 of 17 images that cannot be read: .*bad\.png"):
+        main(args)
+    assert len(logged(last_run(tmp_path))["loss"]) == 2
+
+
+def test_prediction_needs_weights_and_a_failed_one_stands_in_no_ones_way(photos: Path, tmp_path: Path) -> None:
+    base = ["-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *folder_args(photos), *in_folder(tmp_path)]
+    base += ["--trainer.enable_progress_bar=false", "--data.num_generate=2", f"--writer.dirname={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match="`lpl predict` needs trained weights"):
+        main(["predict", *base])
+    with pytest.raises((ValueError, FileNotFoundError)):
+        main(["predict", *base, f"--ckpt_path={tmp_path / 'nowhere.ckpt'}"])
+    assert not (tmp_path / "out").exists()
+
+
+BAD = [
+    (["--model.sampler.num_stepz=3"], "num_stepz"),
+    (["--data.image_size=30"], "`image_size`=30"),
+    (["--model.conditioner.num_classes=5", "--model.weights=null"], "has 8 classes"),
+    (["--model.denoiser.backbone.num_layers=3"], "embedded:denoiser_shapes are of another model"),
+    (["--model.autoencoder.model=./nowhere"], "`model`='./nowhere' does not exist"),
+    (["--model.weights=./nowhere.ckpt"], "`weights`='./nowhere.ckpt' does not exist"),
+    (["--data.batch_size=0"], "`batch_size` must be 1 or more, got 0"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), BAD, ids=[a[0].split("=")[0] for a, _ in BAD])
+def test_bad_input_is_one_clear_error(
+    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError, SystemExit)) as raised:
+        main(["fit", "-c", str(CONFIGS / "quickstart.yaml"), *SHORT, *in_folder(tmp_path), *args])
+    said = str(raised.value) + capsys.readouterr().err
+    assert message in said
+    if not isinstance(raised.value, SystemExit):
+        assert len(str(raised.value)) < 400, "the message is the error, not a dump of the config"
+
+
+def test_a_checkpoint_of_another_model_is_refused(photos: Path, tmp_path: Path) -> None:
+    base = ["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *SHORT, *folder_args(photos), *in_folder(tmp_path)]
+    main(base)
+    checkpoint = last_run(tmp_path) / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match="of another model"):
+        main([*base, f"--ckpt_path={checkpoint}", "--model.denoiser.backbone.num_layers=2"])
