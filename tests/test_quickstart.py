@@ -1,4 +1,4 @@
-"""The quickstart's promise, whole: its time, its grid, and shapes in it that can be told apart."""
+"""The quickstart's promise, whole: a grid, and shapes in it that can be told apart."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ def shape_classifier() -> nn.Module:
         layers += [nn.Conv2d(channels_in, channels_out, 3, 2, 1), nn.BatchNorm2d(channels_out), nn.ReLU()]
     net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 8))
     data = ShapesDataset(8000, seed=11)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    for _epoch in range(5):
+    optimizer = torch.optim.AdamW(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=6 * 125)
+    for _epoch in range(6):
         for start in range(0, 8000, 64):
             items = [data[i] for i in range(start, start + 64)]
             images, labels = torch.stack([i["image"] for i in items]), torch.tensor([i["label"] for i in items])
             optimizer.zero_grad()
             nn.functional.cross_entropy(net(images + 0.1 * torch.randn_like(images)), labels).backward()
             optimizer.step()
+            schedule.step()
     return net.eval()
 
 
