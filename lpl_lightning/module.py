@@ -88,14 +88,11 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that the parts and the data fit, before the first step."""
-        data = getattr(self.trainer, "datamodule", None)
-        latent_size = None
-        image_size = getattr(data, "image_size", None)
-        if isinstance(image_size, int):
-            check_divides(image_size, self.autoencoder.downscale)
-            latent_size = image_size // self.autoencoder.downscale
+        if self._image_size is not None:
+            check_divides(self._image_size, self.autoencoder.downscale)
+        latent_size = None if self._image_size is None else self.latent_size
         self.denoiser.check(self.autoencoder.latent_channels, latent_size, self.conditioner)
-        self.conditioner.check(data)
+        self.conditioner.check(getattr(self.trainer, "datamodule", None))
         self.sampler.check(self.noise)
 
     def load_weights(self, source: str) -> None:
@@ -174,12 +171,16 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         return self.generate(batch["seed"].tolist(), batch["label"])
 
     @property
+    def _image_size(self) -> int | None:
+        """Side of the data's images, where there are data that say it."""
+        image_size = getattr(getattr(self._trainer, "datamodule", None), "image_size", None)
+        return image_size if isinstance(image_size, int) else None
+
+    @property
     def latent_size(self) -> int:
         """Side of the latents: the data's, and without data the one that the backbone was built for."""
-        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        image_size = getattr(data, "image_size", None)
-        if isinstance(image_size, int):
-            return image_size // self.autoencoder.downscale
+        if self._image_size is not None:
+            return self._image_size // self.autoencoder.downscale
         return int(self.denoiser.backbone.config.sample_size)
 
     @torch.no_grad()

@@ -8,14 +8,14 @@ Equation 3, for one sample with decoder features :math:`\phi_l` of the clean lat
         \frac{\| \rho_{l,c} \odot (\phi'_{l,c} - \hat\phi'_{l,c}) \|_2^2}{\| \rho_{l,c} \|_1}
 
 with the outlier mask :math:`\rho` of ``outliers.py`` and :math:`nsr = \sigma_t / \alpha_t`. The paper prints the norm
-without the division by the number of inliers; with it, a layer's share does not grow with its area, as in the public
-code, and the paper's weight of 3 is of the right size. The training loss is its mean over the *whole*
-batch, gated samples counting as zero, since the gate stands inside the expectation.
+without the division by the number of inliers; with it, as in the public code, a layer's share does not grow with its
+area. The training loss is its mean over the *whole* batch, gated samples counting as zero, since the gate stands inside
+the expectation.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +142,12 @@ class LatentPerceptualLoss(nn.Module):
         at_least(1, depth=depth)
         if threshold <= 0:
             raise ValueError(f"`threshold` must be a noise-to-signal ratio above 0, got {threshold}.")
+        for name, value, choices in (
+            ("statistics", statistics, get_args(Statistics)),
+            ("depth_weights", depth_weights, get_args(DepthWeights)),
+        ):
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
         for name, size in (("dilation", dilation), ("erosion", erosion)):
             if size < 1 or size % 2 == 0:
                 raise ValueError(f"`{name}` must be an odd number of positions, got {size}.")

@@ -257,6 +257,8 @@ def test_bad_input_is_named(autoencoder: Autoencoder, lpl: LatentPerceptualLoss)
         ({"depth": 0}, "`depth` must be 1 or more"),
         ({"threshold": 0.0}, "`threshold` must be a noise-to-signal ratio above 0"),
         ({"dilation": 2}, "`dilation` must be an odd number"),
+        ({"statistics": "mean"}, "`statistics` must be one of predicted, .* got 'mean'"),
+        ({"depth_weights": "linear"}, "`depth_weights` must be one of inverse_upscale, .* got 'linear'"),
     ]
     for options, message in bad:
         with pytest.raises(ValueError, match=message):
