@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,3 +247,16 @@ def test_a_checkpoint_of_another_model_is_refused(photos: Path, tmp_path: Path) 
     checkpoint = last_run(tmp_path) / "checkpoints" / "last.ckpt"
     with pytest.raises(ValueError, match="of another model"):
         main([*base, f"--ckpt_path={checkpoint}", "--model.denoiser.backbone.num_layers=2"])
+
+
+def test_prediction_goes_on_in_another_process(tmp_path: Path) -> None:
+    """What the first process recorded is what the second one finds, whatever the order of Python's sets."""
+    out = tmp_path / "out"
+    for number, seed in ((1, "1"), (2, "2")):
+        command = [sys.executable, "-m", "lpl_lightning", "predict", "-c", str(CONFIGS / "quickstart.yaml"), *FEW_STEPS]
+        command += [f"--data.num_generate={number}", f"--writer.dirname={out}", "--trainer.accelerator=cpu"]
+        command += [*in_folder(tmp_path), "--trainer.enable_progress_bar=false"]
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert len(list(out.rglob("*.png"))) == number

@@ -168,8 +168,8 @@ class ImageWriter(BasePredictionWriter):
         data = getattr(trainer, "datamodule", None)
         settings = {
             "weights_blake2b": digest.hexdigest(),
-            "autoencoder": dict(pl_module.autoencoder.model.config),
-            "scheduler": {"class": type(scheduler).__name__, **scheduler.config},
+            "autoencoder": _described(pl_module.autoencoder.model),
+            "scheduler": _described(scheduler),
             "num_steps": sampler.num_steps,
             "guidance_scale": sampler.guidance_scale,
             "generate_seed": getattr(data, "generate_seed", None),
@@ -228,6 +228,12 @@ class ImageWriter(BasePredictionWriter):
         """Say where the images are."""
         if isinstance(pl_module, LatentDiffusionModule):
             rank_zero_info(f"Images: {self.folder}")
+
+
+def _described(part: Any) -> dict[str, Any]:
+    """Class and config of a part of diffusers, without its private keys, whose order differs between processes."""
+    public = {key: value for key, value in part.config.items() if not key.startswith("_")}
+    return {"class": type(part).__name__, **public}
 
 
 def _write_png(image: Tensor, path: Path) -> None:
