@@ -1,153 +1,130 @@
 r"""The frozen autoencoder: images to latents and back, and what the decoder makes of a latent on its way.
 
-Latents are scaled as the diffusion model sees them, :math:`z = (F^e(x) - shift) \cdot scale`, with ``shift_factor``
-and ``scaling_factor``, or ``latents_mean`` and ``latents_std`` per channel, from the wrapped model's config.
-
-The decoder runs as a list of *stages*, so that it can stop early: :math:`\phi_l` of the Latent Perceptual Loss
-(Berrada et al., ICLR 2025, eq. 2) is the output of its stage l.
+Latents are scaled as the diffusion model sees them, :math:`z = (F^e(x) - shift) \cdot scale`, as the model's config
+says (``latents``). The decoder runs as a list of stages (``stages``, ``video_stages``), or as it is with hooks on
+modules named by the user (``feature_modules``); either way it stops after the last output asked for.
+:math:`\phi_l` of the Latent Perceptual Loss (Berrada et al., ICLR 2025, eq. 2) is the l-th feature map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import singledispatch
-from pathlib import Path
-from typing import Any, Self, cast
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import chain
+from typing import Any, Literal, Self
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from lpl_lightning.pretrained import locate
+import lpl_lightning.video_stages  # noqa: F401  registers its families
+from lpl_lightning.arguments import at_least
+from lpl_lightning.autoencoder_loading import load_autoencoder
+from lpl_lightning.feature_modules import check_feature_modules, run_to_modules
+from lpl_lightning.frozen import FrozenModule
+from lpl_lightning.latents import config_of, drawn, latent_space
+from lpl_lightning.stages import Stage, decoder_stages
 
 __all__ = ["Autoencoder", "Stage", "decoder_stages"]
 
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of a decoder.
-
-    Attributes:
-        name: Its name in configs and logs.
-        run: Takes the output of the stage before, (B, C, h, w), and gives its own.
-        is_feature: Whether its output is a feature map that the Latent Perceptual Loss may compare. The stage that
-            makes the image out of the last features is none.
-    """
-
-    name: str
-    run: Callable[[Tensor], Tensor]
-    is_feature: bool = True
+_PRECISIONS: dict[str | None, torch.dtype | None] = {
+    None: None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
-@singledispatch
-def decoder_stages(model: nn.Module) -> list[Stage]:
-    """Split a model's decoder into stages, from the unscaled latent to the image.
+class Autoencoder(FrozenModule):
+    """A frozen autoencoder: ``encode``, ``decode`` and the decoder's ``features``.
 
-    Register a function for another class of autoencoder with ``@decoder_stages.register``.
+    Its parameters take no gradient (gradients pass through it to its input) and stay out of the state dict of any
+    module it is part of, so that checkpoints hold only what was trained; it keeps its precision when the module around
+    it is put in a lower one, and follows it to a higher one.
+
+    Known are AutoencoderKL, AsymmetricAutoencoderKL (decoding without image and mask), AutoencoderTiny, AutoencoderDC,
+    AutoencoderKLFlux2 (whose latents are the patchified and normalized ones of FLUX.2), VQModel (latents before
+    quantization), AutoencoderRAE, and AutoencoderKLWan and AutoencoderKLQwenImage for video; any other model, of
+    images, volumes or video, by ``feature_modules``.
 
     Args:
-        model: An autoencoder as diffusers makes it.
-
-    Returns:
-        Stages which run one after another equal the model's own ``decode``.
-    """
-    raise ValueError(
-        f"`model` must be an autoencoder whose decoder can be split into stages, got {type(model).__name__}. "
-        "AutoencoderKL and AutoencoderTiny are known; for another, register a function that lists its stages with "
-        "lpl_lightning.autoencoder.decoder_stages.register."
-    )
-
-
-@decoder_stages.register
-def _(model: AutoencoderKL) -> list[Stage]:
-    decoder = model.decoder
-
-    def middle(z: Tensor) -> Tensor:
-        z = model.post_quant_conv(z) if model.post_quant_conv is not None else z
-        return cast(Tensor, decoder.mid_block(decoder.conv_in(z), None))
-
-    def up(block: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda features: cast(Tensor, block(features, None))
-
-    def image(features: Tensor) -> Tensor:
-        return cast(Tensor, decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(features))))
-
-    ups = [Stage(f"up_{i}", up(block)) for i, block in enumerate(decoder.up_blocks)]
-    return [Stage("mid", middle), *ups, Stage("image", image, is_feature=False)]
-
-
-@decoder_stages.register
-def _(model: AutoencoderTiny) -> list[Stage]:
-    layers = list(model.decoder.layers)
-    starts = [0, *(i for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample))]
-    blocks = [nn.Sequential(*layers[a:b]) for a, b in zip(starts, [*starts[1:], len(layers) - 1], strict=True)]
-    to_rgb = layers[-1]
-
-    def first(z: Tensor) -> Tensor:
-        return cast(Tensor, blocks[0](torch.tanh(z / 3) * 3))
-
-    def image(features: Tensor) -> Tensor:
-        return cast(Tensor, to_rgb(features).mul(2).sub(1))
-
-    ups = [Stage(f"up_{i}", block) for i, block in enumerate(blocks[1:])]
-    return [Stage("mid", first), *ups, Stage("image", image, is_feature=False)]
-
-
-def _load(source: str, subfolder: str | None) -> nn.Module:
-    """Load an autoencoder, of the class that its config names, from what ``locate`` finds."""
-    found = locate(source, "model")
-    where: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
-    if isinstance(found, Path):
-        where["local_files_only"] = True
-        if not (found / (subfolder or "") / "config.json").is_file():
-            raise FileNotFoundError(
-                f"`model`={source!r} holds no config.json: expected a folder that save_pretrained wrote"
-                + (f", in its subfolder {subfolder!r}." if subfolder else "; is it in a subfolder (`subfolder`)?")
-            )
-    config = AutoencoderKL.load_config(str(found), **where)
-    name = config.get("_class_name", "AutoencoderKL")
-    family = getattr(diffusers, name, None)
-    if family is None:
-        raise ValueError(f"`model`={source!r} is a {name!r}, which the installed diffusers does not have.")
-    # low_cpu_mem_usage needs accelerate, which nothing else here does.
-    model = family.from_pretrained(str(found), torch_dtype=torch.float32, low_cpu_mem_usage=False, **where)
-    return cast(nn.Module, model)
-
-
-class Autoencoder(nn.Module):
-    """A frozen diffusers autoencoder: ``encode``, ``decode`` and the decoder's ``features``.
-
-    It never leaves eval mode, its parameters take no gradient (gradients pass through it to its input), it runs
-    outside autocast in the precision it came in, and it keeps itself out of the state dict of any module it is part of,
-    so that checkpoints hold only what was trained.
-
-    Args:
-        model: An autoencoder module, or where to load one: a folder that ``save_pretrained`` wrote, a Hugging Face
-            hub id, or ``embedded:autoencoder_shapes`` (f = 4, four channels, 64 px shapes).
-        subfolder: Subfolder of the folder or hub repository, such as ``vae`` in that of a pipeline.
+        model: An autoencoder module, or where to load one: a folder that ``save_pretrained`` wrote, a .safetensors
+            file, a Hugging Face hub id, or ``embedded:autoencoder_shapes`` (f = 4, four channels, 64 px shapes).
+        subfolder: Subfolder of the folder or hub repository, such as ``vae`` in that of a pipeline. With a single
+            file, that of ``config``.
         sample_posterior: Whether ``encode`` draws from the posterior, where there is one, or takes its mode.
+        config: For a single file: where the config of its model is, a folder with config.json, a JSON file or a hub
+            id. By default config.json beside the file.
+        feature_modules: Names of modules of ``model``, such as "decoder.blocks.3", in the order they run, whose
+            outputs are the features: a tensor or the first one of a tuple. The model then decodes by its own ``decode``
+            or, if it has none, by being called.
+        scaling_factor: Replaces the config's, or what ``latents_std`` makes of it: one number or one per channel.
+        shift_factor: Replaces the config's, or its ``latents_mean``: one number or one per channel.
+        downscale: Replaces what the config says of the side of an image over the side of its latent.
+        dtype: Precision to put the model in. By default float32 for a loaded model, a module's own for a module.
+        autocast: Whether decoding follows the autocast around it. By default it runs in the model's precision, and so
+            it does with float16 autocast where the decoder overflows in it (``force_upcast`` of its config). Encoding
+            always does.
+
+    Raises:
+        FileNotFoundError: ``model`` or ``config`` does not exist or holds nothing that loads.
+        ValueError: The decoder is of no known family and there are no ``feature_modules``; they are not modules of it;
+            numbers do not fit its channels; float16 for a decoder that overflows in it; a file that does not fit.
     """
 
-    model: Any  # a diffusers autoencoder
+    model: Any  # an autoencoder: nn.Module would give its attributes the type of modules
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, model: nn.Module | str, subfolder: str | None = None, sample_posterior: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module | str,
+        subfolder: str | None = None,
+        sample_posterior: bool = True,
+        config: str | None = None,
+        feature_modules: Sequence[str] | None = None,
+        scaling_factor: float | Sequence[float] | None = None,
+        shift_factor: float | Sequence[float] | None = None,
+        downscale: int | None = None,
+        dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
+        autocast: bool = False,
+    ) -> None:
         super().__init__()
-        module = _load(model, subfolder) if isinstance(model, str) else model
-        decoder_stages(module)  # an unknown kind is refused here rather than at the first step
-        self.model = module.eval().requires_grad_(False)
+        if dtype not in _PRECISIONS:
+            raise ValueError(f"`dtype` must be one of {tuple(_PRECISIONS)}, got {dtype!r}.")
+        precision = _PRECISIONS[dtype]
+        if isinstance(model, str):
+            model = load_autoencoder(model, subfolder, config, precision or torch.float32)
+        elif subfolder is not None or config is not None:
+            raise ValueError("`subfolder` and `config` say where to load a model from, but `model` is a module itself.")
+        space = latent_space(model)  # reads the numbers before a lower precision rounds them
+        # nn.Module's own `to`: that of diffusers' models warns of float32 parts even where there are none.
+        self.model = (model if precision is None else nn.Module.to(model, precision)).eval().requires_grad_(False)
         self.sample_posterior = sample_posterior
-        config = cast(Mapping[str, Any], module.config)
-        self._config = config
-        # At least float32: a model in half precision does not make its latents so.
-        shift, scale = (value.to(torch.promote_types(self.dtype, torch.float32)) for value in _latent_affine(config))
-        self.register_buffer("shift", shift)
-        self.register_buffer("scale", scale)
-        cast(Any, self).register_load_state_dict_pre_hook(_keep_own_weights)
-        self.train(False)
+        self.autocast = autocast
+        self._overflows = bool(config_of(model).get("force_upcast", False))
+        if self._overflows and self.dtype == torch.float16:
+            raise ValueError(
+                f"`dtype`: {type(model).__name__} must run in float32 or bfloat16, got float16, in which its decoder "
+                "overflows (force_upcast in its config). Give dtype='bfloat16', or weights made for float16."
+            )
+        self._feature_modules = None if feature_modules is None else tuple(feature_modules)
+        if feature_modules is not None:
+            check_feature_modules(model, feature_modules)
+        elif self.stages[-1].name != "image" or self.stages[-1].is_feature:
+            raise ValueError(
+                f"The last of the decoder_stages of {type(model).__name__} must be 'image' with is_feature=False, "
+                f"got {[stage.name for stage in self.stages]}."
+            )
+        if downscale is not None:
+            at_least(1, downscale=downscale)
+            space = replace(space, downscale=downscale)
+        self._space = space.rescaled(scaling_factor, shift_factor)
+        device = next((tensor.device for tensor in self._floating()), torch.device("cpu"))
+        for name in ("shift", "scale"):
+            self.register_buffer(name, torch.empty(0, device=device))
+        self._set_affine()
 
     @property
     def stages(self) -> list[Stage]:
@@ -155,110 +132,181 @@ class Autoencoder(nn.Module):
         return decoder_stages(self.model)
 
     @property
-    def latent_channels(self) -> int:
-        """Channels C of the latents."""
-        return int(self._config["latent_channels"])
-
-    @property
-    def downscale(self) -> int:
-        """Side of an image over the side of its latent."""
-        return int(2 ** (len(self._config["block_out_channels"]) - 1))
+    def stage_names(self) -> tuple[str, ...]:
+        """Names that ``features`` can be asked for, in the order they run: ``feature_names``, then "image"."""
+        return (*self.feature_names, "image")
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """Names of the stages whose outputs are features, shallow to deep."""
-        return tuple(stage.name for stage in self.stages if stage.is_feature)
+        """Names of the outputs that are feature maps, shallow to deep."""
+        return self._feature_modules or tuple(stage.name for stage in self.stages if stage.is_feature)
+
+    @property
+    def known_latent_channels(self) -> int | None:
+        """Channels C of the latents, if the model says."""
+        return self._space.channels
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels C of the latents; ValueError if the model does not say."""
+        if self._space.channels is None:
+            raise ValueError(
+                f"`latent_channels` is not known: {type(self.model).__name__} has no such config or attribute. Set "
+                "`model.latent_channels` before wrapping it."
+            )
+        return self._space.channels
+
+    @property
+    def known_downscale(self) -> int | None:
+        """Side of an image over the side of its latent, if it was given or the model says."""
+        return self._space.downscale
+
+    @property
+    def downscale(self) -> int:
+        """Side of an image over the side of its latent; ValueError if neither argument nor model says."""
+        if self._space.downscale is None:
+            raise ValueError(
+                f"`downscale` is not known: the config of {type(self.model).__name__} does not say. Give `downscale`, "
+                "the side of an image over the side of its latent, to Autoencoder."
+            )
+        return self._space.downscale
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Map images to scaled latents.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1]; H and W divisible by ``downscale``.
+            images: (B, 3, H, W) in [-1, 1], H and W divisible by ``downscale``; video is (B, 3, 1 + 4n, H, W), and
+                models with ``feature_modules`` may take other shapes.
             generator: Source of the posterior's noise.
 
         Returns:
-            z0: (B, C, H / downscale, W / downscale).
+            z0: (B, C, H / downscale, W / downscale); of video (B, C, T, h, w).
+
+        Raises:
+            ValueError: Images of another shape or on another device, or a model that cannot encode.
         """
-        if images.ndim != 4 or any(side % self.downscale for side in images.shape[-2:]):
+        self._check_device("images", images)
+        self._space.check_images(images)
+        if not hasattr(self.model, "encode"):
             raise ValueError(
-                f"`images` must be (B, 3, H, W) with H and W divisible by {self.downscale}, the autoencoder's "
-                f"downscaling; got {tuple(images.shape)}. Choose another `image_size`."
+                f"`model` must have `encode` to map images to latents; {type(self.model).__name__} has none."
             )
         with torch.autocast(images.device.type, enabled=False):
-            encoded = self.model.encode(images.to(self.dtype))
-            if hasattr(encoded, "latent_dist"):
-                posterior = encoded.latent_dist
-                z = posterior.sample(generator) if self.sample_posterior else posterior.mode()
-            else:
-                z = encoded.latents
-            return cast(Tensor, (z.to(self.scale.dtype) - self.shift) * self.scale)
+            encoded = self.model.encode(self._space.images_in(images).to(self.dtype))
+            z = drawn(encoded, self.sample_posterior, generator)
+            shift, scale = self._affine(z.ndim)
+            return (self._space.pack(z).to(scale.dtype) - shift) * scale
 
     def decode(self, z: Tensor) -> Tensor:
-        """Map scaled latents (B, C, h, w) to images (B, 3, h * downscale, w * downscale), about [-1, 1]."""
-        return self._run(z, self.stages)[-1]
+        """Map scaled latents (B, C, h, w) to images (B, 3, h * downscale, w * downscale), about [-1, 1].
 
-    def features(self, z: Tensor, depth: int | None = None) -> list[Tensor]:
-        """Run the decoder as far as its stage ``depth`` and keep each stage's output.
+        Raises:
+            ValueError: Latents of another shape or on another device.
+        """
+        return self._run(z, ("image",), ())[0]
+
+    def features(self, z: Tensor, depth: int | Sequence[str] | None = None, skip: Collection[str] = ()) -> list[Tensor]:
+        """Run the decoder as far as the deepest output asked for and give back those asked for.
 
         Args:
-            z: Scaled latents (B, C, h, w). Gradients flow back to it.
-            depth: How many feature maps; all by default.
+            z: Scaled latents (B, C, h, w), or (B, C, ...) as the model has them. Gradients flow back to it.
+            depth: How many feature maps, or names out of ``stage_names``; all feature maps by default.
+            skip: Stages that are neither features nor "image" to leave out, such as "post_quant_conv". Names of
+                stages that this decoder does not have are passed over.
 
         Returns:
-            ``depth`` maps (B, C_l, h_l, w_l), shallow to deep, in the autoencoder's precision.
-        """
-        stages = [stage for stage in self.stages if stage.is_feature]
-        if depth is not None and not 1 <= depth <= len(stages):
-            raise ValueError(f"`depth` must lie in 1 .. {len(stages)} for {self.feature_names}, got {depth}.")
-        return self._run(z, stages[:depth])
+            Maps (B, C_l, h_l, w_l), shallow to deep, in the autoencoder's precision.
 
-    def _run(self, z: Tensor, stages: Sequence[Stage]) -> list[Tensor]:
-        outputs: list[Tensor] = []
-        with torch.autocast(z.device.type, enabled=False):
-            current = (z.to(self.scale.dtype) / self.scale + self.shift).to(self.dtype)
-            for stage in stages:
-                current = stage.run(current)
-                outputs.append(current)
+        Raises:
+            ValueError: ``depth`` out of range, an unknown name, a stage that cannot be left out, or latents of another
+                shape or on another device.
+        """
+        names = self.feature_names
+        if depth is None:
+            return self._run(z, names, skip)
+        if isinstance(depth, int):
+            if not 1 <= depth <= len(names):
+                raise ValueError(f"`depth` must lie in 1 .. {len(names)} for {names}, got {depth}.")
+            return self._run(z, names[:depth], skip)
+        wanted = (depth,) if isinstance(depth, str) else tuple(depth)
+        unknown = [name for name in wanted if name not in self.stage_names]
+        if unknown or not wanted:
+            raise ValueError(
+                f"`depth` must be a number or name one or more of {self.stage_names}, got {unknown or wanted}."
+            )
+        return self._run(z, wanted, skip)
+
+    def _run(self, z: Tensor, wanted: Collection[str], skip: Collection[str]) -> list[Tensor]:
+        self._check_device("z", z)
+        self._space.check_latents(z)
+        with self._precision(z.device.type):
+            shift, scale = self._affine(z.ndim)
+            current = self._space.unpack(z.to(scale.dtype) / scale + shift).to(self.dtype)
+            if self._feature_modules is None:
+                outputs = self._run_stages(current, wanted, skip)
+            else:
+                bypassed = [name for name in skip if hasattr(self.model, name)]
+                if bypassed:
+                    raise ValueError(
+                        f"`skip`: {bypassed} cannot be left out with `feature_modules`; drop one of the two."
+                    )
+                outputs = run_to_modules(self.model, self._feature_modules, wanted, current)
+            if "image" in wanted:
+                outputs[-1] = self._space.images_out(outputs[-1])
         return outputs
+
+    def _run_stages(self, current: Any, wanted: Collection[str], skip: Collection[str]) -> list[Tensor]:
+        kept = [name for name in self.stage_names if name in skip]
+        if kept:
+            raise ValueError(f"`skip`: {kept} are features or the image, and cannot be left out of the decoder.")
+        outputs: list[Tensor] = []
+        for stage in self.stages:
+            if stage.name in skip:
+                continue
+            current = stage.run(current)
+            if stage.name in wanted:
+                outputs.append(stage.read(current))
+                if len(outputs) == len(set(wanted)):
+                    break
+        return outputs
+
+    def _precision(self, device: str) -> AbstractContextManager[Any]:
+        """Autocast off, unless it is asked for and the decoder stands it."""
+        follow = self.autocast and not (self._overflows and torch.get_autocast_dtype(device) == torch.float16)
+        return nullcontext() if follow else torch.autocast(device, enabled=False)
+
+    def _check_device(self, argument: str, tensor: Tensor) -> None:
+        if tensor.device != self.scale.device:
+            raise ValueError(
+                f"`{argument}` must be on {self.scale.device}, where the autoencoder is; got {tensor.device}. "
+                "Move one of them with `.to(device)`."
+            )
+
+    def _affine(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Shift and scale, each (1, C or 1, 1, ...) of this many dimensions."""
+        shape = (1, -1, *[1] * (rank - 2))
+        return self.shift.view(shape), self.scale.view(shape)
+
+    def _set_affine(self) -> None:
+        """Make the buffers ``shift`` and ``scale``, (C or 1), out of exact numbers.
+
+        At least float32: a model in half precision does not make its latents so.
+        """
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        self.shift = torch.tensor(self._space.shift, dtype=dtype, device=self.shift.device)
+        self.scale = torch.tensor(self._space.scale, dtype=dtype, device=self.scale.device)
+
+    def _floating(self) -> Iterator[Tensor]:
+        return (tensor for tensor in chain(self.model.parameters(), self.model.buffers()) if tensor.is_floating_point())
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the wrapped model."""
-        return cast(torch.dtype, next(self.model.parameters()).dtype)
+        return next((tensor.dtype for tensor in self._floating()), torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow to another device but keep the precision, which a trainer would change with that of all else."""
-        apply: Callable[..., Self] = super()._apply
-        return apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode whatever is asked."""
-        return super().train(False)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Stay frozen whatever is asked."""
-        return super().requires_grad_(False)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Add nothing: the autoencoder is an input of the training, not a result."""
-        destination: dict[str, Any] | None = args[0] if args else kwargs.get("destination")
-        return {} if destination is None else destination
-
-
-def _latent_affine(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Shift and scale of the latents, each (1, C or 1, 1, 1)."""
-
-    def channels(value: float | Sequence[float]) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float32).reshape(1, -1, 1, 1)
-
-    scale = channels(config.get("scaling_factor") or 1.0)
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        return channels(config["latents_mean"]), scale / channels(config["latents_std"])
-    return channels(config.get("shift_factor") or 0.0), scale
-
-
-def _keep_own_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Offer the autoencoder's own weights to a strict load, since a checkpoint holds none of them."""
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        state_dict[prefix + name] = tensor
+        """Make shift and scale anew out of exact numbers after a move or a higher precision."""
+        super()._apply(fn, recurse)
+        self._set_affine()
+        return self

@@ -7,81 +7,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_kl, tiny_taesd
-from diffusers import AutoencoderTiny
-from torch import Tensor, nn
+from families import scrambled, tiny_flux2, tiny_rae
+from torch import nn
 
 from lpl_lightning import Autoencoder
-
-MODELS = {
-    "kl": lambda: tiny_kl(),
-    "kl_shift": lambda: tiny_kl(shift_factor=0.3, scaling_factor=1.7),
-    "kl_no_quant": lambda: tiny_kl(use_quant_conv=False, use_post_quant_conv=False, latent_channels=16),
-    "kl_per_channel": lambda: tiny_kl(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5]),
-    "tiny": lambda: tiny_taesd(),
-}
-
-
-@pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> Any:
-    return MODELS[request.param]()
-
-
-def unscaled(z: Tensor, config: Any) -> Any:
-    """What diffusers' pipelines do to a latent before they decode it."""
-    if config.get("latents_mean") is not None:
-        mean = torch.tensor(config["latents_mean"]).view(1, -1, 1, 1)
-        std = torch.tensor(config["latents_std"]).view(1, -1, 1, 1)
-        return z * std / config["scaling_factor"] + mean
-    return z / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
-
-
-def test_staged_decode_equals_the_models_own(model: Any) -> None:
-    autoencoder = Autoencoder(model)
-    z = torch.randn(2, autoencoder.latent_channels, 4, 4)
-    expected = model.decode(unscaled(z, model.config)).sample
-    torch.testing.assert_close(autoencoder.decode(z), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_features_equal_forward_hooks_on_the_model(model: Any) -> None:
-    autoencoder = Autoencoder(model)
-    if isinstance(model, AutoencoderTiny):
-        layers = list(model.decoder.layers)
-        last_of_stage = [layers[i - 1] for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample)]
-        watched = [*last_of_stage, layers[-2]]
-    else:
-        watched = [model.decoder.mid_block, *model.decoder.up_blocks]
-    seen: list[Tensor] = []
-    handles = [m.register_forward_hook(lambda _m, _i, out: seen.append(out)) for m in watched]
-    z = torch.randn(2, autoencoder.latent_channels, 4, 4)
-    model.decode(unscaled(z, model.config))
-    for handle in handles:
-        handle.remove()
-    features = autoencoder.features(z)
-    assert len(features) == len(autoencoder.feature_names) == len(seen)
-    for feature, expected in zip(features, seen, strict=True):
-        torch.testing.assert_close(feature, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_features_stop_after_the_last_one_asked_for() -> None:
-    model = tiny_kl()
-    autoencoder = Autoencoder(model)
-    ran: list[str] = []
-    for i, block in enumerate(model.decoder.up_blocks):
-        block.register_forward_hook(lambda _m, _i, _o, i=i: ran.append(f"up_{i}"))
-    features = autoencoder.features(torch.randn(1, 4, 4, 4), depth=2)
-    assert [f.shape[-1] for f in features] == [4, 8]
-    assert ran == ["up_0"]
-    with pytest.raises(ValueError, match=r"`depth` must lie in 1 \.\. 4"):
-        autoencoder.features(torch.randn(1, 4, 4, 4), depth=5)
-
-
-def test_encode_scales_the_posterior(model: Any) -> None:
-    autoencoder = Autoencoder(model, sample_posterior=False)
-    images = torch.rand(2, 3, 16, 16) * 2 - 1
-    encoded = model.encode(images)
-    raw = encoded.latents if isinstance(model, AutoencoderTiny) else encoded.latent_dist.mode()
-    torch.testing.assert_close(unscaled(autoencoder.encode(images), model.config), raw, atol=1e-5, rtol=1e-5)
-    assert images.shape[-1] // autoencoder.downscale == raw.shape[-1]
 
 
 def test_posterior_is_sampled_from_its_generator() -> None:
@@ -104,13 +33,191 @@ def test_it_stays_frozen_and_in_eval_while_gradients_pass_through() -> None:
     assert z.grad.abs().sum() > 0
 
 
-def test_it_runs_in_float32_under_autocast() -> None:
+def test_it_runs_in_its_own_precision_under_autocast() -> None:
     autoencoder = Autoencoder(tiny_kl())
     z = torch.randn(1, 4, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         feature = autoencoder.features(z)[-1]
     assert feature.dtype == torch.float32
     torch.testing.assert_close(feature, autoencoder.features(z)[-1])
+
+
+@pytest.mark.parametrize(
+    ("autocast", "force_upcast", "expected"),
+    [
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.float16, False, torch.float16),
+        (torch.float16, True, torch.float32),
+    ],
+)
+def test_autocast_is_followed_where_asked_and_the_decoder_stands_it(
+    autocast: torch.dtype, force_upcast: bool, expected: torch.dtype
+) -> None:
+    autoencoder = Autoencoder(tiny_kl(force_upcast=force_upcast), autocast=True, sample_posterior=False)
+    z, images = torch.randn(1, 4, 4, 4), torch.rand(1, 3, 16, 16)
+    with torch.autocast("cpu", autocast):
+        image = autoencoder.decode(z)
+        encoded = autoencoder.encode(images)
+    assert image.dtype == expected
+    torch.testing.assert_close(encoded, autoencoder.encode(images))
+    torch.testing.assert_close(image.float(), autoencoder.decode(z), atol=0.05, rtol=0.05)
+
+
+def test_shift_and_scale_are_exact_in_float64() -> None:
+    """0.13025 is not the float32 next to it, whichever way the model came to float64."""
+    std = [0.1, 0.2, 0.3, 0.7]
+    for doubled in (False, True):
+        model = scrambled(tiny_kl(scaling_factor=0.13025, latents_mean=[0.1, -0.2, 0.3, 0.6], latents_std=std))
+        autoencoder = Autoencoder(model).double() if doubled else Autoencoder(model, dtype="float64")
+        assert autoencoder.dtype == torch.float64
+        assert autoencoder.shift.tolist() == [0.1, -0.2, 0.3, 0.6]
+        assert autoencoder.scale.tolist() == [0.13025 / value for value in std]
+        z = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+        shift, scale = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in ([0.1, -0.2, 0.3, 0.6], std))
+        expected = model.decode(z * scale / 0.13025 + shift).sample
+        torch.testing.assert_close(autoencoder.decode(z), expected, atol=1e-12, rtol=1e-12)
+        images = torch.rand(1, 3, 16, 16, dtype=torch.float64)
+        raw = model.encode(images).latent_dist.mode()
+        autoencoder.sample_posterior = False
+        torch.testing.assert_close(
+            autoencoder.encode(images), (raw - shift) * (0.13025 / scale), atol=1e-12, rtol=1e-12
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_lower_precision_around_it_does_not_lower_it(dtype: torch.dtype) -> None:
+    autoencoder, head = Autoencoder(tiny_kl()), nn.Linear(2, 2)
+    z = torch.randn(1, 4, 4, 4)
+    before = autoencoder.decode(z)
+    nn.Sequential(autoencoder, head).to(dtype)
+    assert head.weight.dtype == dtype
+    assert autoencoder.dtype == torch.float32
+    assert torch.equal(autoencoder.decode(z), before)
+
+
+def test_it_follows_a_higher_precision_and_a_memory_format() -> None:
+    autoencoder = Autoencoder(tiny_kl(), dtype="bfloat16")
+    assert autoencoder.dtype == torch.bfloat16
+    assert autoencoder.scale.dtype == autoencoder.encode(torch.rand(1, 3, 16, 16)).dtype == torch.float32
+    assert autoencoder.decode(torch.randn(1, 4, 4, 4)).dtype == torch.bfloat16
+    assert autoencoder.half().dtype == torch.bfloat16
+    assert autoencoder.float().dtype == torch.float32
+    weight = autoencoder.to(memory_format=torch.channels_last).model.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+
+
+def test_a_module_is_put_in_the_precision_asked_for() -> None:
+    model = tiny_flux2()
+    with torch.no_grad():
+        model.bn.running_mean.fill_(0.1)
+    mean = model.bn.running_mean[0].item()
+    autoencoder = Autoencoder(model, dtype="bfloat16")
+    assert model.decoder.conv_in.weight.dtype == torch.bfloat16
+    assert autoencoder.shift[0].item() == mean  # read before bfloat16 rounds it
+    assert Autoencoder(tiny_taesd(), dtype="float16").dtype == torch.float16
+    assert Autoencoder(tiny_kl(force_upcast=False).half()).dtype == torch.float16
+
+
+def test_float16_is_refused_where_the_decoder_overflows() -> None:
+    message = "AutoencoderKL must run in float32 or bfloat16, got float16"
+    with pytest.raises(ValueError, match=message):
+        Autoencoder(tiny_kl(), dtype="float16")
+    with pytest.raises(ValueError, match=message):
+        Autoencoder(tiny_kl().half())
+    assert Autoencoder(tiny_kl().half(), dtype="float32").dtype == torch.float32
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    dtype: Any = "fp32"
+    with pytest.raises(ValueError, match=r"`dtype` must be one of \(None, 'float32'.* got 'fp32'"):
+        Autoencoder(tiny_kl(), dtype=dtype)
+
+
+def test_a_decoder_without_weights_follows_a_device() -> None:
+    autoencoder = Autoencoder(nn.Sequential(nn.Upsample(scale_factor=2)), feature_modules=["0"], shift_factor=1.0)
+    torch.testing.assert_close(autoencoder.decode(torch.zeros(1, 2, 1, 1)), torch.ones(1, 2, 2, 2))
+    assert autoencoder.to("meta").shift.device == torch.device("meta")
+
+
+def test_scale_and_shift_of_the_config_can_be_replaced() -> None:
+    model = scrambled(tiny_kl(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0] * 4, scaling_factor=0.5))
+    z = torch.randn(1, 4, 4, 4)
+    one = Autoencoder(model, scaling_factor=0.25, shift_factor=0.5)
+    torch.testing.assert_close(one.decode(z), model.decode(z / 0.25 + 0.5).sample)
+    each = Autoencoder(model, scaling_factor=[1.0, 2.0, 3.0, 4.0])
+    per_channel = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, -1, 1, 1)
+    torch.testing.assert_close(each.decode(z), model.decode(z / per_channel + per_channel).sample)
+    assert Autoencoder(model, downscale=16).downscale == 16
+    with pytest.raises(ValueError, match="`downscale` must be 1 or more, got 0"):
+        Autoencoder(model, downscale=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"scaling_factor": [1.0, 2.0]},
+            "`scaling_factor` must be one number or one for each of the 4 channels .* got 2",
+        ),
+        ({"shift_factor": []}, "`shift_factor` must be one number .* got 0"),
+        ({"scaling_factor": 0.0}, r"`scaling_factor` must be finite and not 0, got 0\.0"),
+        ({"shift_factor": float("nan")}, "`shift_factor` must be finite, got nan"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Autoencoder(tiny_kl(), **arguments)
+
+
+def test_features_come_by_number_or_name_in_decoder_order() -> None:
+    autoencoder = Autoencoder(scrambled(tiny_kl()))
+    z = torch.randn(1, 4, 4, 4)
+    mid, up_0, up_1, up_2 = autoencoder.features(z)
+    image = autoencoder.decode(z)
+    assert autoencoder.stage_names == ("mid", "up_0", "up_1", "up_2", "image")
+    torch.testing.assert_close(autoencoder.features(z, 1), [mid])
+    torch.testing.assert_close(autoencoder.features(z, 4), [mid, up_0, up_1, up_2])
+    torch.testing.assert_close(autoencoder.features(z, ["image", "up_1", "mid", "mid"]), [mid, up_1, image])
+    torch.testing.assert_close(autoencoder.features(z, "up_0"), [up_0])
+    for depth in (0, 5, -1):
+        with pytest.raises(ValueError, match=r"`depth` must lie in 1 \.\. 4"):
+            autoencoder.features(z, depth)
+    with pytest.raises(ValueError, match=r"one or more of \('mid', .* 'image'\), got \['up_9'\]"):
+        autoencoder.features(z, ["mid", "up_9"])
+    with pytest.raises(ValueError, match=r"one or more of .* got \(\)"):
+        autoencoder.features(z, [])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (4, 4, 4), (1, 4, 1, 4, 4)])
+def test_latents_of_another_autoencoder_are_refused(shape: tuple[int, ...]) -> None:
+    autoencoder = Autoencoder(tiny_kl())
+    for run in (autoencoder.features, autoencoder.decode):
+        with pytest.raises(ValueError, match=r"`z` must be \(B, 4, h, w\).* got \(\d"):
+            run(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 16, 16), (3, 16, 16), (1, 3, 2, 16, 16), (1, 3, 16, 18)])
+def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"`images` must be \(B, 3, H, W\) with H and W divisible by 4.* got \(\d"):
+        Autoencoder(tiny_kl()).encode(torch.zeros(shape))
+
+
+def test_images_that_would_be_resized_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sides of 8; got \(1, 3, 16, 16\)"):
+        Autoencoder(tiny_rae()).encode(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="reshape_to_2d=False, whose latents are tokens"):
+        Autoencoder(tiny_rae(reshape_to_2d=False))
+
+
+def test_another_device_is_refused() -> None:
+    autoencoder = Autoencoder(tiny_kl())
+    with pytest.raises(ValueError, match="`z` must be on cpu, where the autoencoder is; got meta"):
+        autoencoder.features(torch.zeros(1, 4, 4, 4, device="meta"))
+    with pytest.raises(ValueError, match="`images` must be on cpu, where the autoencoder is; got meta"):
+        autoencoder.encode(torch.zeros(1, 3, 16, 16, device="meta"))
+    moved = autoencoder.to("meta")
+    assert moved.shift.device == moved.scale.device == moved.model.decoder.conv_in.weight.device == torch.device("meta")
 
 
 def test_it_keeps_out_of_the_state_dict_and_loads_strictly() -> None:
@@ -134,27 +241,13 @@ def test_a_deep_copy_runs_its_own_weights() -> None:
     assert twin.decode(torch.randn(1, 4, 4, 4)).abs().sum() > 0
 
 
-@pytest.mark.parametrize("make", [tiny_kl, tiny_taesd])
-def test_a_saved_folder_loads_as_what_it_was(make: Any, tmp_path: Path) -> None:
-    model = make().eval()
-    model.save_pretrained(tmp_path / "vae")
-    z = torch.randn(1, 4, 4, 4)
-    expected = Autoencoder(model).decode(z)
-    torch.testing.assert_close(Autoencoder(str(tmp_path / "vae")).decode(z), expected)
-    torch.testing.assert_close(Autoencoder(str(tmp_path), subfolder="vae").decode(z), expected)
-
-
-def test_a_wrong_source_or_image_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_wrong_source_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Autoencoder("./nowhere")
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         Autoencoder(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="embedded:autoencoder_shapes"):
         Autoencoder("embedded:nothing")
-    with pytest.raises(ValueError, match="can be split into stages, got Linear"):
-        Autoencoder(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"divisible by 4, .* got \(1, 3, 18, 16\)"):
-        Autoencoder(tiny_kl()).encode(torch.rand(1, 3, 18, 16))
 
 
 @pytest.mark.parametrize(("name", "channels"), [("taesd", 4), ("taesd3", 16)])
