@@ -49,20 +49,33 @@ class LPLMixin:
         """Remove a term; nothing happens where there is none."""
         self.loss_terms.pop(name, None)
 
-    def auxiliary_loss(self, z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None = None) -> Tensor:
+    @property
+    def prediction(self) -> Tensor | None:
+        """The prediction that ``auxiliary_loss`` was given, while terms are computed."""
+        return cast("Tensor | None", self.__dict__.get("_prediction"))
+
+    def auxiliary_loss(
+        self, z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None = None, prediction: Tensor | None = None
+    ) -> Tensor:
         """Sum the terms.
 
         Args:
             z0_hat: Estimates of the clean latents (B, C, h, w), connected to the denoiser.
             z0: Clean latents (B, C, h, w).
             noise_to_signal: (B,) sigma / alpha of each sample, best on the CPU; without it no sample is gated.
+            prediction: The denoiser's prediction (B, C, h, w), which ``z0_hat`` and the rest of the loss are computed
+                from. With it, terms can tell how their gradient compares with that of the rest.
 
         Returns:
             A scalar; zero without terms.
         """
         total = torch.zeros((), device=z0.device)
-        for fn in self.loss_terms.values():
-            total = total + fn(z0_hat, z0, noise_to_signal)
+        self.__dict__["_prediction"] = prediction
+        try:
+            for fn in self.loss_terms.values():
+                total = total + fn(z0_hat, z0, noise_to_signal)
+        finally:
+            del self.__dict__["_prediction"]
         return total
 
     def __getstate__(self) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         errors = (prediction.float() - self.noise.target(noisy)).square().flatten(1).mean(dim=1)
         diffusion = (self.noise.weight(noisy) * errors).mean()
         z0_hat = self.noise.estimate_z0(prediction, noisy)
-        loss: Tensor = diffusion + self.auxiliary_loss(z0_hat, noisy.z0, noisy.noise_to_signal)
+        loss: Tensor = diffusion + self.auxiliary_loss(z0_hat, noisy.z0, noisy.noise_to_signal, prediction=prediction)
         prefix = "" if training else f"{stage}_"
         self.log(f"{prefix}loss", loss, prog_bar=True, batch_size=len(z0), sync_dist=not training)
         self.log(

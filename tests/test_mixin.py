@@ -62,7 +62,8 @@ def test_one_line_and_one_callback(tmp_path: Path) -> None:
     fit(plain, tmp_path)
     trainer = fit(twin, tmp_path, LPLCallback(weight=3.0, autoencoder=autoencoder))
     assert trainer.callback_metrics["loss_lpl"] > 0
-    assert trainer.callback_metrics["gate_share"] == 1
+    # The ratios are 0.10, 0.39, 0.82 and 2.06; tau is 3 for latents of side 32, so 0.375 for these of side 4.
+    assert trainer.callback_metrics["gate_share"] == 0.25
     assert not torch.equal(plain.net.weight, twin.net.weight)
     assert not twin.loss_terms, "detached at teardown"
 

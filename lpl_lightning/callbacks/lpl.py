@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder import Autoencoder
+from lpl_lightning.callbacks.calibration import WeightCalibration
+from lpl_lightning.callbacks.gradients import GradientRatio
 from lpl_lightning.losses import LatentPerceptualLoss
+from lpl_lightning.losses.gate import latent_side
 from lpl_lightning.mixin import LPLMixin
+from lpl_lightning.noise import DDPM
 
 __all__ = ["LPLCallback"]
 
@@ -20,44 +26,74 @@ class LPLCallback(Callback):
     """Adds ``weight * LPL`` to the loss of a module with ``LPLMixin``.
 
     The term is attached at setup and detached at teardown. It logs ``loss_lpl`` (before the weight), ``gate_share``
-    (share of the batch that passed the gate) and ``lpl_weight``; in validation ``val_loss_lpl``,
-    in test ``test_loss_lpl``.
+    (share of the batch that passed the gate) and ``lpl_weight``; in validation ``val_loss_lpl``, in test
+    ``test_loss_lpl``. At steps that are logged it also logs what ``Diagnostics.scalars`` names, and, if the module
+    gives ``auxiliary_loss`` its prediction, ``lpl_gradient_ratio``: the norm of the term's gradient at the prediction
+    over that of all else. At other steps none of it is computed.
 
     Args:
-        weight: Weight w of the loss; the paper's best is about 3, where LPL is about a fifth of the total.
+        weight: Weight w of the loss; the paper's best is about 3, where LPL is about a fifth of the total. ``auto``
+            finds it: LPL is measured on the first ``calibration_steps`` batches, without being trained on, and the
+            weight that makes it ``target_share`` of the total is then kept to the end, checkpoints included.
         start_step: Optimizer step at which it starts.
-        ramp_steps: Steps over which its weight then rises from 0 to ``weight``, linearly.
+        ramp_steps: Steps over which its weight then rises from 0 to ``weight``, linearly; after the calibration if
+            there is one.
         every_n_steps: Compute it at every n-th optimizer step only, with n times the weight, so that the gradient
             summed over steps stays the same in expectation.
         loss: Makes the loss of an autoencoder: ``LatentPerceptualLoss`` with the options that a config gives it.
         autoencoder: The autoencoder whose decoder is looked into; by default the module's ``autoencoder``.
+        target_share: Share of the total loss that ``auto`` aims at.
+        calibration_steps: Batches that ``auto`` measures.
     """
 
     def __init__(
         self,
-        weight: float = 3.0,
+        weight: float | Literal["auto"] = 3.0,
         start_step: int = 0,
         ramp_steps: int = 0,
         every_n_steps: int = 1,
         loss: Callable[[Autoencoder], LatentPerceptualLoss] = LatentPerceptualLoss,
         autoencoder: Autoencoder | None = None,
+        target_share: float = 0.2,
+        calibration_steps: int = 100,
     ) -> None:
-        at_least(0, weight=weight, start_step=start_step, ramp_steps=ramp_steps)
+        if isinstance(weight, str) and weight != "auto":
+            raise ValueError(f"`weight` must be a number or 'auto', got {weight!r}.")
+        at_least(0, start_step=start_step, ramp_steps=ramp_steps)
         at_least(1, every_n_steps=every_n_steps)
-        self.weight = weight
+        if not isinstance(weight, str):
+            at_least(0, weight=weight)
         self.start_step = start_step
         self.ramp_steps = ramp_steps
         self.every_n_steps = every_n_steps
+        self._weight = None if isinstance(weight, str) else weight
+        self._calibration = WeightCalibration(target_share, calibration_steps)
+        self._calibrated_at: int | None = None
         self._make_loss = loss
         self._autoencoder = autoencoder
+        self._gradients = GradientRatio()
+
+    @property
+    def weight(self) -> float | None:
+        """The full weight; None while ``auto`` has not found it."""
+        return self._weight if self._weight is not None else self._calibration.weight
+
+    @property
+    def calibrating(self) -> bool:
+        """Whether the weight is still to be found."""
+        return self.weight is None
 
     def weight_at(self, step: int) -> float:
         """Weight at an optimizer step, counted from 0; 0 where the loss is not computed."""
-        since = step - self.start_step
-        if since < 0 or since % self.every_n_steps:
+        if self.weight is None or not self._due(step):
             return 0.0
+        since = step - max(self.start_step, self._calibrated_at or 0)
         ramp = min(1.0, (since + 1) / (self.ramp_steps + 1))
         return self.weight * self.every_n_steps * ramp
+
+    def _due(self, step: int) -> bool:
+        since = step - self.start_step
+        return since >= 0 and since % self.every_n_steps == 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Attach the term."""
@@ -68,11 +104,6 @@ class LPLCallback(Callback):
                 f"LPLCallback needs a module with LPLMixin, got {type(pl_module).__name__}. Make it a subclass of "
                 "lpl_lightning.LPLMixin and add self.auxiliary_loss(z0_hat, z0, noise_to_signal) to its loss."
             )
-        if "lpl" in pl_module.loss_terms:
-            raise ValueError(
-                "There are two LPLCallbacks under trainer.callbacks, perhaps one of the config and one of an overlay; "
-                "leave one out."
-            )
         autoencoder = self._autoencoder or getattr(pl_module, "autoencoder", None)
         if not isinstance(autoencoder, Autoencoder):
             raise ValueError(
@@ -80,31 +111,80 @@ class LPLCallback(Callback):
                 f"{type(autoencoder).__name__}. Give it one by `autoencoder`, such as Autoencoder(your_vae)."
             )
         loss = self._make_loss(autoencoder)
+        noise = getattr(pl_module, "noise", None)
+        loss.ddpm = noise if isinstance(noise, DDPM) else None
+        pl_module.add_loss_term("lpl", lambda *latents: self._term(trainer, pl_module, loss, *latents))
 
-        def term(z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None) -> Tensor:
-            training = pl_module.training
-            weight = self.weight_at(trainer.global_step) if training else self.weight
-            if weight == 0:
-                return z0.new_zeros(())
-            if autoencoder.scale.device != z0.device:
-                autoencoder.to(z0.device)
-            value: Tensor = loss(z0_hat, z0, noise_to_signal).mean()
-            prefix = "" if training else "test_" if trainer.testing else "val_"
-            pl_module.log(
-                f"{prefix}loss_lpl",
-                value.detach(),
-                prog_bar=training,
-                batch_size=len(z0),
-                sync_dist=not training,
-            )
-            if training:
-                if noise_to_signal is not None:
-                    share = loss.passes(noise_to_signal).float().mean()
-                    pl_module.log("gate_share", share, prog_bar=True, batch_size=len(z0))
-                pl_module.log("lpl_weight", weight, batch_size=len(z0))
-            return value * weight
+    def _term(
+        self,
+        trainer: pl.Trainer,
+        pl_module: LPLMixin,
+        loss: LatentPerceptualLoss,
+        z0_hat: Tensor,
+        z0: Tensor,
+        noise_to_signal: Tensor | None,
+    ) -> Tensor:
+        """The weighted loss of a batch, a scalar."""
+        assert isinstance(pl_module, pl.LightningModule)
+        loss.announce(latent_side(z0))
+        training, step = pl_module.training, trainer.global_step
+        measuring = training and self.calibrating and self._due(step)
+        weight = self.weight_at(step) if training else (self.weight or 0.0)
+        if training and weight == 0 and not measuring:
+            return z0.new_zeros(())
+        if loss.autoencoder.scale.device != z0.device:
+            loss.autoencoder.to(z0.device)
+        diagnose = training and _logs(trainer)
+        prediction = pl_module.prediction if diagnose and not measuring else None
+        if prediction is not None and prediction.requires_grad:
+            z0_hat = self._gradients.watch(z0_hat, prediction)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not measuring):
+            losses, diagnostics = loss.evaluate(z0_hat, z0, noise_to_signal, diagnose)
+            value = losses.mean()
+        prefix = "" if training else "test_" if trainer.testing else "val_"
+        pl_module.log(
+            f"{prefix}loss_lpl", value.detach(), prog_bar=training, batch_size=len(z0), sync_dist=not training
+        )
+        if training:
+            logs: dict[str, Tensor | float] = {"lpl_weight": weight}
+            if diagnostics is not None:
+                logs |= diagnostics.scalars()
+            for name, scalar in logs.items():
+                pl_module.log(name, scalar, batch_size=len(z0))
+            if noise_to_signal is not None:
+                share = loss.passes(noise_to_signal, latent_side(z0)).float().mean()
+                pl_module.log("gate_share", share, prog_bar=True, batch_size=len(z0))
+        if measuring:
+            self._calibration.measure(value)
+            return z0.new_zeros(())
+        return value * weight
 
-        pl_module.add_loss_term("lpl", term)
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what the backward pass told."""
+        ratio = self._gradients.pop()
+        if ratio is not None:
+            pl_module.log("lpl_gradient_ratio", ratio)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the calibration see the loss of the batch."""
+        if self.calibrating:
+            self._calibration.finish_batch(outputs, trainer)
+            if not self.calibrating:
+                self._calibrated_at = trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``auto`` found; nothing with a given weight."""
+        if self._weight is not None:
+            return {}
+        return self._calibration.state_dict() | {"calibrated_at": self._calibrated_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what ``auto`` had found."""
+        if self._weight is None and state_dict:
+            self._calibrated_at = state_dict["calibrated_at"]
+            self._calibration.load_state_dict(state_dict)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Detach the term."""
@@ -114,3 +194,10 @@ class LPLCallback(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Detach the term, so that a run that was interrupted in a notebook can be started again."""
         self.teardown(trainer, pl_module, "fit")
+
+
+def _logs(trainer: pl.Trainer) -> bool:
+    """Whether the logger takes what is logged at this step."""
+    stepped = trainer.global_step // max(1, len(trainer.optimizers))
+    every: int = cast(Any, trainer).log_every_n_steps
+    return bool(trainer.loggers) and (stepped + 1) % every == 0

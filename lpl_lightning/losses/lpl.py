@@ -7,213 +7,337 @@ Equation 3, for one sample with decoder features :math:`\phi_l` of the clean lat
     L = \delta_{nsr \le \tau} \sum_l \omega_l \frac{1}{C_l} \sum_c
         \frac{\| \rho_{l,c} \odot (\phi'_{l,c} - \hat\phi'_{l,c}) \|_2^2}{\| \rho_{l,c} \|_1}
 
-with the outlier mask :math:`\rho` of ``outliers.py`` and :math:`nsr = \sigma_t / \alpha_t`. The paper prints the norm
-without the division by the number of inliers; with it, as in the public code, a layer's share does not grow with its
-area. The training loss is its mean over the *whole* batch, gated samples counting as zero, since the gate stands inside
-the expectation.
+with the gate of ``gate.py``, the standardization and weights of ``distance.py`` and the mask of ``outliers.py``. The
+paper prints the norm without the division by the number of inliers; with it, as in the public code, a layer's share
+does not grow with its area. The training loss is the mean over the *whole* batch, gated samples counting as zero, since
+the gate stands inside the expectation.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder import Autoencoder
+from lpl_lightning.losses.checks import check_latents, note_constant_channels
+from lpl_lightning.losses.diagnostics import Diagnostics, MapRecord, variance_ratio
+from lpl_lightning.losses.distance import (
+    DepthWeights,
+    Distance,
+    Normalization,
+    Statistics,
+    channel_normalize,
+    depth_weight,
+    masked_distance,
+    standardize,
+    variance,
+)
+from lpl_lightning.losses.gate import Threshold, equivalents, gate_weight, latent_side
+from lpl_lightning.losses.nonfinite import NonFiniteGuard
+from lpl_lightning.losses.options import LossOptions, NonFinite, Preset, Reduction
 from lpl_lightning.losses.outliers import inlier_mask, odd_kernel
+from lpl_lightning.noise import DDPM
 
-__all__ = [
-    "DepthWeights",
-    "LatentPerceptualLoss",
-    "Statistics",
-    "depth_weight",
-    "masked_distance",
-    "standardize",
-]
-
-Statistics = Literal["predicted", "predicted_detached", "target", "separate", "none"]
-DepthWeights = Literal["inverse_upscale", "exponential", "uniform"]
-
-
-def standardize(
-    predicted: Tensor, target: Tensor, statistics: Statistics = "predicted", eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    r"""Standardize two feature maps per sample and channel, :math:`\phi' = (\phi - \mu) / \sqrt{var + eps}`.
-
-    Args:
-        predicted: Features of the estimate (B, C, H, W).
-        target: Features of the clean latent, likewise.
-        statistics: Whose mean and variance over positions serve for both: the ``predicted`` map's (the paper's
-            choice), the same without gradient through them, the ``target``'s; or each map's own (``separate``), or
-            ``none``.
-        eps: Added to the variance.
-
-    Returns:
-        Both maps, standardized, in the order of the arguments.
-    """
-
-    def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-        variance, mean = torch.var_mean(features, dim=(-2, -1), correction=0, keepdim=True)
-        return mean, (variance + eps).rsqrt()
-
-    match statistics:
-        case "none":
-            return predicted, target
-        case "separate":
-            (mean_p, scale_p), (mean_t, scale_t) = moments(predicted), moments(target)
-            return (predicted - mean_p) * scale_p, (target - mean_t) * scale_t
-        case "predicted":
-            mean, scale = moments(predicted)
-        case "predicted_detached":
-            mean, scale = moments(predicted.detach())
-        case "target":
-            mean, scale = moments(target)
-    return (predicted - mean) * scale, (target - mean) * scale
-
-
-def masked_distance(predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared difference, averaged over each channel's inliers and then over channels.
-
-    Args:
-        predicted: (B, C, H, W).
-        target: (B, C, H, W).
-        mask: (B, C, H, W) of ones and zeros; a channel without any one contributes zero.
-
-    Returns:
-        (B,).
-    """
-    squares = (predicted - target).square()
-    if mask is None:
-        return squares.mean(dim=(1, 2, 3))
-    return ((squares * mask).sum(dim=(2, 3)) / mask.sum(dim=(2, 3)).clamp_min(1)).mean(dim=1)
-
-
-def depth_weight(upscale: float, kind: DepthWeights = "inverse_upscale") -> float:
-    r"""Weight :math:`\omega_l` of a layer whose resolution is ``upscale`` :math:`= r_l / r_1` times the first's.
-
-    ``inverse_upscale`` is :math:`r_1 / r_l`, as the paper's prose and the public code have it; ``exponential`` is
-    :math:`2^{-r_l / r_1}`, as the paper's formula is printed; ``uniform`` is 1.
-    """
-    match kind:
-        case "inverse_upscale":
-            return 1.0 / upscale
-        case "exponential":
-            return float(2.0**-upscale)
-        case "uniform":
-            return 1.0
+__all__ = ["LatentPerceptualLoss"]
 
 
 class LatentPerceptualLoss(nn.Module):
     """Distance between a clean latent and its estimate, seen by the autoencoder's decoder (eq. 3).
 
     It can serve any loop: ``loss + 3.0 * lpl(z0_hat, z0, noise_to_signal).mean()``. The decoder runs only for the
-    samples that pass the gate, and only as deep as asked.
+    samples that pass the gate, and only as deep as asked. Every option but the first two is as the preset has it unless
+    it is given; ``losses/README.md`` has the table of all of them, with their sources.
 
     Args:
         autoencoder: The frozen autoencoder whose decoder looks at the latents.
-        depth: How many of the decoder's feature maps are compared, shallow to deep; at most all there are. The
-            paper's 5 are all those of its decoders (a middle block and four others).
-        threshold: tau: samples with sigma / alpha above it are gated. About 3 for latents of 32 x 32 (256 px, f = 8)
-            and 6 for 64 x 64: in proportion to the latents' side.
-        statistics: See ``standardize``.
-        depth_weights: See ``depth_weight``.
-        mask_outliers: Whether outliers are left out of maps finer than twice the first.
+        preset: ``paper``: the paper's choices. ``diffusers``: those of the public example's command line, number for
+            number. ``rgb``: mean squared error of decoded images, the paper's baseline for its ablation of depth.
+        depth: How many of the decoder's feature maps are compared, shallow to deep, at most all there are (the paper's
+            5 are a middle block and four others; 0 compares none and is zero), or the names of stages, among them
+            ``image``, the decoder's output.
+        threshold: tau, a noise-to-signal ratio sigma / alpha, or a ``Threshold`` in another unit, such as
+            ``{"log_snr": -2.2}`` in a config. Infinity gates nothing.
+        reference_side: Side of the latents, in positions, that ``threshold``, ``dilation`` and ``erosion`` are meant
+            for. Those of other sides have all three scaled in proportion, as the paper does: with 32, 3 is 6 for
+            latents of 64 x 64. 0 turns it off.
+        gate_softness: See ``gate_weight``: 1 is the paper's hard gate.
+        normalization: ``standardize`` each channel over positions, or divide each position by its ``channel_norm``.
+        statistics: Whose statistics normalize; see ``standardize`` and ``channel_normalize``.
+        eps: Added to variances (by default 1e-5) or to norms (1e-10 for a map's own, 1e-6 for shared ones).
+        relative_eps: Added to variances, times their mean over the map's channels; see ``standardize``. By default 0.
+        distance: Of single values; see ``masked_distance``.
+        huber_delta: Where ``huber`` becomes linear.
+        depth_weights: See ``depth_weight``; or a list with a weight for each compared map.
+        mask_outliers: Whether outliers are left out.
+        mask_source: Whose outliers: the ``predicted`` map's or the ``target``'s.
+        mask_upscale: Only maps more than so many times finer than the first are masked.
+        quantile: See ``inlier_mask``.
+        widening: See ``inlier_mask``.
         dilation: Window that dilates the map of inliers, in positions of a map as large as the image; coarser maps
-            have smaller ones, to the nearest odd number.
+            have smaller ones, to the nearest odd number. A list gives each compared map's as it is.
         erosion: Window that erodes it afterwards, likewise.
-        eps: Added to the variances.
+        mask_before_normalization: Whether the clean map's outliers are set to zero before it is normalized.
+        position_reduction: ``mean`` over a channel's inliers, or ``sum``, as the norm of eq. 3 is printed.
+        depth_reduction: ``sum`` over maps, or ``mean``.
+        reduction: ``none`` gives (B,); ``mean`` and ``sum`` a scalar over the whole batch; ``mean_passed`` the mean
+            over the samples that passed, as the public example has it, whose weight then depends on how many did.
+        post_quant_conv: Whether the latents pass the decoder's ``post_quant_conv``, if it has one. The public example
+            leaves it out.
+        nonfinite: What to do where a value is not finite; see ``NonFiniteGuard``.
     """
 
     def __init__(
         self,
         autoencoder: Autoencoder,
-        depth: int = 5,
-        threshold: float = 3.0,
-        statistics: Statistics = "predicted",
-        depth_weights: DepthWeights = "inverse_upscale",
-        mask_outliers: bool = True,
-        dilation: int = 3,
-        erosion: int = 5,
-        eps: float = 1e-5,
+        preset: Preset = "paper",
+        depth: int | Sequence[str] | None = None,
+        threshold: float | Threshold | None = None,
+        reference_side: int | None = None,
+        gate_softness: float | None = None,
+        normalization: Normalization | None = None,
+        statistics: Statistics | None = None,
+        eps: float | None = None,
+        relative_eps: float | None = None,
+        distance: Distance | None = None,
+        huber_delta: float | None = None,
+        depth_weights: DepthWeights | Sequence[float] | None = None,
+        mask_outliers: bool | None = None,
+        mask_source: Literal["predicted", "target"] | None = None,
+        mask_upscale: float | None = None,
+        quantile: float | None = None,
+        widening: float | None = None,
+        dilation: int | Sequence[int] | None = None,
+        erosion: int | Sequence[int] | None = None,
+        mask_before_normalization: bool | None = None,
+        position_reduction: Literal["mean", "sum"] | None = None,
+        depth_reduction: Literal["sum", "mean"] | None = None,
+        reduction: Reduction | None = None,
+        post_quant_conv: bool | None = None,
+        nonfinite: NonFinite | None = None,
     ) -> None:
         super().__init__()
-        at_least(1, depth=depth)
-        if threshold <= 0:
-            raise ValueError(f"`threshold` must be a noise-to-signal ratio above 0, got {threshold}.")
-        for name, value, choices in (
-            ("statistics", statistics, get_args(Statistics)),
-            ("depth_weights", depth_weights, get_args(DepthWeights)),
-        ):
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
-        for name, size in (("dilation", dilation), ("erosion", erosion)):
-            if size < 1 or size % 2 == 0:
-                raise ValueError(f"`{name}` must be an odd number of positions, got {size}.")
+        given = {name: value for name, value in locals().items() if name in LossOptions.__dataclass_fields__}
         self.autoencoder = autoencoder
-        self.depth = min(depth, len(autoencoder.feature_names))
-        self.threshold = threshold
-        self.statistics: Statistics = statistics
-        self.depth_weights: DepthWeights = depth_weights
-        self.mask_outliers = mask_outliers
-        self.dilation = dilation
-        self.erosion = erosion
-        self.eps = eps
+        self.preset = preset
+        self.options = LossOptions.of(preset, **given)
+        self.compared = _compared(autoencoder, self.options.depth)
+        for name in ("depth_weights", "dilation", "erosion"):
+            self.options.of_map(name, 0, len(self.compared))
+        self.ddpm: DDPM | None = None
+        self._guard = NonFiniteGuard(self.options.nonfinite)
+        self._announced = False
+        self._seen = False
+        self._finest: float | None = None
 
-    def passes(self, noise_to_signal: Tensor) -> Tensor:
-        """Which samples pass the gate: (B,) bool, on the device of ``noise_to_signal`` (B,)."""
-        return noise_to_signal <= self.threshold
+    def tau(self, side: float) -> float:
+        """The threshold for latents of a side, as a noise-to-signal ratio."""
+        return self.options.threshold.to_nsr(self.ddpm) * self._scale(side)
+
+    def passes(self, noise_to_signal: Tensor, side: float) -> Tensor:
+        """Which samples pass the gate: (B,) bool, on the device of ``noise_to_signal`` (B,).
+
+        Args:
+            noise_to_signal: sigma / alpha of each sample.
+            side: Side of the latents, in positions.
+        """
+        return gate_weight(noise_to_signal, self.tau(side), self.options.gate_softness) > 0
+
+    def announce(self, side: float) -> None:
+        """Log the threshold in every unit, once.
+
+        Args:
+            side: Side of the latents, in positions.
+        """
+        if self._announced:
+            return
+        self._announced = True
+        tau = self.tau(side)
+        units = ", ".join(f"{name} {value:.4g}" for name, value in equivalents(tau, self.ddpm).items())
+        scaled = f" ({self._scale(side):.4g} times that of side {self.options.reference_side})"
+        rank_zero_info(
+            f"LPL compares {', '.join(self.compared) or 'nothing'}; on latents of side {side:.4g} its threshold is "
+            f"{units}{scaled if self._scale(side) != 1 else ''}."
+        )
 
     def forward(self, z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None = None) -> Tensor:
         """Compute the loss of each sample.
 
         Args:
-            z0_hat: Estimates of the clean latents (B, C, h, w), scaled as the autoencoder's ``encode`` gives them.
+            z0_hat: Estimates of the clean latents (B, C, *positions), scaled as the autoencoder's ``encode`` gives
+                them.
             z0: Clean latents, likewise; no gradient flows to them.
             noise_to_signal: (B,) sigma / alpha of each sample; without it all pass the gate. On the CPU it costs no
                 wait for an accelerator.
 
         Returns:
-            (B,) float32, zero where gated, always connected to ``z0_hat``.
+            (B,), or a scalar if ``reduction`` says so; zero where gated, always connected to ``z0_hat``; in the
+            decoder's precision but at least float32.
         """
-        if z0_hat.shape != z0.shape or z0_hat.ndim != 4:
-            raise ValueError(
-                f"`z0_hat` and `z0` must both be (B, C, h, w), got {tuple(z0_hat.shape)} and {tuple(z0.shape)}."
-            )
-        if noise_to_signal is not None and noise_to_signal.shape != z0.shape[:1]:
-            raise ValueError(
-                f"`noise_to_signal` must hold one ratio for each of the {len(z0)} samples, "
-                f"got shape {tuple(noise_to_signal.shape)}."
-            )
-        # An empty sum: zero, connected to the graph, and with a zero gradient even where z0_hat is not finite.
-        losses = z0_hat.float().flatten(1)[:, :0].sum(dim=1)
-        if noise_to_signal is None:
-            return losses + self._ungated(z0_hat, z0)
-        kept = self.passes(noise_to_signal.detach()).nonzero().squeeze(1).to(z0.device, non_blocking=True)
-        if len(kept) == 0:
-            return losses
-        return losses.index_add(0, kept, self._ungated(z0_hat[kept], z0[kept]))
+        return self.evaluate(z0_hat, z0, noise_to_signal)[0]
 
-    def _ungated(self, z0_hat: Tensor, z0: Tensor) -> Tensor:
+    def evaluate(
+        self, z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None = None, diagnose: bool = False
+    ) -> tuple[Tensor, Diagnostics | None]:
+        """Compute the loss, and what can be seen of it.
+
+        Args:
+            z0_hat: See ``forward``.
+            z0: See ``forward``.
+            noise_to_signal: See ``forward``.
+            diagnose: Whether to give diagnostics, which costs a few reductions over the feature maps.
+
+        Returns:
+            The loss as of ``forward``, and the diagnostics or None.
+        """
+        check_latents(z0_hat, z0, noise_to_signal)
+        side = latent_side(z0)
+        self.announce(side)
+        dtype = torch.promote_types(self.autoencoder.dtype, torch.float32)
+        # An empty sum: zero, connected to the graph, and with a zero gradient even where z0_hat is not finite.
+        losses = z0_hat.flatten(1)[:, :0].sum(dim=1).to(dtype)
+        passed: Tensor | None = None
+        if noise_to_signal is None:
+            kept_hat, kept = z0_hat.view_as(z0_hat), z0
+        else:
+            noise_to_signal = noise_to_signal.detach()
+            weight = gate_weight(noise_to_signal, self.tau(side), self.options.gate_softness)
+            chosen = weight.nonzero().squeeze(1)
+            passed = chosen.to(z0.device, non_blocking=True)
+            kept_hat, kept = z0_hat[passed], z0[passed]
+        if len(kept) == 0 or not self.compared:
+            return self._reduce(losses, len(kept)), None
+        ungated, records = self._ungated(kept_hat, kept, diagnose)
+        if passed is None or noise_to_signal is None:
+            losses = losses + ungated
+        else:
+            soft = weight[chosen].to(dtype).to(z0.device, non_blocking=True)
+            losses = losses.index_add(0, passed, ungated * soft)
+        found = None
+        if diagnose:
+            flow_time = None
+            if noise_to_signal is not None:
+                nsr, tau = noise_to_signal[chosen].to(z0.device, dtype, non_blocking=True), self.tau(side)
+                flow_time = nsr / (1 + nsr) / equivalents(tau, self.ddpm)["flow_t"]
+            found = Diagnostics(records, ungated.detach(), flow_time)
+        return self._reduce(losses, len(kept)), found
+
+    def _ungated(self, z0_hat: Tensor, z0: Tensor, diagnose: bool) -> tuple[Tensor, dict[str, MapRecord]]:
         """Loss (B,) of samples that have passed the gate."""
+        options, count = self.options, len(self.compared)
+        # The first map too, whose side the others' are measured by.
+        names = list(dict.fromkeys((self.autoencoder.stage_names[0], *self.compared)))
+        skip = () if options.post_quant_conv else ("post_quant_conv",)
         with torch.no_grad():
-            targets = self.autoencoder.features(z0, self.depth)
-        predictions = self.autoencoder.features(z0_hat, self.depth)
-        first, image_side = predictions[0].shape[-1], z0.shape[-1] * self.autoencoder.downscale
-        total = z0_hat.new_zeros(len(z0), dtype=torch.float32)
+            targets = self.autoencoder.features(z0, names, skip)
+        predictions = self.autoencoder.features(z0_hat, names, skip)
+        sides = [_side(features, z0.ndim) for features in predictions]
+        image_side = z0.shape[-1] * self._image_scale(z0)
+        origins = {"the estimate z0_hat": _spread(z0_hat), "the clean latent z0": _spread(z0)}
+        parts: list[Tensor] = []
+        records: dict[str, MapRecord] = {}
+        index = 0
         with torch.autocast(z0.device.type, enabled=False):
-            for predicted, target in zip(predictions, targets, strict=True):
-                side = predicted.shape[-1]
-                mask = None
-                if self.mask_outliers and side > 2 * first:
+            for name, side, predicted, target in zip(names, sides, predictions, targets, strict=True):
+                if name not in self.compared:
+                    continue
+                predicted, target = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (predicted, target))
+                if not self._seen and options.normalization == "standardize" and options.statistics != "none":
+                    note_constant_channels(name, target, options.eps, options.relative_eps)
+                upscale, mask = side / sides[0], None
+                if options.mask_outliers and upscale > options.mask_upscale:
                     mask = inlier_mask(
-                        predicted.detach().float(),
-                        dilation=odd_kernel(self.dilation, side / image_side),
-                        erosion=odd_kernel(self.erosion, side / image_side),
+                        (predicted if options.mask_source == "predicted" else target).detach(),
+                        options.quantile,
+                        options.widening,
+                        self._kernel("dilation", index, side / image_side * self._scale(latent_side(z0))),
+                        self._kernel("erosion", index, side / image_side * self._scale(latent_side(z0))),
                     )
-                distance = masked_distance(
-                    *standardize(predicted.float(), target.float(), self.statistics, self.eps), mask
-                )
-                total = total + depth_weight(side / first, self.depth_weights) * distance
-        return total
+                part = self._weight(index, upscale) * self._distance(predicted, target, mask)
+                parts.append(part / count if options.depth_reduction == "mean" else part)
+                origins[f"the decoder's stage {name!r}"] = parts[-1]
+                if diagnose:
+                    records[name] = _record(parts[-1], predicted, target, mask)
+                index += 1
+            losses = torch.stack(parts).sum(dim=0)
+        self._seen = True
+        return self._guard(losses, origins, z0_hat), records
+
+    def _distance(self, predicted: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        options = self.options
+        if mask is not None and options.mask_before_normalization:
+            target = target * mask
+        if options.normalization == "standardize":
+            predicted, target = standardize(predicted, target, options.statistics, options.eps, options.relative_eps)
+        else:
+            predicted, target = channel_normalize(predicted, target, options.statistics, options.eps)
+        return masked_distance(
+            predicted, target, mask, options.distance, options.huber_delta, options.position_reduction
+        )
+
+    def _weight(self, index: int, upscale: float) -> float:
+        weight: DepthWeights | float = self.options.of_map("depth_weights", index, len(self.compared))
+        return depth_weight(upscale, weight) if isinstance(weight, str) else weight
+
+    def _kernel(self, name: str, index: int, scale: float) -> int:
+        size: int = self.options.of_map(name, index, len(self.compared))
+        return size if isinstance(getattr(self.options, name), tuple) else odd_kernel(size, scale)
+
+    def _image_scale(self, z0: Tensor) -> float:
+        """Side of an image over that of its latent; of the finest feature map where the autoencoder does not say."""
+        known = self.autoencoder.known_downscale
+        if known is not None:
+            return known
+        if self._finest is None:
+            with torch.no_grad():
+                sides = [_side(features, z0.ndim) for features in self.autoencoder.features(z0[:1])]
+            self._finest = max(sides) / z0.shape[-1]
+        return self._finest
+
+    def _scale(self, side: float) -> float:
+        """Side of the latents over the side that the options are meant for."""
+        return side / self.options.reference_side if self.options.reference_side else 1.0
+
+    def _reduce(self, losses: Tensor, passed: int) -> Tensor:
+        match self.options.reduction:
+            case "none":
+                return losses
+            case "mean":
+                return losses.mean()
+            case "sum":
+                return losses.sum()
+            case "mean_passed":
+                return losses.sum() / max(1, passed)
+
+
+def _compared(autoencoder: Autoencoder, depth: int | tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the stages to compare, in the decoder's order."""
+    if isinstance(depth, int):
+        return autoencoder.feature_names[:depth]
+    if unknown := [name for name in depth if name not in autoencoder.stage_names]:
+        raise ValueError(f"`depth` must name stages among {list(autoencoder.stage_names)}, got {unknown}.")
+    return tuple(name for name in autoencoder.stage_names if name in depth)
+
+
+def _side(features: Tensor, latent_ndim: int) -> float:
+    """Resolution of a map: its last side, or that of a square with as many positions where it has fewer axes."""
+    if features.ndim == latent_ndim:
+        return float(features.shape[-1])
+    return float(features[0, 0].numel() ** (1 / (latent_ndim - 2)))
+
+
+def _spread(values: Tensor) -> Tensor:
+    """(B,) finite where all of a sample's values are."""
+    return values.detach().flatten(1).abs().amax(dim=1)
+
+
+def _record(part: Tensor, predicted: Tensor, target: Tensor, mask: Tensor | None) -> MapRecord:
+    with torch.no_grad():
+        return MapRecord(
+            loss=part.detach(),
+            inliers=part.new_ones(()) if mask is None else mask.mean(),
+            variance_ratio=variance_ratio(variance(predicted), variance(target), 1e-12),
+        )

@@ -35,14 +35,14 @@ def inlier_mask(
     with a single value has no outliers.
 
     Args:
-        features: (B, C, H, W).
+        features: (B, C, *positions), with one to three axes of positions.
         quantile: Share of positions below the lower and above the upper quantile.
         widening: w, in standard deviations.
-        dilation: Side of the square window that dilates the map of inliers; odd.
-        erosion: Side of the square window that erodes it afterwards; odd.
+        dilation: Side of the window that dilates the map of inliers, the same along every axis; odd.
+        erosion: Side of the window that erodes it afterwards; odd.
 
     Returns:
-        (B, C, H, W) in the features' dtype: 1 for inliers, 0 for outliers. No gradient flows through it.
+        (B, C, *positions) in the features' dtype: 1 for inliers, 0 for outliers. No gradient flows through it.
     """
     flat = features.flatten(2)
     positions = flat.shape[-1]
@@ -51,8 +51,9 @@ def inlier_mask(
     std = flat.std(dim=-1, keepdim=True) if positions > 1 else torch.zeros_like(low)
     inlier = (flat > low - widening * std) & (flat < high + widening * std) | (std == 0)
     mask = inlier.reshape(features.shape).to(features.dtype)
+    max_pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[features.ndim - 2]
     if dilation > 1:
-        mask = F.max_pool2d(mask, dilation, stride=1, padding=dilation // 2)
+        mask = max_pool(mask, dilation, stride=1, padding=dilation // 2)
     if erosion > 1:
-        mask = -F.max_pool2d(-mask, erosion, stride=1, padding=erosion // 2)
+        mask = -max_pool(-mask, erosion, stride=1, padding=erosion // 2)
     return mask

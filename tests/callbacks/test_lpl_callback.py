@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import copy
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from conftest import tiny_kl
+from lightning.pytorch.loggers import Logger
 from test_mixin import Foreign, fit
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lpl_lightning import Autoencoder, LatentPerceptualLoss, LPLCallback
+from lpl_lightning import DDPM, Autoencoder, LatentPerceptualLoss, LPLCallback, LPLMixin
+from lpl_lightning.losses import Threshold
 
 
 def test_weight_follows_its_schedule() -> None:
@@ -35,7 +42,7 @@ def test_it_runs_at_the_steps_of_its_schedule_only(tmp_path: Path) -> None:
 
 def test_its_loss_is_made_with_the_options_given(tmp_path: Path) -> None:
     autoencoder = Autoencoder(tiny_kl())
-    make = partial(LatentPerceptualLoss, threshold=0.5)
+    make = partial(LatentPerceptualLoss, threshold=0.5, reference_side=0)
     trainer = fit(Foreign(), tmp_path, LPLCallback(loss=make, autoencoder=autoencoder))
     # Foreign's ratios at sigma = 0.1, 0.37, 0.63 and 0.9 are 0.10, 0.39, 0.82 and 2.06.
     assert trainer.callback_metrics["gate_share"] == 0.5
@@ -43,7 +50,7 @@ def test_its_loss_is_made_with_the_options_given(tmp_path: Path) -> None:
 
 def test_two_of_them_are_refused(tmp_path: Path) -> None:
     pair = [LPLCallback(autoencoder=Autoencoder(tiny_kl())) for _ in range(2)]
-    with pytest.raises(ValueError, match="two LPLCallbacks under trainer.callbacks"):
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `LPLCallback`"):
         fit(Foreign(), tmp_path, *pair)
 
 
@@ -65,8 +72,244 @@ def test_a_run_that_was_interrupted_can_be_started_again(tmp_path: Path) -> None
         ({"weight": -1.0}, "`weight` must be 0 or more, got -1"),
         ({"every_n_steps": 0}, "`every_n_steps` must be 1 or more"),
         ({"ramp_steps": -1}, "`ramp_steps` must be 0 or more"),
+        ({"weight": "half"}, "`weight` must be a number or 'auto', got 'half'"),
+        ({"weight": "auto", "target_share": 1.0}, "`target_share` must lie between 0 and 1, got 1.0"),
+        ({"weight": "auto", "calibration_steps": 0}, "`calibration_steps` must be 1 or more"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LPLCallback(**options)
+
+
+class Recorder(Logger):
+    """A logger that keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, float]] = []
+
+    @property
+    def name(self) -> str:
+        return "recorder"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.seen.append(dict(metrics))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class Latents(LPLMixin, pl.LightningModule):
+    """A user's module that gives its prediction to ``auxiliary_loss``; its losses are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(4, 4, 3, padding=1)
+        self.rests: list[float] = []
+        self.terms: list[float] = []
+        self.measured: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def training_step(self, z0: Tensor, batch_idx: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.global_step)
+        noise = torch.randn(z0.shape, generator=generator)
+        t = torch.linspace(0.05, 0.25, len(z0)).view(-1, 1, 1, 1)
+        z_t = (1 - t) * z0 + t * noise
+        prediction = self.net(z_t)
+        self.measured.append((z_t.detach(), t, z0))
+        rest = nn.functional.mse_loss(prediction, noise - z0)
+        term = self.auxiliary_loss(z_t - t * prediction, z0, (t / (1 - t)).flatten(), prediction=prediction)
+        self.rests.append(rest.item())
+        self.terms.append(term.item())
+        return rest + term
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+
+def run(module: pl.LightningModule, tmp_path: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    torch.manual_seed(0)
+    latents: Any = list(torch.randn(4 * options.pop("num_batches", 1), 4, 4, 4))
+    ckpt_path = options.pop("ckpt_path", None)
+    settings: dict[str, Any] = {
+        "default_root_dir": tmp_path,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "callbacks": list(callbacks),
+    }
+    trainer = pl.Trainer(**(settings | options))
+    trainer.fit(module, DataLoader(latents, batch_size=4), ckpt_path=ckpt_path)
+    return trainer
+
+
+def ungated(autoencoder: Autoencoder) -> LatentPerceptualLoss:
+    return LatentPerceptualLoss(autoencoder, reference_side=0)
+
+
+def test_auto_makes_lpl_the_share_that_is_asked_for(tmp_path: Path) -> None:
+    """Four batches are measured and not trained on; then the share is a fifth, on latents that hardly change."""
+    module = Latents()
+    callback = LPLCallback(weight="auto", calibration_steps=4, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    run(module, tmp_path, callback, max_steps=8)
+    assert module.terms[:4] == [0.0] * 4
+    weight = callback.weight
+    assert weight is not None
+    lpl = ungated(callback._autoencoder)  # type: ignore[arg-type]
+    measured = []
+    for z_t, t, z0 in module.measured[:4]:
+        prediction = module.net(z_t)  # moved by steps of 1e-4 since
+        measured.append(lpl(z_t - t * prediction, z0).mean().item())
+    rest, term = sum(module.rests[:4]) / 4, sum(measured) / 4
+    assert weight == pytest.approx(0.25 * rest / term, rel=1e-2)
+    shares = [term / (term + rest) for term, rest in zip(module.terms[4:], module.rests[4:], strict=True)]
+    assert sum(shares) / 4 == pytest.approx(0.2, abs=0.03)
+    assert callback.weight == weight
+
+
+def test_auto_starts_late_ramps_after_it_and_keeps_to_its_steps(tmp_path: Path) -> None:
+    module = Latents()
+    callback = LPLCallback(
+        weight="auto", start_step=2, ramp_steps=1, calibration_steps=2, loss=ungated, autoencoder=Autoencoder(tiny_kl())
+    )
+    run(module, tmp_path, callback, max_steps=7)
+    assert callback.weight is not None
+    assert [bool(term) for term in module.terms] == [False] * 4 + [True] * 3
+    assert callback.weight_at(4) == pytest.approx(callback.weight / 2)
+    assert callback.weight_at(5) == callback.weight
+
+
+@pytest.mark.parametrize("stopped_at", [2, 5])
+def test_auto_goes_on_from_a_checkpoint(tmp_path: Path, stopped_at: int) -> None:
+    """In the midst of its measurement and after it: the weight is that of a run in one piece."""
+
+    def callback() -> LPLCallback:
+        torch.manual_seed(3)
+        return LPLCallback(weight="auto", calibration_steps=4, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+
+    def module() -> Latents:
+        torch.manual_seed(4)
+        return Latents()
+
+    whole = callback()
+    run(module(), tmp_path, whole, max_steps=7)
+    first = run(module(), tmp_path, callback(), max_steps=stopped_at)
+    first.save_checkpoint(tmp_path / "stopped.ckpt")
+    resumed = callback()
+    run(module(), tmp_path, resumed, max_steps=7, ckpt_path=tmp_path / "stopped.ckpt")
+    assert whole.weight is not None
+    assert resumed.weight == pytest.approx(whole.weight, rel=1e-6)
+    assert resumed.weight_at(6) == pytest.approx(whole.weight_at(6), rel=1e-6)
+
+
+def test_auto_says_what_it_cannot_do(tmp_path: Path) -> None:
+    class Manual(Latents):
+        def training_step(self, z0: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+            super().training_step(z0, batch_idx)
+
+    autoencoder = Autoencoder(tiny_kl())
+    with (
+        pytest.warns(UserWarning, match="returned `None`"),
+        pytest.raises(ValueError, match="needs the loss that `training_step` returns, got NoneType"),
+    ):
+        run(Manual(), tmp_path, LPLCallback(weight="auto", autoencoder=autoencoder), max_steps=1)
+    gated = LPLCallback(
+        weight="auto",
+        calibration_steps=2,
+        loss=partial(LatentPerceptualLoss, threshold=1e-3),
+        autoencoder=autoencoder,
+    )
+    with pytest.raises(ValueError, match="no sample passed the gate"):
+        run(Latents(), tmp_path, gated, max_steps=4)
+
+
+def test_diagnostics_are_logged_at_steps_that_are_logged_and_not_computed_at_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    evaluate = LatentPerceptualLoss.evaluate
+
+    def watch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(args[3])
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(LatentPerceptualLoss, "evaluate", watch)
+    logger = Recorder()
+    callback = LPLCallback(weight=2.0, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    run(Latents(), tmp_path, callback, max_steps=6, logger=logger, log_every_n_steps=2, num_batches=2)
+    assert asked == [False, True] * 3
+    stages = [
+        f"{kind}/{name}"
+        for kind in ("lpl_depth", "lpl_share", "lpl_masked", "lpl_variance_ratio")
+        for name in ("mid", "up_0", "up_1", "up_2")
+    ]
+    for metrics in (m for m in logger.seen if "loss_lpl" in m):
+        assert set(metrics) >= {*stages, *(f"lpl_noise/{k}" for k in range(1, 5)), "lpl_gradient_ratio", "lpl_weight"}
+
+
+def test_the_gradient_ratio_is_that_of_two_separate_backward_passes(tmp_path: Path) -> None:
+    """Recomputed for the same weights: the gradients at the prediction of each part of the loss alone."""
+    logger, module = Recorder(), Latents()
+    callback = LPLCallback(weight=2.0, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    before = copy.deepcopy(module.net)
+    run(module, tmp_path, callback, max_steps=1, logger=logger, log_every_n_steps=1, accumulate_grad_batches=1)
+    ((z_t, t, z0),) = module.measured
+    noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
+    prediction = before(z_t)
+    lpl = ungated(callback._autoencoder)  # type: ignore[arg-type]
+    term = 2.0 * lpl(z_t - t * prediction, z0, (t / (1 - t)).flatten()).mean()
+    rest = nn.functional.mse_loss(prediction, noise - z0)
+    gradients = [torch.autograd.grad(part, prediction, retain_graph=True)[0].norm() for part in (term, rest)]
+    logged = [m["lpl_gradient_ratio"] for m in logger.seen if "lpl_gradient_ratio" in m]
+    assert logged == [pytest.approx((gradients[0] / gradients[1]).item(), rel=1e-4)]
+
+
+def test_a_timestep_threshold_counts_in_the_modules_own_chain(make_module: Any, tmp_path: Path) -> None:
+    module = make_module(dit=True, noise=DDPM(beta_schedule="linear"))
+    made: list[LatentPerceptualLoss] = []
+
+    def make(autoencoder: Autoencoder) -> LatentPerceptualLoss:
+        made.append(LatentPerceptualLoss(autoencoder, threshold=Threshold(ddpm_timestep=300), reference_side=0))
+        return made[-1]
+
+    callback = LPLCallback(loss=make)
+    callback.setup(pl.Trainer(logger=False), module, "fit")
+    alpha, sigma = module.noise.alpha_sigma(torch.tensor([300.0, 301.0]))
+    assert made[0].passes(sigma / alpha, 4).tolist() == [True, False]
+
+
+class WriteWeight(pl.Callback):
+    """Leaves what each process found in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        (callback,) = [c for c in trainer.callbacks if isinstance(c, LPLCallback)]  # type: ignore[attr-defined]
+        assert isinstance(pl_module, Latents)
+        found = {"weight": callback.weight, "rest": sum(pl_module.rests[:2]) / 2}
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(found))
+
+
+def test_auto_finds_one_weight_on_two_processes(tmp_path: Path) -> None:
+    """Each process sees half of the data, and both take the weight that the means over both give."""
+    callback = LPLCallback(weight="auto", calibration_steps=2, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    run(
+        Latents(),
+        tmp_path,
+        callback,
+        WriteWeight(tmp_path),
+        max_steps=3,
+        strategy="ddp_spawn",
+        devices=2,
+        num_batches=4,
+    )
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0]["weight"] == found[1]["weight"] > 0
+    assert found[0]["rest"] != found[1]["rest"]

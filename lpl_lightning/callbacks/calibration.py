@@ -1,0 +1,99 @@
+r"""Choice of the weight of a loss term by its share of the total.
+
+With the means of the term, :math:`\bar L_{LPL}`, and of all else, :math:`\bar L`, over some steps, the weight
+:math:`w = \frac{s}{1 - s} \bar L / \bar L_{LPL}` makes the share :math:`w \bar L_{LPL} / (\bar L + w \bar L_{LPL})`
+equal s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lpl_lightning.arguments import at_least
+
+__all__ = ["WeightCalibration"]
+
+
+class WeightCalibration:
+    """Measures a term for some steps, in which it is not trained on, and then freezes its weight.
+
+    Args:
+        target_share: s, the share of the total loss that the term is to have, above 0 and below 1.
+        steps: How many batches it is measured on.
+    """
+
+    def __init__(self, target_share: float = 0.2, steps: int = 100) -> None:
+        if not 0 < target_share < 1:
+            raise ValueError(f"`target_share` must lie between 0 and 1, got {target_share}.")
+        at_least(1, calibration_steps=steps)
+        self.target_share = target_share
+        self.steps = steps
+        self.weight: float | None = None
+        self._sums: list[Tensor] | None = None
+        self._count = 0
+        self._term: Tensor | None = None
+
+    def measure(self, term: Tensor) -> None:
+        """Note the term's value, unweighted, of the batch at hand.
+
+        Args:
+            term: A scalar; nothing waits for it.
+        """
+        self._term = term.detach()
+
+    def finish_batch(self, outputs: Any, trainer: pl.Trainer) -> None:
+        """Note the loss that the batch was trained on, without the term, and freeze the weight after the last.
+
+        Args:
+            outputs: What ``on_train_batch_end`` is given.
+            trainer: Averages over its processes.
+
+        Raises:
+            ValueError: ``training_step`` returns no loss, or no sample passed the gate.
+        """
+        if self._term is None:
+            return
+        term, self._term = self._term, None
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if not isinstance(loss, Tensor):
+            raise ValueError(
+                f"LPLCallback(weight='auto') needs the loss that `training_step` returns, got {type(loss).__name__}. "
+                "Return it, or give `weight` a number."
+            )
+        found = [term.double(), loss.detach().double().to(term.device)]
+        self._sums = (
+            found if self._sums is None else [a.to(b.device) + b for a, b in zip(self._sums, found, strict=True)]
+        )
+        self._count += 1
+        if self._count < self.steps:
+            return
+        total = torch.stack([*self._sums, torch.tensor(float(self._count), device=term.device, dtype=torch.float64)])
+        means = trainer.strategy.reduce(total.float(), reduce_op="sum")
+        assert isinstance(means, Tensor)
+        term_mean, rest = (means[:2] / means[2]).tolist()
+        if not term_mean > 0:
+            raise ValueError(
+                f"LPLCallback(weight='auto') found a Latent Perceptual Loss of {term_mean} over {self.steps} batches: "
+                "no sample passed the gate. Raise `threshold` or `calibration_steps`, or give `weight` a number."
+            )
+        self.weight = self.target_share / (1 - self.target_share) * rest / term_mean
+        rank_zero_info(
+            f"LPL's weight is {self.weight:.4g} from now on: over {self.steps} batches the loss was {rest:.4g} "
+            f"and LPL {term_mean:.4g}, which makes it {self.target_share:.0%} of the total."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weight, or what was measured so far."""
+        sums = None if self._sums is None else [value.item() for value in self._sums]
+        return {"weight": self.weight, "sums": sums, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.weight = state["weight"]
+        self._sums = None if state["sums"] is None else [torch.tensor(v, dtype=torch.float64) for v in state["sums"]]
+        self._count = state["count"]

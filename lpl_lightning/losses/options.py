@@ -1,0 +1,172 @@
+"""The options of the Latent Perceptual Loss: what the presets set, and what may be set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from lpl_lightning.arguments import at_least
+from lpl_lightning.losses.distance import DepthWeights, Distance, Normalization, Statistics
+from lpl_lightning.losses.gate import Threshold
+
+__all__ = ["PRESETS", "LossOptions", "NonFinite", "Preset", "Reduction"]
+
+Preset = Literal["paper", "diffusers", "rgb"]
+Reduction = Literal["none", "mean", "sum", "mean_passed"]
+NonFinite = Literal["raise", "skip", "zero"]
+
+_PAPER: dict[str, Any] = {
+    "depth": 5,
+    "threshold": Threshold(nsr=3.0),
+    "reference_side": 32,
+    "gate_softness": 1.0,
+    "normalization": "standardize",
+    "statistics": "predicted",
+    "eps": None,
+    "relative_eps": 0.0,
+    "distance": "mse",
+    "huber_delta": 1.0,
+    "depth_weights": "inverse_upscale",
+    "mask_outliers": True,
+    "mask_source": "predicted",
+    "mask_upscale": 2.0,
+    "quantile": 0.02,
+    "widening": 2.0,
+    "dilation": 3,
+    "erosion": 5,
+    "mask_before_normalization": False,
+    "position_reduction": "mean",
+    "depth_reduction": "sum",
+    "reduction": "none",
+    "post_quant_conv": True,
+    "nonfinite": "raise",
+}
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "paper": _PAPER,
+    "diffusers": _PAPER
+    | {
+        "threshold": Threshold(ddpm_timestep=199),
+        "reference_side": 0,
+        "normalization": "channel_norm",
+        "statistics": "separate",
+        "depth_weights": "uniform",
+        "mask_outliers": False,
+        "mask_source": "target",
+        "dilation": (1, 1, 1, 3, 3, 3),
+        "erosion": (1, 1, 3, 5, 5, 5),
+        "mask_before_normalization": True,
+        "depth_reduction": "mean",
+        "post_quant_conv": False,
+    },
+    "rgb": _PAPER | {"depth": ("image",), "statistics": "none", "depth_weights": "uniform", "mask_outliers": False},
+}
+"""Values of every option: of the paper, of the public example's command line, of the paper's RGB baseline."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Every option with a value. See ``LatentPerceptualLoss`` for what each means."""
+
+    depth: int | tuple[str, ...]
+    threshold: Threshold
+    reference_side: int
+    gate_softness: float
+    normalization: Normalization
+    statistics: Statistics
+    eps: float
+    relative_eps: float
+    distance: Distance
+    huber_delta: float
+    depth_weights: DepthWeights | tuple[float, ...]
+    mask_outliers: bool
+    mask_source: Literal["predicted", "target"]
+    mask_upscale: float
+    quantile: float
+    widening: float
+    dilation: int | tuple[int, ...]
+    erosion: int | tuple[int, ...]
+    mask_before_normalization: bool
+    position_reduction: Literal["mean", "sum"]
+    depth_reduction: Literal["sum", "mean"]
+    reduction: Reduction
+    post_quant_conv: bool
+    nonfinite: NonFinite
+
+    @classmethod
+    def of(cls, preset: Preset, **given: Any) -> LossOptions:
+        """Lay what is given over a preset.
+
+        Args:
+            preset: Its name.
+            given: Options by name; those that are None stay as the preset has them.
+
+        Raises:
+            ValueError: An unknown preset, or a value out of its range.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}.")
+        values = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
+        for name, value in values.items():
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                values[name] = tuple(value)
+        if not isinstance(values["threshold"], Threshold):
+            values["threshold"] = Threshold(nsr=values["threshold"])
+        if values["eps"] is None:
+            # The public example adds one number to a map's own lengths and another to shared ones.
+            lengths = 1e-10 if values["statistics"] == "separate" else 1e-6
+            values["eps"] = lengths if values["normalization"] == "channel_norm" else 1e-5
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not (name == "depth_weights" and isinstance(value, tuple)):
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        if isinstance(self.depth, int):
+            at_least(0, depth=self.depth)
+        elif not self.depth or len(set(self.depth)) < len(self.depth):
+            raise ValueError(f"`depth` as a list must name each stage once, got {list(self.depth)}.")
+        at_least(0, reference_side=self.reference_side, eps=self.eps, relative_eps=self.relative_eps)
+        at_least(0, widening=self.widening, mask_upscale=self.mask_upscale)
+        at_least(1, gate_softness=self.gate_softness)
+        if self.huber_delta <= 0:
+            raise ValueError(f"`huber_delta` must be above 0, got {self.huber_delta}.")
+        if not 0 <= self.quantile < 0.5:
+            raise ValueError(f"`quantile` must lie from 0 to below 0.5, got {self.quantile}.")
+        for name in ("dilation", "erosion"):
+            sizes = getattr(self, name)
+            for size in sizes if isinstance(sizes, tuple) else (sizes,):
+                if size < 1 or size % 2 == 0:
+                    raise ValueError(f"`{name}` must be an odd number of positions, or a list of them, got {sizes}.")
+
+    def of_map(self, name: str, index: int, count: int) -> Any:
+        """The entry of an option that may be a list for the compared map ``index`` of ``count``.
+
+        Raises:
+            ValueError: A list that is too short.
+        """
+        value = getattr(self, name)
+        if isinstance(value, tuple):
+            if len(value) < count:
+                raise ValueError(
+                    f"`{name}` as a list must have an entry for each compared feature map: "
+                    f"expected {count}, got {len(value)}."
+                )
+            return value[index]
+        return value
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "normalization": get_args(Normalization),
+    "statistics": get_args(Statistics),
+    "distance": get_args(Distance),
+    "depth_weights": get_args(DepthWeights),
+    "mask_source": ("predicted", "target"),
+    "position_reduction": ("mean", "sum"),
+    "depth_reduction": ("sum", "mean"),
+    "reduction": get_args(Reduction),
+    "nonfinite": get_args(NonFinite),
+}
