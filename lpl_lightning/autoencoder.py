@@ -142,6 +142,11 @@ class Autoencoder(FrozenModule):
         return self._feature_modules or tuple(stage.name for stage in self.stages if stage.is_feature)
 
     @property
+    def is_video(self) -> bool:
+        """Whether latents are (B, C, T, h, w) with frames first."""
+        return self._space.frame_step is not None
+
+    @property
     def known_latent_channels(self) -> int | None:
         """Channels C of the latents, if the model says."""
         return self._space.channels
@@ -246,10 +251,11 @@ class Autoencoder(FrozenModule):
             if self._feature_modules is None:
                 outputs = self._run_stages(current, wanted, skip)
             else:
-                bypassed = [name for name in skip if hasattr(self.model, name)]
+                bypassed = [name for name in skip if getattr(self.model, name, None) is not None]
                 if bypassed:
                     raise ValueError(
-                        f"`skip`: {bypassed} cannot be left out with `feature_modules`; drop one of the two."
+                        f"`skip`: {bypassed} cannot be left out with `feature_modules`; drop one of the two "
+                        "(of LatentPerceptualLoss it is `post_quant_conv`: set it true)."
                     )
                 outputs = run_to_modules(self.model, self._feature_modules, wanted, current)
             if "image" in wanted:

@@ -61,6 +61,11 @@ def run_to_modules(model: nn.Module, names: Sequence[str], wanted: Collection[st
     Raises:
         ValueError: A module did not run, ran more than once or before one named earlier, or put out no tensor.
     """
+    if getattr(model, "use_tiling", False):
+        raise ValueError(
+            "`model` decodes in tiles, so that a module in `feature_modules` sees one tile at a time. Turn that off "
+            "(`disable_tiling`)."
+        )
     outputs: dict[str, Tensor] = {}
     last = None if "image" in wanted else [name for name in names if name in wanted][-1]
 
@@ -78,6 +83,11 @@ def run_to_modules(model: nn.Module, names: Sequence[str], wanted: Collection[st
                     f"first. Put it further ahead, or leave {expected!r} out if it does not run."
                 )
             outputs[name] = _map(_tensor(output, f"module {name!r}"), z)
+            if len(outputs[name]) != len(z):
+                raise ValueError(
+                    f"`feature_modules`: {name!r} put out {len(outputs[name])} samples for {len(z)} latents. Does the "
+                    "model decode in slices? Turn that off (`disable_slicing`), or name another module."
+                )
             if name == last:
                 raise _Reached
 

@@ -154,7 +154,10 @@ def drawn(encoded: Any, sample: bool, generator: torch.Generator | None = None) 
         deviation: Tensor = z[1]
         if not sample:
             return mean
-        return mean + deviation * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        # Drawn where its generator is, which may be the CPU while the model is on an accelerator.
+        where = mean.device if generator is None else generator.device
+        noise = torch.randn(mean.shape, generator=generator, device=where, dtype=mean.dtype)
+        return mean + deviation * noise.to(mean.device)
     raise ValueError(
         "`model.encode` must give a tensor, a pair (mean, standard deviation) or an output of diffusers with "
         f"latent_dist, latents or latent; got {type(encoded).__name__}. Give a module whose `encode` does."

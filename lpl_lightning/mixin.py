@@ -35,6 +35,11 @@ class LPLMixin:
         terms: dict[str, LossTerm] = self.__dict__.setdefault("_loss_terms", {})
         return terms
 
+    @property
+    def lpl_prediction(self) -> Tensor | None:
+        """The prediction that ``auxiliary_loss`` was given, while terms are computed."""
+        return cast("Tensor | None", self.__dict__.get("_lpl_prediction"))
+
     def add_loss_term(self, name: str, fn: LossTerm) -> None:
         """Add a term.
 
@@ -48,11 +53,6 @@ class LPLMixin:
     def remove_loss_term(self, name: str) -> None:
         """Remove a term; nothing happens where there is none."""
         self.loss_terms.pop(name, None)
-
-    @property
-    def prediction(self) -> Tensor | None:
-        """The prediction that ``auxiliary_loss`` was given, while terms are computed."""
-        return cast("Tensor | None", self.__dict__.get("_prediction"))
 
     def auxiliary_loss(
         self, z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None = None, prediction: Tensor | None = None
@@ -70,12 +70,12 @@ class LPLMixin:
             A scalar; zero without terms.
         """
         total = torch.zeros((), device=z0.device)
-        self.__dict__["_prediction"] = prediction
+        self.__dict__["_lpl_prediction"] = prediction
         try:
             for fn in self.loss_terms.values():
                 total = total + fn(z0_hat, z0, noise_to_signal)
         finally:
-            del self.__dict__["_prediction"]
+            del self.__dict__["_lpl_prediction"]
         return total
 
     def __getstate__(self) -> dict[str, Any]:

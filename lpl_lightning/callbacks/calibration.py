@@ -34,8 +34,8 @@ class WeightCalibration:
         self.target_share = target_share
         self.steps = steps
         self.weight: float | None = None
-        self._sums: list[Tensor] | None = None
-        self._count = 0
+        self._sums: Tensor | None = None  # of the term, of all else, and of the batches counted
+        self._batches = 0
         self._term: Tensor | None = None
 
     def measure(self, term: Tensor) -> None:
@@ -65,22 +65,27 @@ class WeightCalibration:
                 f"LPLCallback(weight='auto') needs the loss that `training_step` returns, got {type(loss).__name__}. "
                 "Return it, or give `weight` a number."
             )
-        found = [term.double(), loss.detach().double().to(term.device)]
-        self._sums = (
-            found if self._sums is None else [a.to(b.device) + b for a, b in zip(self._sums, found, strict=True)]
-        )
-        self._count += 1
-        if self._count < self.steps:
+        # With automatic optimization Lightning gives the loss divided by the number of batches that it accumulates.
+        divided = trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
+        found = torch.stack([term, loss.detach().to(term) * divided, torch.ones_like(term)]).double()
+        # A batch that is not finite counts as none.
+        found = torch.where(found.isfinite().all(), found, torch.zeros_like(found))
+        self._sums = found if self._sums is None else self._sums.to(found.device) + found
+        self._batches += 1
+        if self._batches < self.steps:
             return
-        total = torch.stack([*self._sums, torch.tensor(float(self._count), device=term.device, dtype=torch.float64)])
-        means = trainer.strategy.reduce(total.float(), reduce_op="sum")
-        assert isinstance(means, Tensor)
-        term_mean, rest = (means[:2] / means[2]).tolist()
-        if not term_mean > 0:
-            raise ValueError(
-                f"LPLCallback(weight='auto') found a Latent Perceptual Loss of {term_mean} over {self.steps} batches: "
-                "no sample passed the gate. Raise `threshold` or `calibration_steps`, or give `weight` a number."
-            )
+        total = trainer.strategy.reduce(self._sums.float(), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        term_mean, rest = (total[:2] / total[2]).tolist()
+        for what, value, remedy in (
+            ("a Latent Perceptual Loss", term_mean, "no sample passed the gate, or none was finite: raise `threshold`"),
+            ("a loss without it", rest, "a share of such a total means nothing"),
+        ):
+            if not value > 0:
+                raise ValueError(
+                    f"LPLCallback(weight='auto') found {what} of {value:.4g} over {self.steps} batches: {remedy}, or "
+                    "give `weight` a number."
+                )
         self.weight = self.target_share / (1 - self.target_share) * rest / term_mean
         rank_zero_info(
             f"LPL's weight is {self.weight:.4g} from now on: over {self.steps} batches the loss was {rest:.4g} "
@@ -88,12 +93,12 @@ class WeightCalibration:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The weight, or what was measured so far."""
-        sums = None if self._sums is None else [value.item() for value in self._sums]
-        return {"weight": self.weight, "sums": sums, "count": self._count}
+        """The weight, or what this process has measured so far."""
+        sums = None if self._sums is None else self._sums.tolist()
+        return {"weight": self.weight, "sums": sums, "batches": self._batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.weight = state["weight"]
-        self._sums = None if state["sums"] is None else [torch.tensor(v, dtype=torch.float64) for v in state["sums"]]
-        self._count = state["count"]
+        self._sums = None if state["sums"] is None else torch.tensor(state["sums"], dtype=torch.float64)
+        self._batches = state["batches"]

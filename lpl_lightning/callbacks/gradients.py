@@ -30,9 +30,21 @@ class GradientRatio:
 
         Returns:
             ``z0_hat``, to compute the term from.
+
+        Raises:
+            ValueError: ``z0_hat`` is not computed from the prediction, or not element by element.
         """
         self._ratio = self._term = None
-        (slope,) = torch.autograd.grad(z0_hat, prediction, torch.ones_like(z0_hat), retain_graph=True)
+        (slope,) = torch.autograd.grad(
+            z0_hat, prediction, torch.ones_like(z0_hat), retain_graph=True, allow_unused=True
+        )
+        if slope is None or slope.shape != z0_hat.shape:
+            raise ValueError(
+                "`prediction` given to auxiliary_loss must be the tensor that `z0_hat` was computed from, element by "
+                f"element; got shapes {tuple(prediction.shape)} and {tuple(z0_hat.shape)}"
+                + (", and `z0_hat` does not depend on it" if slope is None else "")
+                + ". Give the very tensor, not a copy or a part of it, or leave it out."
+            )
 
         def of_term(gradient: Tensor) -> None:
             self._term = gradient.detach().float() * slope.float()

@@ -15,7 +15,6 @@ from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.callbacks.calibration import WeightCalibration
 from lpl_lightning.callbacks.gradients import GradientRatio
 from lpl_lightning.losses import LatentPerceptualLoss
-from lpl_lightning.losses.gate import latent_side
 from lpl_lightning.mixin import LPLMixin
 from lpl_lightning.noise import DDPM
 
@@ -27,14 +26,16 @@ class LPLCallback(Callback):
 
     The term is attached at setup and detached at teardown. It logs ``loss_lpl`` (before the weight), ``gate_share``
     (share of the batch that passed the gate) and ``lpl_weight``; in validation ``val_loss_lpl``, in test
-    ``test_loss_lpl``. At steps that are logged it also logs what ``Diagnostics.scalars`` names, and, if the module
-    gives ``auxiliary_loss`` its prediction, ``lpl_gradient_ratio``: the norm of the term's gradient at the prediction
-    over that of all else. At other steps none of it is computed.
+    ``test_loss_lpl``. At the last step before each log entry it also logs what ``Diagnostics.scalars`` names, and, if
+    the module gives ``auxiliary_loss`` its prediction, ``lpl_gradient_ratio``: the norm of the term's gradient at the
+    prediction over that of all else. At other steps none of it is computed.
 
     Args:
         weight: Weight w of the loss; the paper's best is about 3, where LPL is about a fifth of the total. ``auto``
             finds it: LPL is measured on the first ``calibration_steps`` batches, without being trained on, and the
-            weight that makes it ``target_share`` of the total is then kept to the end, checkpoints included.
+            weight that makes it ``target_share`` of the total is then kept to the end, checkpoints included. Until then
+            ``val_loss`` is without LPL: where a checkpoint or a schedule looks at a loss, let it be
+            ``val_loss_diffusion``.
         start_step: Optimizer step at which it starts.
         ramp_steps: Steps over which its weight then rises from 0 to ``weight``, linearly; after the calibration if
             there is one.
@@ -57,7 +58,7 @@ class LPLCallback(Callback):
         target_share: float = 0.2,
         calibration_steps: int = 100,
     ) -> None:
-        if isinstance(weight, str) and weight != "auto":
+        if weight != "auto" and (isinstance(weight, bool | str) or not isinstance(weight, int | float)):
             raise ValueError(f"`weight` must be a number or 'auto', got {weight!r}.")
         at_least(0, start_step=start_step, ramp_steps=ramp_steps)
         at_least(1, every_n_steps=every_n_steps)
@@ -72,6 +73,7 @@ class LPLCallback(Callback):
         self._make_loss = loss
         self._autoencoder = autoencoder
         self._gradients = GradientRatio()
+        self._loss: LatentPerceptualLoss | None = None
 
     @property
     def weight(self) -> float | None:
@@ -92,8 +94,17 @@ class LPLCallback(Callback):
         return self.weight * self.every_n_steps * ramp
 
     def _due(self, step: int) -> bool:
-        since = step - self.start_step
+        since = step - max(self.start_step, self._calibrated_at or 0)
         return since >= 0 and since % self.every_n_steps == 0
+
+    def _shows(self, trainer: pl.Trainer) -> bool:
+        """Whether this step, at which the loss is due, is the last such one before the logger takes what was logged."""
+        every: int = cast(Any, trainer).log_every_n_steps
+        if not trainer.loggers or every < 1 or trainer.fit_loop._should_accumulate():
+            return False
+        step = _steps(trainer)
+        next_logged = step + (-(step + 1)) % every
+        return step + self.every_n_steps > next_logged
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Attach the term."""
@@ -110,7 +121,7 @@ class LPLCallback(Callback):
                 f"LPLCallback found no lpl_lightning.Autoencoder: {type(pl_module).__name__}.autoencoder is "
                 f"{type(autoencoder).__name__}. Give it one by `autoencoder`, such as Autoencoder(your_vae)."
             )
-        loss = self._make_loss(autoencoder)
+        self._loss = loss = self._make_loss(autoencoder)
         noise = getattr(pl_module, "noise", None)
         loss.ddpm = noise if isinstance(noise, DDPM) else None
         pl_module.add_loss_term("lpl", lambda *latents: self._term(trainer, pl_module, loss, *latents))
@@ -126,16 +137,16 @@ class LPLCallback(Callback):
     ) -> Tensor:
         """The weighted loss of a batch, a scalar."""
         assert isinstance(pl_module, pl.LightningModule)
-        loss.announce(latent_side(z0))
-        training, step = pl_module.training, trainer.global_step
+        loss.announce(z0)
+        training, step = pl_module.training, _steps(trainer)
         measuring = training and self.calibrating and self._due(step)
         weight = self.weight_at(step) if training else (self.weight or 0.0)
         if training and weight == 0 and not measuring:
             return z0.new_zeros(())
         if loss.autoencoder.scale.device != z0.device:
             loss.autoencoder.to(z0.device)
-        diagnose = training and _logs(trainer)
-        prediction = pl_module.prediction if diagnose and not measuring else None
+        diagnose = training and self._shows(trainer)
+        prediction = pl_module.lpl_prediction if diagnose and not measuring else None
         if prediction is not None and prediction.requires_grad:
             z0_hat = self._gradients.watch(z0_hat, prediction)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not measuring):
@@ -146,13 +157,14 @@ class LPLCallback(Callback):
             f"{prefix}loss_lpl", value.detach(), prog_bar=training, batch_size=len(z0), sync_dist=not training
         )
         if training:
-            logs: dict[str, Tensor | float] = {"lpl_weight": weight}
+            # A tensor on the CPU: a number would be copied to the accelerator, and the step would wait for it.
+            logs = {"lpl_weight": torch.tensor(weight)}
             if diagnostics is not None:
                 logs |= diagnostics.scalars()
             for name, scalar in logs.items():
                 pl_module.log(name, scalar, batch_size=len(z0))
             if noise_to_signal is not None:
-                share = loss.passes(noise_to_signal, latent_side(z0)).float().mean()
+                share = loss.passes(noise_to_signal, z0).float().mean()
                 pl_module.log("gate_share", share, prog_bar=True, batch_size=len(z0))
         if measuring:
             self._calibration.measure(value)
@@ -172,7 +184,9 @@ class LPLCallback(Callback):
         if self.calibrating:
             self._calibration.finish_batch(outputs, trainer)
             if not self.calibrating:
-                self._calibrated_at = trainer.global_step
+                # The next whole step: one whose batches are being accumulated goes on without.
+                accumulating = trainer.fit_loop._should_accumulate()
+                self._calibrated_at = _steps(trainer) + int(accumulating)
 
     def state_dict(self) -> dict[str, Any]:
         """What ``auto`` found; nothing with a given weight."""
@@ -186,8 +200,14 @@ class LPLCallback(Callback):
             self._calibrated_at = state_dict["calibrated_at"]
             self._calibration.load_state_dict(state_dict)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise what the loss of the last step was still to raise."""
+        if self._loss is not None:
+            self._loss.flush()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Detach the term."""
+        self._loss = None
         if isinstance(pl_module, LPLMixin):
             pl_module.remove_loss_term("lpl")
 
@@ -196,8 +216,6 @@ class LPLCallback(Callback):
         self.teardown(trainer, pl_module, "fit")
 
 
-def _logs(trainer: pl.Trainer) -> bool:
-    """Whether the logger takes what is logged at this step."""
-    stepped = trainer.global_step // max(1, len(trainer.optimizers))
-    every: int = cast(Any, trainer).log_every_n_steps
-    return bool(trainer.loggers) and (stepped + 1) % every == 0
+def _steps(trainer: pl.Trainer) -> int:
+    """Batches or groups of batches that weights were updated on; ``global_step`` counts each optimizer's updates."""
+    return trainer.global_step // max(1, len(trainer.optimizers))

@@ -19,10 +19,15 @@ def check_latents(z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None) ->
     Raises:
         ValueError: Shapes, dtypes or devices that differ, or are none of a batch of latents.
     """
+    for name, value in (("z0_hat", z0_hat), ("z0", z0), ("noise_to_signal", noise_to_signal)):
+        if not isinstance(value, Tensor) and not (value is None and name == "noise_to_signal"):
+            raise ValueError(
+                f"`{name}` must be a tensor, got {type(value).__name__}. Make it one: torch.as_tensor(...)."
+            )
     if z0_hat.shape != z0.shape or z0_hat.ndim < 3 or 0 in z0.shape[1:]:
         raise ValueError(
             "`z0_hat` and `z0` must both be (B, C, *positions), such as (B, C, h, w), and alike; "
-            f"got {tuple(z0_hat.shape)} and {tuple(z0.shape)}."
+            f"got {tuple(z0_hat.shape)} and {tuple(z0.shape)}. Give the latents as the autoencoder's `encode` has them."
         )
     for what, other in (("dtype", z0_hat.dtype), ("device", z0_hat.device)):
         if other != getattr(z0, what):
@@ -31,11 +36,17 @@ def check_latents(z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None) ->
                 f"Cast one of them, best the estimate: z0_hat.to(z0.{what})."
             )
     if not z0.is_floating_point():
-        raise ValueError(f"`z0_hat` and `z0` must be of floating point, got {z0.dtype}.")
+        raise ValueError(f"`z0_hat` and `z0` must be of floating point, got {z0.dtype}. Cast them with .float().")
     if noise_to_signal is not None and noise_to_signal.shape != z0.shape[:1]:
         raise ValueError(
             f"`noise_to_signal` must hold one ratio for each of the {len(z0)} samples, "
-            f"got shape {tuple(noise_to_signal.shape)}."
+            f"got shape {tuple(noise_to_signal.shape)}. Flatten it, or give one for each."
+        )
+    # Where looking costs no wait: a logarithm given for a ratio would pass the gate unseen.
+    if noise_to_signal is not None and noise_to_signal.device.type == "cpu" and bool((noise_to_signal < 0).any()):
+        raise ValueError(
+            f"`noise_to_signal` must be sigma / alpha, 0 or more, got {noise_to_signal.min().item():.4g}. "
+            "If it is a logarithm of the SNR, give torch.exp(-log_snr / 2)."
         )
 
 

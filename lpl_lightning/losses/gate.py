@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -51,8 +51,26 @@ class Threshold:
     ddpm_timestep: int | None = None
     flow_t: float | None = None
 
-    def __post_init__(self) -> None:
-        """Check that there is one, in its range."""
+    @classmethod
+    def of(cls, value: object) -> Threshold:
+        """Read a threshold: a noise-to-signal ratio, or units by name.
+
+        Raises:
+            ValueError: None, more than one unit, or a value out of its range.
+        """
+        if isinstance(value, Mapping) and set(value) <= {unit.name for unit in fields(cls)}:
+            value = cls(**value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            value = cls(nsr=value)
+        if not isinstance(value, Threshold):
+            units = ", ".join(unit.name for unit in fields(cls))
+            raise ValueError(f"`threshold` must be a noise-to-signal ratio or one of {units} by name, got {value!r}.")
+        value.check()
+        return value
+
+    # Not in __post_init__: a config's parser would take the error for another type's and say something else.
+    def check(self) -> None:
+        """Refuse no unit, more than one, or a value out of its range."""
         given = {unit.name: getattr(self, unit.name) for unit in fields(self) if getattr(self, unit.name) is not None}
         if len(given) != 1:
             units = ", ".join(unit.name for unit in fields(self))
@@ -71,6 +89,7 @@ class Threshold:
         Args:
             ddpm: The chain that a timestep counts in; by default the paper's, ``DDPM()``.
         """
+        self.check()
         if self.nsr is not None:
             return float(self.nsr)
         if self.snr is not None:
@@ -87,7 +106,7 @@ class Threshold:
         return ratios[step].item()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)
 def _ratios(ddpm: DDPM | None) -> Tensor:
     """Noise-to-signal ratio of each step of a chain, float32; by default the paper's."""
     chain = ddpm if ddpm is not None else DDPM()
@@ -128,12 +147,12 @@ def gate_weight(noise_to_signal: Tensor, threshold: float, softness: float = 1.0
     """
     if softness == 1:
         return (noise_to_signal <= threshold).to(noise_to_signal.dtype)
-    phase = ((noise_to_signal / threshold).log() / math.log(softness)).clamp(-1, 1)
+    phase = ((noise_to_signal.clamp_min(0) / threshold).log() / math.log(softness)).clamp(-1, 1)
     weight = 0.5 * (1 - torch.sin(0.5 * math.pi * phase))
     return torch.where(noise_to_signal < threshold * softness, weight, torch.zeros_like(weight))
 
 
-def latent_side(z: Tensor) -> float:
-    """Side of a latent (B, C, *positions): the geometric mean of its last two sides, frames apart."""
-    sides = z.shape[2:][-2:]
+def latent_side(z: Tensor, video: bool = False) -> float:
+    """Side of a latent (B, C, *positions): the geometric mean of its sides, those of a frame if it is ``video``."""
+    sides = z.shape[3 if video else 2 :]
     return float(math.prod(sides) ** (1 / len(sides)))

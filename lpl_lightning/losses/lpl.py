@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.losses.checks import check_latents, note_constant_channels
-from lpl_lightning.losses.diagnostics import Diagnostics, MapRecord, variance_ratio
+from lpl_lightning.losses.diagnostics import Diagnostics, MapRecord, record
 from lpl_lightning.losses.distance import (
     DepthWeights,
     Distance,
@@ -34,7 +34,6 @@ from lpl_lightning.losses.distance import (
     depth_weight,
     masked_distance,
     standardize,
-    variance,
 )
 from lpl_lightning.losses.gate import Threshold, equivalents, gate_weight, latent_side
 from lpl_lightning.losses.nonfinite import NonFiniteGuard
@@ -43,6 +42,9 @@ from lpl_lightning.losses.outliers import inlier_mask, odd_kernel
 from lpl_lightning.noise import DDPM
 
 __all__ = ["LatentPerceptualLoss"]
+
+FINEST = 8
+"""The windows of the outlier mask are meant for maps so many times as fine as the latent, as the paper's finest are."""
 
 
 class LatentPerceptualLoss(nn.Module):
@@ -53,7 +55,8 @@ class LatentPerceptualLoss(nn.Module):
     it is given; ``losses/README.md`` has the table of all of them, with their sources.
 
     Args:
-        autoencoder: The frozen autoencoder whose decoder looks at the latents.
+        autoencoder: The frozen autoencoder whose decoder looks at the latents; a module that is none yet is made one,
+            and so frozen, by ``Autoencoder(module)``.
         preset: ``paper``: the paper's choices. ``diffusers``: those of the public example's command line, number for
             number. ``rgb``: mean squared error of decoded images, the paper's baseline for its ablation of depth.
         depth: How many of the decoder's feature maps are compared, shallow to deep, at most all there are (the paper's
@@ -77,8 +80,9 @@ class LatentPerceptualLoss(nn.Module):
         mask_upscale: Only maps more than so many times finer than the first are masked.
         quantile: See ``inlier_mask``.
         widening: See ``inlier_mask``.
-        dilation: Window that dilates the map of inliers, in positions of a map as large as the image; coarser maps
-            have smaller ones, to the nearest odd number. A list gives each compared map's as it is.
+        dilation: Window that dilates the map of inliers, in positions of a map 8 times as fine as a latent of
+            ``reference_side`` (or as the first map, if that is 0); others have windows in proportion to their side, to
+            the nearest odd number, which cover the same share of the image. A list gives each compared map's as it is.
         erosion: Window that erodes it afterwards, likewise.
         mask_before_normalization: Whether the clean map's outliers are set to zero before it is normalized.
         position_reduction: ``mean`` over a channel's inliers, or ``sum``, as the norm of eq. 3 is printed.
@@ -92,7 +96,7 @@ class LatentPerceptualLoss(nn.Module):
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
+        autoencoder: Autoencoder | nn.Module,
         preset: Preset = "paper",
         depth: int | Sequence[str] | None = None,
         threshold: float | Threshold | None = None,
@@ -121,47 +125,49 @@ class LatentPerceptualLoss(nn.Module):
     ) -> None:
         super().__init__()
         given = {name: value for name, value in locals().items() if name in LossOptions.__dataclass_fields__}
-        self.autoencoder = autoencoder
+        self.autoencoder = autoencoder if isinstance(autoencoder, Autoencoder) else Autoencoder(autoencoder)
         self.preset = preset
         self.options = LossOptions.of(preset, **given)
-        self.compared = _compared(autoencoder, self.options.depth)
-        for name in ("depth_weights", "dilation", "erosion"):
+        self.compared = _compared(self.autoencoder, self.options.depth)
+        for name in ("depth_weights", *(("dilation", "erosion") if self.options.mask_outliers else ())):
             self.options.of_map(name, 0, len(self.compared))
         self.ddpm: DDPM | None = None
         self._guard = NonFiniteGuard(self.options.nonfinite)
         self._announced = False
         self._seen = False
-        self._finest: float | None = None
 
-    def tau(self, side: float) -> float:
-        """The threshold for latents of a side, as a noise-to-signal ratio."""
-        return self.options.threshold.to_nsr(self.ddpm) * self._scale(side)
+    def tau(self, z: Tensor) -> float:
+        """The threshold for latents such as ``z`` (B, C, *positions), as a noise-to-signal ratio."""
+        return self.options.threshold.to_nsr(self.ddpm) * self._scale(z)
 
-    def passes(self, noise_to_signal: Tensor, side: float) -> Tensor:
+    def passes(self, noise_to_signal: Tensor, z: Tensor) -> Tensor:
         """Which samples pass the gate: (B,) bool, on the device of ``noise_to_signal`` (B,).
 
         Args:
             noise_to_signal: sigma / alpha of each sample.
-            side: Side of the latents, in positions.
+            z: Latents (B, C, *positions), whose side the threshold is scaled with.
         """
-        return gate_weight(noise_to_signal, self.tau(side), self.options.gate_softness) > 0
+        return gate_weight(noise_to_signal, self.tau(z), self.options.gate_softness) > 0
 
-    def announce(self, side: float) -> None:
+    def announce(self, z: Tensor) -> None:
         """Log the threshold in every unit, once.
 
         Args:
-            side: Side of the latents, in positions.
+            z: Latents (B, C, *positions).
         """
         if self._announced:
             return
         self._announced = True
-        tau = self.tau(side)
-        units = ", ".join(f"{name} {value:.4g}" for name, value in equivalents(tau, self.ddpm).items())
-        scaled = f" ({self._scale(side):.4g} times that of side {self.options.reference_side})"
+        units = ", ".join(f"{name} {value:.4g}" for name, value in equivalents(self.tau(z), self.ddpm).items())
+        scaled = f" ({self._scale(z):.4g} times that of side {self.options.reference_side})"
         rank_zero_info(
-            f"LPL compares {', '.join(self.compared) or 'nothing'}; on latents of side {side:.4g} its threshold is "
-            f"{units}{scaled if self._scale(side) != 1 else ''}."
+            f"LPL compares {', '.join(self.compared) or 'nothing'}; on latents of side {self._side(z):.4g} its "
+            f"threshold is {units}{scaled if self._scale(z) != 1 else ''}."
         )
+
+    def flush(self) -> None:
+        """Raise for the last call, if that is still to come; see ``NonFiniteGuard``."""
+        self._guard.flush()
 
     def forward(self, z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None = None) -> Tensor:
         """Compute the loss of each sample.
@@ -194,39 +200,39 @@ class LatentPerceptualLoss(nn.Module):
             The loss as of ``forward``, and the diagnostics or None.
         """
         check_latents(z0_hat, z0, noise_to_signal)
-        side = latent_side(z0)
-        self.announce(side)
+        self.announce(z0)
         dtype = torch.promote_types(self.autoencoder.dtype, torch.float32)
         # An empty sum: zero, connected to the graph, and with a zero gradient even where z0_hat is not finite.
         losses = z0_hat.flatten(1)[:, :0].sum(dim=1).to(dtype)
-        passed: Tensor | None = None
         if noise_to_signal is None:
-            kept_hat, kept = z0_hat.view_as(z0_hat), z0
+            # A view, so that what the guard hangs on it concerns nobody else.
+            weight, passed, kept_hat, kept = None, None, z0_hat.view_as(z0_hat), z0
         else:
-            noise_to_signal = noise_to_signal.detach()
-            weight = gate_weight(noise_to_signal, self.tau(side), self.options.gate_softness)
+            weight = gate_weight(noise_to_signal.detach(), self.tau(z0), self.options.gate_softness)
             chosen = weight.nonzero().squeeze(1)
-            passed = chosen.to(z0.device, non_blocking=True)
+            weight, passed = _to(weight[chosen].to(dtype), z0), _to(chosen, z0)
             kept_hat, kept = z0_hat[passed], z0[passed]
         if len(kept) == 0 or not self.compared:
             return self._reduce(losses, len(kept)), None
-        ungated, records = self._ungated(kept_hat, kept, diagnose)
-        if passed is None or noise_to_signal is None:
+        parts, records, origins = self._parts(kept_hat, kept, diagnose)
+        ungated, finite = self._guard(parts.sum(dim=0), origins, kept_hat)
+        if weight is None or passed is None or noise_to_signal is None:
             losses = losses + ungated
         else:
-            soft = weight[chosen].to(dtype).to(z0.device, non_blocking=True)
-            losses = losses.index_add(0, passed, ungated * soft)
+            losses = losses.index_add(0, passed, ungated * weight)
         found = None
         if diagnose:
-            flow_time = None
+            relative_time = None
             if noise_to_signal is not None:
-                nsr, tau = noise_to_signal[chosen].to(z0.device, dtype, non_blocking=True), self.tau(side)
-                flow_time = nsr / (1 + nsr) / equivalents(tau, self.ddpm)["flow_t"]
-            found = Diagnostics(records, ungated.detach(), flow_time)
+                nsr = _to(noise_to_signal.detach()[chosen].to(dtype), z0)
+                relative_time = (1 - 1 / (1 + nsr)) / equivalents(self.tau(z0), self.ddpm)["flow_t"]
+            found = Diagnostics(records, parts.detach(), finite, relative_time)
         return self._reduce(losses, len(kept)), found
 
-    def _ungated(self, z0_hat: Tensor, z0: Tensor, diagnose: bool) -> tuple[Tensor, dict[str, MapRecord]]:
-        """Loss (B,) of samples that have passed the gate."""
+    def _parts(
+        self, z0_hat: Tensor, z0: Tensor, diagnose: bool
+    ) -> tuple[Tensor, dict[str, MapRecord], dict[str, Tensor]]:
+        """The compared maps' parts (maps, B) of the loss of samples that have passed, and what the guard looks at."""
         options, count = self.options, len(self.compared)
         # The first map too, whose side the others' are measured by.
         names = list(dict.fromkeys((self.autoencoder.stage_names[0], *self.compared)))
@@ -234,37 +240,42 @@ class LatentPerceptualLoss(nn.Module):
         with torch.no_grad():
             targets = self.autoencoder.features(z0, names, skip)
         predictions = self.autoencoder.features(z0_hat, names, skip)
-        sides = [_side(features, z0.ndim) for features in predictions]
-        image_side = z0.shape[-1] * self._image_scale(z0)
-        origins = {"the estimate z0_hat": _spread(z0_hat), "the clean latent z0": _spread(z0)}
+        first = _side(predictions[0], z0.ndim)
         parts: list[Tensor] = []
         records: dict[str, MapRecord] = {}
-        index = 0
+        origins = {"the estimate z0_hat": z0_hat, "the clean latent z0": z0}
         with torch.autocast(z0.device.type, enabled=False):
-            for name, side, predicted, target in zip(names, sides, predictions, targets, strict=True):
+            for name, predicted, target in zip(names, predictions, targets, strict=True):
+                place = f"the decoder's stage {name!r}"
                 if name not in self.compared:
+                    origins[place] = predicted
                     continue
                 predicted, target = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (predicted, target))
                 if not self._seen and options.normalization == "standardize" and options.statistics != "none":
                     note_constant_channels(name, target, options.eps, options.relative_eps)
-                upscale, mask = side / sides[0], None
-                if options.mask_outliers and upscale > options.mask_upscale:
+                index, side = len(parts), _side(predicted, z0.ndim)
+                mask = None
+                if options.mask_outliers and side / first > options.mask_upscale:
                     mask = inlier_mask(
                         (predicted if options.mask_source == "predicted" else target).detach(),
                         options.quantile,
                         options.widening,
-                        self._kernel("dilation", index, side / image_side * self._scale(latent_side(z0))),
-                        self._kernel("erosion", index, side / image_side * self._scale(latent_side(z0))),
+                        self._kernel("dilation", index, side, first),
+                        self._kernel("erosion", index, side, first),
                     )
-                part = self._weight(index, upscale) * self._distance(predicted, target, mask)
+                part = self._weight(index, side / first) * self._distance(predicted, target, mask)
                 parts.append(part / count if options.depth_reduction == "mean" else part)
-                origins[f"the decoder's stage {name!r}"] = parts[-1]
+                before = names[names.index(name) - 1] if name != names[0] else None
+                follows = before is None or self._follows(before, name)
+                origins[place if follows else f"the decoder's stages after {before!r}, up to {name!r}"] = part
                 if diagnose:
-                    records[name] = _record(parts[-1], predicted, target, mask)
-                index += 1
-            losses = torch.stack(parts).sum(dim=0)
-        self._seen = True
-        return self._guard(losses, origins, z0_hat), records
+                    records[name] = record(predicted, target, mask)
+            self._seen = True
+            return torch.stack(parts), records, origins
+
+    def _follows(self, before: str, name: str) -> bool:
+        stages = self.autoencoder.stage_names
+        return stages.index(name) == stages.index(before) + 1
 
     def _distance(self, predicted: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         options = self.options
@@ -282,24 +293,22 @@ class LatentPerceptualLoss(nn.Module):
         weight: DepthWeights | float = self.options.of_map("depth_weights", index, len(self.compared))
         return depth_weight(upscale, weight) if isinstance(weight, str) else weight
 
-    def _kernel(self, name: str, index: int, scale: float) -> int:
+    def _kernel(self, name: str, index: int, side: float, first: float) -> int:
+        """Side of a window on a map of this side, the first map's being ``first``."""
         size: int = self.options.of_map(name, index, len(self.compared))
-        return size if isinstance(getattr(self.options, name), tuple) else odd_kernel(size, scale)
+        if isinstance(getattr(self.options, name), tuple):
+            return size
+        # As many times finer as the maps that the sizes are meant for are than a latent.
+        reference = FINEST * (self.options.reference_side or first)
+        return odd_kernel(size, side / reference)
 
-    def _image_scale(self, z0: Tensor) -> float:
-        """Side of an image over that of its latent; of the finest feature map where the autoencoder does not say."""
-        known = self.autoencoder.known_downscale
-        if known is not None:
-            return known
-        if self._finest is None:
-            with torch.no_grad():
-                sides = [_side(features, z0.ndim) for features in self.autoencoder.features(z0[:1])]
-            self._finest = max(sides) / z0.shape[-1]
-        return self._finest
+    def _side(self, z: Tensor) -> float:
+        """Side of latents, in positions."""
+        return latent_side(z, self.autoencoder.is_video)
 
-    def _scale(self, side: float) -> float:
+    def _scale(self, z: Tensor) -> float:
         """Side of the latents over the side that the options are meant for."""
-        return side / self.options.reference_side if self.options.reference_side else 1.0
+        return self._side(z) / self.options.reference_side if self.options.reference_side else 1.0
 
     def _reduce(self, losses: Tensor, passed: int) -> Tensor:
         match self.options.reduction:
@@ -329,15 +338,6 @@ def _side(features: Tensor, latent_ndim: int) -> float:
     return float(features[0, 0].numel() ** (1 / (latent_ndim - 2)))
 
 
-def _spread(values: Tensor) -> Tensor:
-    """(B,) finite where all of a sample's values are."""
-    return values.detach().flatten(1).abs().amax(dim=1)
-
-
-def _record(part: Tensor, predicted: Tensor, target: Tensor, mask: Tensor | None) -> MapRecord:
-    with torch.no_grad():
-        return MapRecord(
-            loss=part.detach(),
-            inliers=part.new_ones(()) if mask is None else mask.mean(),
-            variance_ratio=variance_ratio(variance(predicted), variance(target), 1e-12),
-        )
+def _to(values: Tensor, z: Tensor) -> Tensor:
+    """Values on the device of latents; nothing waits for a copy to an accelerator."""
+    return values.to(z.device, non_blocking=z.device.type != "cpu")

@@ -26,24 +26,25 @@ class NonFiniteGuard:
         self.policy = policy
         self._pending: tuple[Tensor, Any, tuple[str, ...]] | None = None
 
-    def __call__(self, losses: Tensor, origins: dict[str, Tensor], z0_hat: Tensor) -> Tensor:
+    def __call__(self, losses: Tensor, origins: dict[str, Tensor], z0_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Replace what is not finite by zero.
 
         Args:
             losses: (B,) of the samples.
-            origins: By the name of a place, in the order that values pass them, (B,) values that are finite where the
-                place's are.
+            origins: By the name of a place, in the order that values pass them, (B, ...) values that are finite where
+                the place's are.
             z0_hat: (B, ...) what the losses were computed from; a part of the graph that nothing else uses.
 
         Returns:
-            (B,) finite losses.
+            (B,) finite losses, and (B,) which of them were kept.
 
         Raises:
             FloatingPointError: A value is not finite, and the policy is ``raise``.
         """
         finite = losses.detach().isfinite()
         if self.policy == "raise":
-            self._check(torch.stack([values.detach().isfinite() for values in origins.values()]), tuple(origins))
+            places = [values.detach().isfinite().reshape(len(values), -1).all(dim=1) for values in origins.values()]
+            self._check(torch.stack(places), tuple(origins))
         kept = finite.all().expand_as(finite) if self.policy == "skip" else finite
         if z0_hat.requires_grad:
             rows = kept.reshape(-1, *[1] * (z0_hat.ndim - 1))
@@ -53,18 +54,22 @@ class NonFiniteGuard:
                 return None if gradient is None else torch.where(rows, gradient, torch.zeros_like(gradient))
 
             z0_hat.register_hook(keep)
-        return torch.where(kept, losses, torch.zeros_like(losses))
+        return torch.where(kept, losses, torch.zeros_like(losses)), kept
+
+    def flush(self) -> None:
+        """Raise for the call before, if that is still to come."""
+        if self._pending is not None:
+            finite, arrived, places = self._pending
+            self._pending = None
+            arrived.synchronize()
+            _raise(finite, places)
 
     def _check(self, finite: Tensor, places: Sequence[str]) -> None:
         """Raise now, or where that would wait for an accelerator, at the next call."""
         if finite.device.type == "cpu":
             _raise(finite, places)
             return
-        if self._pending is not None:
-            before, arrived, places_before = self._pending
-            arrived.synchronize()
-            self._pending = None
-            _raise(before, places_before)
+        self.flush()
         host = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
         host.copy_(finite, non_blocking=True)
         event = torch.Event(finite.device)

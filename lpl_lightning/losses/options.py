@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -54,8 +55,6 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "depth_weights": "uniform",
         "mask_outliers": False,
         "mask_source": "target",
-        "dilation": (1, 1, 1, 3, 3, 3),
-        "erosion": (1, 1, 3, 5, 5, 5),
         "mask_before_normalization": True,
         "depth_reduction": "mean",
         "post_quant_conv": False,
@@ -111,8 +110,9 @@ class LossOptions:
         for name, value in values.items():
             if isinstance(value, Sequence) and not isinstance(value, str):
                 values[name] = tuple(value)
-        if not isinstance(values["threshold"], Threshold):
-            values["threshold"] = Threshold(nsr=values["threshold"])
+        values["threshold"] = Threshold.of(values["threshold"])
+        if isinstance(values["depth"], str):
+            values["depth"] = (values["depth"],)
         if values["eps"] is None:
             # The public example adds one number to a map's own lengths and another to shared ones.
             lengths = 1e-10 if values["statistics"] == "separate" else 1e-6
@@ -125,8 +125,31 @@ class LossOptions:
             value = getattr(self, name)
             if value not in choices and not (name == "depth_weights" and isinstance(value, tuple)):
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        for name in ("mask_outliers", "mask_before_normalization", "post_quant_conv"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
+        for name in (
+            "reference_side",
+            "gate_softness",
+            "eps",
+            "relative_eps",
+            "huber_delta",
+            "mask_upscale",
+            "widening",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool | str) or not math.isfinite(value):
+                raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+        if isinstance(self.depth_weights, tuple) and not all(
+            isinstance(w, int | float) and math.isfinite(w) and w >= 0 for w in self.depth_weights
+        ):
+            raise ValueError(
+                f"`depth_weights` as a list must hold numbers of 0 or more, got {list(self.depth_weights)}."
+            )
         if isinstance(self.depth, int):
             at_least(0, depth=self.depth)
+        elif not isinstance(self.depth, tuple):
+            raise ValueError(f"`depth` must be a whole number or names of stages, got {self.depth!r}.")
         elif not self.depth or len(set(self.depth)) < len(self.depth):
             raise ValueError(f"`depth` as a list must name each stage once, got {list(self.depth)}.")
         at_least(0, reference_side=self.reference_side, eps=self.eps, relative_eps=self.relative_eps)
@@ -153,7 +176,7 @@ class LossOptions:
             if len(value) < count:
                 raise ValueError(
                     f"`{name}` as a list must have an entry for each compared feature map: "
-                    f"expected {count}, got {len(value)}."
+                    f"expected {count}, got {len(value)}. Add the missing ones, or compare fewer maps (`depth`)."
                 )
             return value[index]
         return value

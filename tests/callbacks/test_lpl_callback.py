@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import tiny_kl
+import yaml
+from conftest import ROOT, tiny_kl
 from lightning.pytorch.loggers import Logger
 from test_mixin import Foreign, fit
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lpl_lightning import DDPM, Autoencoder, LatentPerceptualLoss, LPLCallback, LPLMixin
 from lpl_lightning.losses import Threshold
+from lpl_lightning.losses.options import LossOptions
 
 
 def test_weight_follows_its_schedule() -> None:
@@ -110,6 +113,7 @@ class Latents(LPLMixin, pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Conv2d(4, 4, 3, padding=1)
+        self.before = copy.deepcopy(self.net).requires_grad_(False)
         self.rests: list[float] = []
         self.terms: list[float] = []
         self.measured: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -249,7 +253,9 @@ def test_diagnostics_are_logged_at_steps_that_are_logged_and_not_computed_at_oth
         for kind in ("lpl_depth", "lpl_share", "lpl_masked", "lpl_variance_ratio")
         for name in ("mid", "up_0", "up_1", "up_2")
     ]
-    for metrics in (m for m in logger.seen if "loss_lpl" in m):
+    entries = [metrics for metrics in logger.seen if "loss_lpl" in metrics]
+    assert len(entries) == 3
+    for metrics in entries:
         assert set(metrics) >= {*stages, *(f"lpl_noise/{k}" for k in range(1, 5)), "lpl_gradient_ratio", "lpl_weight"}
 
 
@@ -281,7 +287,7 @@ def test_a_timestep_threshold_counts_in_the_modules_own_chain(make_module: Any, 
     callback = LPLCallback(loss=make)
     callback.setup(pl.Trainer(logger=False), module, "fit")
     alpha, sigma = module.noise.alpha_sigma(torch.tensor([300.0, 301.0]))
-    assert made[0].passes(sigma / alpha, 4).tolist() == [True, False]
+    assert made[0].passes(sigma / alpha, torch.zeros(1, 4, 4, 4)).tolist() == [True, False]
 
 
 class WriteWeight(pl.Callback):
@@ -293,7 +299,9 @@ class WriteWeight(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         (callback,) = [c for c in trainer.callbacks if isinstance(c, LPLCallback)]  # type: ignore[attr-defined]
         assert isinstance(pl_module, Latents)
-        found = {"weight": callback.weight, "rest": sum(pl_module.rests[:2]) / 2}
+        lpl = ungated(callback._autoencoder)  # type: ignore[arg-type]
+        terms = [lpl(z_t - t * pl_module.before(z_t), z0).mean().item() for z_t, t, z0 in pl_module.measured[:2]]
+        found = {"weight": callback.weight, "rest": sum(pl_module.rests[:2]) / 2, "term": sum(terms) / 2}
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
@@ -312,4 +320,125 @@ def test_auto_finds_one_weight_on_two_processes(tmp_path: Path) -> None:
     )
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found[0]["weight"] == found[1]["weight"] > 0
-    assert found[0]["rest"] != found[1]["rest"]
+    rest, term = (sum(process[name] for process in found) / 2 for name in ("rest", "term"))
+    assert found[0]["weight"] == pytest.approx(0.25 * rest / term, rel=1e-3)
+    assert abs(0.25 * found[0]["rest"] / found[0]["term"] / found[0]["weight"] - 1) > 3e-3, "not that of one alone"
+
+
+def test_auto_counts_accumulated_batches_in_full(tmp_path: Path) -> None:
+    """Lightning divides the loss of each batch that it accumulates; the share must not change with it."""
+    weights = []
+    for batches in (1, 4):
+        torch.manual_seed(1)
+        module = Latents()
+        torch.manual_seed(2)
+        callback = LPLCallback(weight="auto", calibration_steps=4, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+        run(module, tmp_path, callback, max_steps=2, num_batches=8, accumulate_grad_batches=batches, max_epochs=1)
+        if batches == 4:
+            assert [bool(term) for term in module.terms] == [False] * 4 + [True] * 4
+            share = sum(module.terms[4:]) / (sum(module.terms[4:]) + sum(module.rests[4:]))
+            assert share == pytest.approx(0.2, abs=0.04)
+        weights.append(callback.weight)
+    assert weights[0] is None, "two steps of one batch are not enough"
+    assert weights[1] is not None
+
+
+def test_auto_leaves_out_batches_that_are_not_finite_and_refuses_a_negative_rest(tmp_path: Path) -> None:
+    class Odd(Latents):
+        """Its loss has an offset, which changes no gradient."""
+
+        offsets: tuple[float, ...] = (0.0, math.nan, 0.0, 0.0)
+
+        def training_step(self, z0: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(z0, batch_idx) + self.offsets[self.global_step]
+
+    def callback() -> LPLCallback:
+        torch.manual_seed(5)
+        return LPLCallback(weight="auto", calibration_steps=3, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+
+    torch.manual_seed(6)
+    odd, calibrated = Odd(), callback()
+    run(odd, tmp_path, calibrated, max_steps=3)
+    lpl = ungated(calibrated._autoencoder)  # type: ignore[arg-type]
+    terms = [lpl(z_t - t * odd.before(z_t), z0).mean().item() for z_t, t, z0 in (odd.measured[0], odd.measured[2])]
+    expected = 0.25 * (odd.rests[0] + odd.rests[2]) / sum(terms)
+    assert calibrated.weight == pytest.approx(expected, rel=1e-2)
+    negative = Odd()
+    negative.offsets = (-100.0,) * 4
+    with pytest.raises(ValueError, match="found a loss without it of -9.* over 3 batches"):
+        run(negative, tmp_path, callback(), max_steps=4)
+
+
+class TwoOptimizers(Latents):
+    """Manual optimization, each batch two updates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, z0: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(z0, batch_idx)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD([p], lr=1e-4) for p in self.net.parameters()]
+
+
+def test_steps_are_counted_once_with_several_optimizers(tmp_path: Path) -> None:
+    module = TwoOptimizers()
+    callback = LPLCallback(weight=1.0, start_step=2, every_n_steps=2, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    run(module, tmp_path, callback, max_steps=12)
+    assert [bool(term) for term in module.terms] == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize(("every", "log_every"), [(2, 4), (3, 2), (2, 1), (1, 3)])
+def test_every_log_entry_has_diagnostics_where_the_loss_was_due_since_the_last(
+    tmp_path: Path, every: int, log_every: int
+) -> None:
+    logger = Recorder()
+    callback = LPLCallback(every_n_steps=every, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    run(Latents(), tmp_path, callback, max_steps=12, logger=logger, log_every_n_steps=log_every, num_batches=12)
+    entries = [metrics for metrics in logger.seen if "loss_lpl" in metrics]
+    assert len(entries) == 12 // log_every
+    values = [metrics["lpl_depth/mid"] for metrics in entries]
+    assert len(set(values)) >= min(len(entries), 12 // max(every, log_every))
+
+
+def test_a_trainer_that_logs_nothing_is_no_trouble(tmp_path: Path) -> None:
+    callback = LPLCallback(loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    run(Latents(), tmp_path, callback, max_steps=1, logger=Recorder(), log_every_n_steps=0)
+
+
+def test_a_prediction_that_cannot_be_compared_is_named(tmp_path: Path) -> None:
+    class Copied(Latents):
+        def training_step(self, z0: Tensor, batch_idx: int) -> Tensor:
+            prediction = self.net(z0)
+            return self.auxiliary_loss(z0 - prediction, z0, None, prediction=prediction.clone())
+
+    class LearnedVariance(Latents):
+        def training_step(self, z0: Tensor, batch_idx: int) -> Tensor:
+            prediction = torch.cat([self.net(z0), self.net(z0)], dim=1)
+            return self.auxiliary_loss(z0 - prediction.chunk(2, dim=1)[0], z0, None, prediction=prediction)
+
+    for module, message in ((Copied(), "`z0_hat` does not depend on it"), (LearnedVariance(), r"\(4, 8, 4, 4\)")):
+        callback = LPLCallback(loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+        with pytest.raises(ValueError, match=message):
+            run(module, tmp_path, callback, max_steps=1, logger=Recorder(), log_every_n_steps=1)
+
+
+def test_a_module_may_have_a_prediction_of_its_own() -> None:
+    module = Latents()
+    module.prediction = nn.Linear(2, 2)
+    assert module.prediction(torch.zeros(1, 2)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("preset", ["paper", "diffusers", "rgb"])
+def test_the_overlay_leaves_a_preset_as_it_is(preset: str) -> None:
+    overlay = yaml.safe_load((ROOT / "configs" / "lpl.yaml").read_text())
+    ((options,),) = [[c["init_args"]["loss"]["init_args"] for c in overlay["trainer"]["callbacks+"]]]
+    made = LatentPerceptualLoss(Autoencoder(tiny_kl()), **(options | {"preset": preset}))
+    assert made.options == LossOptions.of(preset)  # type: ignore[arg-type]

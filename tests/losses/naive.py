@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import torch
@@ -125,8 +124,3 @@ def _chosen(whose: tuple[Pair, Pair], statistics: str) -> tuple[Pair, Pair]:
         case _:
             detached = (predicted[0].detach(), predicted[1].detach())
             return detached, detached
-
-
-def nearest_odd(size: float) -> set[int]:
-    """The odd numbers, at least 1, that lie within 1 of a size."""
-    return {k for k in range(1, math.ceil(size) + 3, 2) if abs(k - size) <= 1} or {1}

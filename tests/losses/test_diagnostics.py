@@ -46,7 +46,7 @@ def test_parts_are_the_losses_of_single_stages_and_add_up(autoencoder: Autoencod
     scalars = found.scalars()
     for name in lpl.compared:
         alone = LatentPerceptualLoss(autoencoder, depth=[name])(z0_hat, z0)
-        torch.testing.assert_close(found.maps[name].loss, alone.detach())
+        torch.testing.assert_close(found.parts[lpl.compared.index(name)], alone.detach())
         torch.testing.assert_close(scalars[f"lpl_depth/{name}"], alone.detach().mean())
     torch.testing.assert_close(sum(scalars[f"lpl_depth/{n}"] for n in lpl.compared), losses.detach().mean())
     torch.testing.assert_close(sum(scalars[f"lpl_share/{n}"] for n in lpl.compared), torch.tensor(1.0))
@@ -95,3 +95,20 @@ def test_loss_by_noise_level(autoencoder: Autoencoder) -> None:
     nothing, none = lpl.evaluate(z0_hat, z0, torch.full((5,), 99.0), diagnose=True)
     assert none is None
     assert nothing.tolist() == [0.0] * 5
+
+
+def test_samples_left_out_as_not_finite_are_counted_and_spoil_nothing(autoencoder: Autoencoder) -> None:
+    z0_hat, z0 = pair(4)
+    broken = z0_hat.detach().clone()
+    broken[1] = math.nan
+    lpl = LatentPerceptualLoss(autoencoder, nonfinite="zero")
+    _, found = lpl.evaluate(broken, z0, torch.tensor([0.1, 0.1, 0.2, 0.2]), diagnose=True)
+    rest = torch.tensor([0, 2, 3])
+    _, without = lpl.evaluate(broken[rest], z0[rest], torch.tensor([0.1, 0.2, 0.2]), diagnose=True)
+    assert found is not None
+    assert without is not None
+    assert found.scalars()["lpl_nonfinite"] == 0.25
+    assert without.scalars()["lpl_nonfinite"] == 0
+    for name, value in without.scalars().items():
+        if name != "lpl_nonfinite" and "masked" not in name:
+            torch.testing.assert_close(found.scalars()[name], value, equal_nan=True)

@@ -85,6 +85,7 @@ def test_the_smooth_gate_falls_around_tau() -> None:
     nsr = torch.tensor([0.0, 1.49, 1.5, 3.0, 6.0, 7.0, math.inf, math.nan], dtype=torch.float64)
     weights = gate_weight(nsr, tau, s)
     torch.testing.assert_close(weights, torch.tensor([1, 1, 1, 0.5, 0, 0, 0, 0], dtype=torch.float64))
+    assert gate_weight(torch.tensor([-1.0]), tau, s).item() == 1, "never not a number"
     rising = torch.logspace(-1, 1.5, 200, dtype=torch.float64)
     assert (gate_weight(rising, tau, s).diff() <= 0).all()
     # The half cosine of ln nsr, a quarter of the way from tau to its end.
@@ -98,10 +99,18 @@ def test_softness_of_almost_one_is_the_hard_gate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "side"), [((2, 4, 32, 32), 32), ((2, 4, 16, 64), 32), ((2, 4, 9, 8, 8), 8), ((2, 4, 7), 7)]
+    ("shape", "video", "side"),
+    [
+        ((2, 4, 32, 32), False, 32),
+        ((2, 4, 16, 64), False, 32),
+        ((2, 4, 8, 8, 8), False, 8),
+        ((2, 4, 64, 4, 2), False, 8),
+        ((2, 4, 9, 8, 8), True, 8),
+        ((2, 4, 7), False, 7),
+    ],
 )
-def test_side_of_a_latent(shape: tuple[int, ...], side: float) -> None:
-    assert latent_side(torch.zeros(shape)) == pytest.approx(side)
+def test_side_of_a_latent(shape: tuple[int, ...], video: bool, side: float) -> None:
+    assert latent_side(torch.zeros(shape), video) == pytest.approx(side)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +127,20 @@ def test_side_of_a_latent(shape: tuple[int, ...], side: float) -> None:
     ],
 )
 def test_a_bad_threshold_is_named(given_units: dict[str, Any], message: str) -> None:
+    for threshold in (Threshold(**given_units), given_units):
+        with pytest.raises(ValueError, match=message):
+            Threshold.of(threshold)
     with pytest.raises(ValueError, match=message):
-        Threshold(**given_units)
+        Threshold(**given_units).to_nsr()
+
+
+def test_a_threshold_is_a_ratio_or_a_unit_by_name() -> None:
+    assert Threshold.of(2) == Threshold.of({"nsr": 2}) == Threshold(nsr=2)
+    assert Threshold.of({"flow_t": 0.5}).to_nsr() == 1
+    wrong: list[Any] = ["3", True, {"sigma": 1.0}, None]
+    for value in wrong:
+        with pytest.raises(ValueError, match="must be a noise-to-signal ratio or one of nsr, snr"):
+            Threshold.of(value)
 
 
 def test_a_timestep_beyond_the_chain_is_named() -> None:

@@ -12,15 +12,15 @@ from conftest import tiny_kl, tiny_taesd
 from families import FAMILIES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from naive import naive_loss, nearest_odd
+from naive import naive_loss
+from test_outliers import naive_mask
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from lpl_lightning import Autoencoder, LatentPerceptualLoss
-from lpl_lightning.losses import Threshold, inlier_mask
+from lpl_lightning.losses import Threshold
 from lpl_lightning.losses.distance import DepthWeights, Distance, Normalization, Statistics
 from lpl_lightning.losses.options import PRESETS, LossOptions
-from lpl_lightning.losses.outliers import odd_kernel
 
 SIDE = 4
 KERNELS = {4: (1, 3), 8: (3, 5)}
@@ -79,15 +79,22 @@ CASES: list[dict[str, Any]] = [
 DEPTHS: list[int | list[str]] = [1, 2, 3, 4, 5, ["up_2"], ["mid", "up_3"], ["up_1", "image"]]
 
 
-def compare(autoencoder: Autoencoder, depth: int | Sequence[str], options: dict[str, Any]) -> None:
+def compare(
+    autoencoder: Autoencoder,
+    depth: int | Sequence[str],
+    options: dict[str, Any],
+    shape: tuple[int, int, int] = (2, SIDE, SIDE),
+) -> None:
     """Value and gradient against the loops."""
-    z0_hat, z0 = pair()
+    batch, *sides = shape
+    z0 = torch.randn(batch, 4, *sides, dtype=torch.float64)
+    z0_hat = (z0 + 0.5 * torch.randn_like(z0)).requires_grad_()
     given = {"reference_side": SIDE, "depth": depth} | options
     loss = LatentPerceptualLoss(autoencoder, **given)(z0_hat, z0)
     (gradient,) = torch.autograd.grad(loss.sum(), z0_hat)
     names = autoencoder.feature_names[:depth] if isinstance(depth, int) else depth
     predictions, targets = (autoencoder.features(z, list(names)) for z in (z0_hat, z0))
-    naive = naive_loss(predictions, targets, SIDE, kernels=KERNELS, **options)
+    naive = naive_loss(predictions, targets, sides[-1], kernels=KERNELS, **options)
     (naive_gradient,) = torch.autograd.grad(naive.sum(), z0_hat)
     torch.testing.assert_close(loss, naive.detach(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gradient, naive_gradient, rtol=1e-7, atol=1e-10)
@@ -118,8 +125,11 @@ def test_any_combination_of_options_equals_eq_3_written_out(double: Autoencoder,
         "position_reduction": data.draw(st.sampled_from(["mean", "sum"])),
         "depth_reduction": data.draw(st.sampled_from(["mean", "sum"])),
     }
+    shape = (data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4)))
+    if shape[1:] != (SIDE, SIDE):
+        options["mask_outliers"] = False  # its windows scale with the side: a test of their own
     torch.manual_seed(data.draw(st.integers(0, 100)))
-    compare(double, data.draw(st.integers(1, 3)), options)
+    compare(double, data.draw(st.integers(1, 3)), options, shape)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -139,7 +149,7 @@ def test_every_option_of_a_preset_can_be_set_from_python(autoencoder: Autoencode
         lpl = LatentPerceptualLoss(autoencoder, preset=preset, quantile=0.11, depth=2, threshold=Threshold(flow_t=0.5))
         assert lpl.options.quantile == 0.11
         assert lpl.compared == ("mid", "up_0")
-        assert lpl.tau(32) == 1.0
+        assert lpl.tau(torch.zeros(1, 4, 32, 32)) == 1.0
         assert lpl.options.mask_source == PRESETS[preset]["mask_source"]
 
 
@@ -173,39 +183,53 @@ def test_a_smooth_gate_weighs_samples(autoencoder: Autoencoder) -> None:
 def test_the_threshold_is_scaled_with_the_latents_side(autoencoder: Autoencoder, side: int, tau: float) -> None:
     """The paper: tau = 3 for 256 px, twice that at twice the resolution."""
     lpl = LatentPerceptualLoss(autoencoder)
-    assert lpl.tau(side) == pytest.approx(tau)
+    z = torch.zeros(2, 4, side, side)
+    assert lpl.tau(z) == pytest.approx(tau)
     nsr = torch.tensor([0.999 * tau, 1.001 * tau])
-    assert lpl.passes(nsr, side).tolist() == [True, False]
-    assert LatentPerceptualLoss(autoencoder, reference_side=0).tau(side) == 3.0
+    assert lpl.passes(nsr, z).tolist() == [True, False]
+    assert LatentPerceptualLoss(autoencoder, reference_side=0).tau(z) == 3.0
     if side <= 8:
         z0_hat, z0 = pair(2, torch.float32, side)
         assert lpl(z0_hat, z0, nsr).ne(0).tolist() == [True, False]
 
 
-def test_kernels_are_scaled_with_the_map_and_the_latents_side(
-    double: Autoencoder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("side", "reference", "windows"),
+    [
+        (4, 4, {"up_1": (1, 3), "up_2": (3, 5), "up_3": (3, 5)}),
+        (8, 4, {"up_1": (3, 5), "up_2": (5, 9), "up_3": (5, 9)}),
+        (4, 8, {"up_1": (1, 1), "up_2": (1, 3), "up_3": (1, 3)}),
+        (4, 0, {"up_1": (1, 3), "up_2": (3, 5), "up_3": (3, 5)}),
+        (8, 0, {"up_1": (1, 3), "up_2": (3, 5), "up_3": (3, 5)}),
+    ],
+    ids=str,
+)
+def test_windows_cover_the_same_share_of_the_image(
+    double: Autoencoder, side: int, reference: int, windows: dict[str, tuple[int, int]]
 ) -> None:
-    """3 and 5 positions of a 256 px map; on others what covers the same share of the image."""
-    seen: list[tuple[int, int, int]] = []
-
-    def watch(features: Tensor, quantile: float, widening: float, dilation: int, erosion: int) -> Tensor:
-        seen.append((features.shape[-1], dilation, erosion))
-        return inlier_mask(features, quantile, widening, dilation, erosion)
-
-    monkeypatch.setattr("lpl_lightning.losses.lpl.inlier_mask", watch)
-    for side, reference in ((4, 4), (8, 4), (4, 8), (12, 4)):
-        seen.clear()
+    """3 and 5 positions of a map 8 times as fine as the reference; 0 counts from the first map, as the public code."""
+    options: dict[str, Any] = {"quantile": 0.15, "widening": 0.0, "reference_side": reference}
+    for depth in (5, ["up_1", "up_2", "up_3"], ["up_2"]):
+        lpl = LatentPerceptualLoss(double, depth=depth, **options)
         z0_hat, z0 = pair(1, side=side)
-        LatentPerceptualLoss(double, reference_side=reference)(z0_hat, z0)
-        assert [s for s, _, _ in seen] == [4 * side, 8 * side, 8 * side]
-        for map_side, dilation, erosion in seen:
-            share = map_side / (8 * side) * side / reference
-            assert dilation in nearest_odd(3 * share)
-            assert erosion in nearest_odd(5 * share)
-    assert odd_kernel(3, 1.0) == 3
-    seen.clear()
-    LatentPerceptualLoss(double, dilation=[1, 1, 5, 7, 9], erosion=[1, 1, 3, 3, 1])(*pair(1))
-    assert [(d, e) for _, d, e in seen] == [(5, 3), (7, 3), (9, 1)]
+        _, found = lpl.evaluate(z0_hat, z0, diagnose=True)
+        assert found is not None
+        for name in set(windows) & set(found.maps):
+            features = double.features(z0_hat.detach(), [name])[0]
+            expected = naive_mask(features, 0.15, 0.0, *windows[name]).mean().item()
+            assert found.maps[name].inliers.item() == pytest.approx(expected), (name, windows[name])
+
+
+def test_windows_by_map(double: Autoencoder) -> None:
+    z0_hat, z0 = pair(1)
+    options: dict[str, Any] = {"quantile": 0.15, "widening": 0.0}
+    lpl = LatentPerceptualLoss(double, dilation=[1, 1, 5, 7, 3], erosion=[1, 1, 3, 3, 1], **options)
+    _, found = lpl.evaluate(z0_hat, z0, diagnose=True)
+    assert found is not None
+    for name, windows in {"up_1": (5, 3), "up_2": (7, 3), "up_3": (3, 1)}.items():
+        features = double.features(z0_hat.detach(), [name])[0]
+        expected = naive_mask(features, 0.15, 0.0, *windows).mean().item()
+        assert found.maps[name].inliers.item() == pytest.approx(expected)
 
 
 def test_the_threshold_in_every_unit_is_logged_once(autoencoder: Autoencoder, caplog: pytest.LogCaptureFixture) -> None:
@@ -345,6 +369,8 @@ def test_bad_input_is_named(autoencoder: Autoencoder, lpl: LatentPerceptualLoss)
         ((z.to("meta"), z), "same device, got meta and cpu"),
         ((z.long(), z.long()), "must be of floating point, got torch.int64"),
         ((z, z, torch.zeros(3)), "one ratio for each of the 2 samples"),
+        ((z, z, 1.0), "`noise_to_signal` must be a tensor, got float"),
+        ((z, z, torch.tensor([1.0, -2.2])), "must be sigma / alpha, 0 or more, got -2.2. .* logarithm"),
         ((z[:, :3], z[:, :3]), "4"),
     ]
     for arguments, message in calls:
@@ -356,6 +382,13 @@ def test_bad_input_is_named(autoencoder: Autoencoder, lpl: LatentPerceptualLoss)
         ({"depth": ["up_0", "up_9"]}, r"`depth` must name stages among \['mid', 'up_0', .*'image'\], got \['up_9'\]"),
         ({"depth": ["up_0", "up_0"]}, "must name each stage once"),
         ({"depth": []}, "must name each stage once"),
+        ({"depth": 2.5}, "`depth` must be a whole number or names of stages, got 2.5"),
+        ({"threshold": {"snr": 0.1, "nsr": 3.0}}, "exactly one of the units"),
+        ({"threshold": "3"}, "`threshold` must be a noise-to-signal ratio or one of nsr, snr"),
+        ({"depth_weights": ["a"] * 4}, "must hold numbers of 0 or more"),
+        ({"depth_weights": [math.nan] * 4}, "must hold numbers of 0 or more"),
+        ({"eps": math.nan}, "`eps` must be a finite number, got nan"),
+        ({"mask_outliers": "no"}, "`mask_outliers` must be true or false, got 'no'"),
         ({"threshold": 0.0}, "`threshold` in nsr must be a noise-to-signal ratio above 0"),
         ({"dilation": 2}, "`dilation` must be an odd number"),
         (
@@ -459,7 +492,7 @@ def test_on_a_decoder_of_volumes() -> None:
     loss = LatentPerceptualLoss(autoencoder, **options)(z0_hat, z0)
     maps = [autoencoder.features(z, compared) for z in (z0_hat, z0)]
     with torch.no_grad():
-        mask = inlier_mask(maps[0][1], 0.2, 0.0, 3, 5)
+        mask = naive_mask(maps[0][1], 0.2, 0.0, 1, 3)
         assert 0 < mask.mean() < 1
     expected = torch.zeros(1, dtype=torch.float64)
     for a, b, rho, omega in (
@@ -504,7 +537,9 @@ def test_on_real_weights(shared: Path, name: str, caplog: pytest.LogCaptureFixtu
         losses = [plain(z0 + s * noise, z0).item() for s in (0.0, 0.1, 0.3, 1.0)]
     assert losses[0] < 1e-8
     assert losses[1] < losses[2] < losses[3]
-    assert "hardly vary" in caplog.text
+    remarked = [record.message.split("'")[2] for record in caplog.records if "hardly vary" in record.message]
+    assert remarked
+    assert len(remarked) == len(set(remarked)), "once a stage"
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         z0_hat = (z0 + 0.3 * noise).requires_grad_()
@@ -512,3 +547,30 @@ def test_on_real_weights(shared: Path, name: str, caplog: pytest.LogCaptureFixtu
     assert "hardly vary" not in caplog.text
     assert z0_hat.grad is not None
     assert torch.isfinite(z0_hat.grad).all()
+
+
+def test_a_model_that_is_not_wrapped_yet_is_wrapped() -> None:
+    model: Any = tiny_kl()
+    z0_hat, z0 = pair(1, torch.float32)
+    bare = LatentPerceptualLoss(model)
+    torch.testing.assert_close(bare(z0_hat, z0), LatentPerceptualLoss(Autoencoder(model))(z0_hat, z0))
+    assert LatentPerceptualLoss(model, depth="up_0").compared == ("up_0",)
+
+
+def test_the_examples_windows_go_with_the_map_and_not_with_what_else_is_compared(double: Autoencoder) -> None:
+    options: dict[str, Any] = {"preset": "diffusers", "mask_outliers": True, "quantile": 0.15, "widening": 0.0}
+    z0_hat, z0 = pair(1)
+    _, whole = LatentPerceptualLoss(double, **options).evaluate(z0_hat, z0, diagnose=True)
+    _, part = LatentPerceptualLoss(double, depth=["up_1", "up_3"], **options).evaluate(z0_hat, z0, diagnose=True)
+    assert whole is not None
+    assert part is not None
+    for name, windows in {"up_1": (1, 3), "up_3": (3, 5)}.items():
+        expected = naive_mask(double.features(z0, [name], ("post_quant_conv",))[0], 0.15, 0.0, *windows).mean().item()
+        for found in (whole, part):
+            assert found.maps[name].inliers.item() == pytest.approx(expected)
+
+
+def test_the_example_takes_more_maps_than_its_own_five() -> None:
+    layers = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(8)))
+    many = Autoencoder(layers, feature_modules=[str(i) for i in range(8)])
+    assert LatentPerceptualLoss(many, "diffusers", depth=8)(*pair(2, torch.float32)).shape == (2,)

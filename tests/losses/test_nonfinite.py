@@ -38,6 +38,15 @@ def test_raise_names_the_stage_and_the_sample(stage: str) -> None:
         lpl(*pair())
 
 
+def test_raise_names_no_stage_that_it_did_not_look_at() -> None:
+    """Compared is up_2 alone: the first map is looked at as well, those between are not."""
+    z = pair()
+    with pytest.raises(FloatingPointError, match="arose in the decoder's stage 'mid'"):
+        LatentPerceptualLoss(overflowing("mid"), depth=["up_2"])(*z)
+    with pytest.raises(FloatingPointError, match="arose in the decoder's stages after 'mid', up to 'up_2'"):
+        LatentPerceptualLoss(overflowing("up_1"), depth=["up_2"])(*z)
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_raise_names_a_latent(which: int) -> None:
     latents = [z.detach().clone() for z in pair()]

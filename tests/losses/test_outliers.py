@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,35 +13,30 @@ from lpl_lightning.losses.outliers import inlier_mask, odd_kernel
 
 
 def naive_mask(features: Tensor, quantile: float, widening: float, dilation: int, erosion: int) -> Tensor:
-    """Position by position, in plain Python numbers."""
+    """Position by position, in plain Python numbers, of any number of spatial axes."""
     result = torch.zeros_like(features)
-    batch, channels, height, width = features.shape
-    for b in range(batch):
-        for c in range(channels):
-            values = sorted(features[b, c].flatten().tolist())
-            n = len(values)
-            low = values[max(1, int(quantile * n)) - 1]
-            high = values[max(1, int((1 - quantile) * n)) - 1]
-            mean = sum(values) / n
-            std = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
-            inlier = [
-                [
-                    std == 0 or low - widening * std < features[b, c, y, x].item() < high + widening * std
-                    for x in range(width)
-                ]
-                for y in range(height)
-            ]
+    sides = features.shape[2:]
+    positions = list(itertools.product(*(range(n) for n in sides)))
 
-            def window(grid: list[list[bool]], y: int, x: int, size: int) -> list[bool]:
-                half = size // 2
-                rows = range(max(0, y - half), min(height, y + half + 1))
-                columns = range(max(0, x - half), min(width, x + half + 1))
-                return [grid[i][j] for i in rows for j in columns]
+    def window(grid: dict[tuple[int, ...], bool], center: tuple[int, ...], size: int) -> list[bool]:
+        half = size // 2
+        ranges = [range(max(0, x - half), min(n, x + half + 1)) for x, n in zip(center, sides, strict=True)]
+        return [grid[near] for near in itertools.product(*ranges)]
 
-            dilated = [[any(window(inlier, y, x, dilation)) for x in range(width)] for y in range(height)]
-            for y in range(height):
-                for x in range(width):
-                    result[b, c, y, x] = float(all(window(dilated, y, x, erosion)))
+    for b, c in itertools.product(*(range(n) for n in features.shape[:2])):
+        values = sorted(features[b, c].flatten().tolist())
+        n = len(values)
+        low = values[max(1, int(quantile * n)) - 1]
+        high = values[max(1, int((1 - quantile) * n)) - 1]
+        mean = sum(values) / n
+        std = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
+        inlier = {
+            at: std == 0 or low - widening * std < features[(b, c, *at)].item() < high + widening * std
+            for at in positions
+        }
+        dilated = {at: any(window(inlier, at, dilation)) for at in positions}
+        for at in positions:
+            result[(b, c, *at)] = float(all(window(dilated, at, erosion)))
     return result
 
 
@@ -88,3 +84,11 @@ def test_kernels_scale_to_odd_sizes(size: int, scale: float, expected: int) -> N
     assert kernel % 2 == 1
     assert abs(kernel - size * scale) <= 1
     assert kernel == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 20), (1, 2, 5, 4, 6)], ids=str)
+def test_lines_and_volumes(shape: tuple[int, ...]) -> None:
+    features = torch.randn(shape, dtype=torch.float64)
+    mask = inlier_mask(features, 0.2, 0.3, 3, 5)
+    assert torch.equal(mask, naive_mask(features, 0.2, 0.3, 3, 5))
+    assert torch.equal(inlier_mask(features, 0.2, 0.3, 1, 3), naive_mask(features, 0.2, 0.3, 1, 3))
