@@ -260,3 +260,37 @@ def test_prediction_goes_on_in_another_process(tmp_path: Path) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         assert len(list(out.rglob("*.png"))) == number
+
+
+LOSS = "--trainer.callbacks.loss.init_args"
+
+
+def test_the_losss_options_from_the_command_line(tmp_path: Path) -> None:
+    options = [
+        "--trainer.callbacks.weight=auto",
+        "--trainer.callbacks.calibration_steps=1",
+        f'{LOSS}.depth=["up_0", "image"]',
+        f"{LOSS}.threshold.flow_t=0.9",
+        f"{LOSS}.depth_weights=[0.5, 2]",
+        f"{LOSS}.statistics=separate",
+    ]
+    main(["fit", "-c", str(CONFIGS / "quickstart.yaml"), *SHORT, *FEW_STEPS, *options, *in_folder(tmp_path)])
+    metrics = logged(last_run(tmp_path))
+    assert "lpl_depth/image" in metrics
+    assert "lpl_depth/up_1" not in metrics
+    assert metrics["lpl_weight"][0] == 0 < metrics["lpl_weight"][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([f"{LOSS}.threshold={{nsr: 2, flow_t: 0.5}}"], "`threshold` must be given in exactly one of the units nsr"),
+        ([f"{LOSS}.depth=[up_9]"], "`depth` must name stages among"),
+        ([f"{LOSS}.preset=rgb", f"{LOSS}.quantile=0.7"], "`quantile` must lie from 0 to below 0.5"),
+        (["--trainer.callbacks.target_share=2", "--trainer.callbacks.weight=auto"], "`target_share` must lie between"),
+    ],
+    ids=["two units", "stage", "quantile", "share"],
+)
+def test_a_bad_option_of_the_loss_is_one_clear_sentence(tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(["fit", "-c", str(CONFIGS / "quickstart.yaml"), *SHORT, *options, *in_folder(tmp_path)])

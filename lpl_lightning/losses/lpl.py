@@ -240,7 +240,7 @@ class LatentPerceptualLoss(nn.Module):
         with torch.no_grad():
             targets = self.autoencoder.features(z0, names, skip)
         predictions = self.autoencoder.features(z0_hat, names, skip)
-        first = _side(predictions[0], z0.ndim)
+        first = self._side(predictions[0], z0.ndim)
         parts: list[Tensor] = []
         records: dict[str, MapRecord] = {}
         origins = {"the estimate z0_hat": z0_hat, "the clean latent z0": z0}
@@ -253,7 +253,7 @@ class LatentPerceptualLoss(nn.Module):
                 predicted, target = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (predicted, target))
                 if not self._seen and options.normalization == "standardize" and options.statistics != "none":
                     note_constant_channels(name, target, options.eps, options.relative_eps)
-                index, side = len(parts), _side(predicted, z0.ndim)
+                index, side = len(parts), self._side(predicted, z0.ndim)
                 mask = None
                 if options.mask_outliers and side / first > options.mask_upscale:
                     mask = inlier_mask(
@@ -302,9 +302,16 @@ class LatentPerceptualLoss(nn.Module):
         reference = FINEST * (self.options.reference_side or first)
         return odd_kernel(size, side / reference)
 
-    def _side(self, z: Tensor) -> float:
-        """Side of latents, in positions."""
-        return latent_side(z, self.autoencoder.is_video)
+    def _side(self, maps: Tensor, ndim: int | None = None) -> float:
+        """Side of latents or of feature maps, in positions.
+
+        Args:
+            maps: (B, C, *positions).
+            ndim: Axes of the latents. Maps with fewer, such as tokens, count as squares or cubes.
+        """
+        if ndim is not None and maps.ndim != ndim:
+            return float(maps[0, 0].numel() ** (1 / (ndim - 2)))
+        return latent_side(maps, self.autoencoder.is_video)
 
     def _scale(self, z: Tensor) -> float:
         """Side of the latents over the side that the options are meant for."""
@@ -329,13 +336,6 @@ def _compared(autoencoder: Autoencoder, depth: int | tuple[str, ...]) -> tuple[s
     if unknown := [name for name in depth if name not in autoencoder.stage_names]:
         raise ValueError(f"`depth` must name stages among {list(autoencoder.stage_names)}, got {unknown}.")
     return tuple(name for name in autoencoder.stage_names if name in depth)
-
-
-def _side(features: Tensor, latent_ndim: int) -> float:
-    """Resolution of a map: its last side, or that of a square with as many positions where it has fewer axes."""
-    if features.ndim == latent_ndim:
-        return float(features.shape[-1])
-    return float(features[0, 0].numel() ** (1 / (latent_ndim - 2)))
 
 
 def _to(values: Tensor, z: Tensor) -> Tensor:

@@ -482,13 +482,13 @@ def test_on_a_decoder_of_volumes() -> None:
     ).double()
     names = [f"decoder.blocks.{i}" for i in range(len(model.decoder.blocks) - 2)]
     autoencoder = Autoencoder(model, feature_modules=names)
-    z0 = torch.randn(1, 3, 2, 4, 4, dtype=torch.float64)
+    z0 = torch.randn(1, 3, 3, 3, 3, dtype=torch.float64)
     z0_hat = (z0 + 0.3 * torch.randn_like(z0)).requires_grad_()
     shapes = [f.shape[-1] for f in autoencoder.features(z0)]
-    assert shapes[0] == 4
-    assert shapes[-1] == 16
+    assert shapes[0] == 3
+    assert shapes[-1] == 12
     compared = [names[0], names[-1]]
-    options: dict[str, Any] = {"depth": compared, "reference_side": 4, "quantile": 0.2, "widening": 0.0}
+    options: dict[str, Any] = {"depth": compared, "reference_side": 3, "quantile": 0.2, "widening": 0.0}
     loss = LatentPerceptualLoss(autoencoder, **options)(z0_hat, z0)
     maps = [autoencoder.features(z, compared) for z in (z0_hat, z0)]
     with torch.no_grad():
