@@ -52,10 +52,10 @@ def standardize(
         target: Features of the clean latent, likewise.
         statistics: Whose mean and variance over positions serve for both: the ``predicted`` map's (the paper's
             choice), the same without gradient through them, the ``target``'s; or each map's own (``separate``), or
-            ``none``. Measured on photos (losses/README.md): with a floor for the variances, ``predicted`` brings the
-            estimates' contrast to the truth's and samples nearest to real sharpness, at 2 % more diffusion loss;
-            ``predicted_detached`` and ``target`` change either little. Without one, with a decoder some of whose
-            channels hardly vary, ``predicted`` pulls four times as hard as the diffusion loss.
+            ``none``. Measured on photos (losses/README.md): with a floor for the variances, ``predicted`` brings
+            samples nearest to real sharpness, and the estimates' contrast nearest to the truth's, at 2 % more diffusion
+            loss; the others change both less. Without a floor, with a decoder some of whose channels hardly vary,
+            ``predicted`` pulls four times as hard as the diffusion loss.
         eps: Added to the variance.
         relative_eps: Added likewise, times the mean of the map's variances over channels: a floor that follows the
             map's scale, for decoders some of whose channels hardly vary.
