@@ -15,7 +15,7 @@ from lpl_lightning.losses.options import PRESETS, LossOptions
 TABLE = ROOT / "lpl_lightning" / "losses" / "README.md"
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
-    for line in TABLE.read_text().splitlines()
+    for line in TABLE.read_text().partition("## ")[0].splitlines()
     if line.startswith("| `")
 ]
 
