@@ -280,3 +280,16 @@ def test_a_real_autoencoder_that_diffusers_cannot_load(shared: Path) -> None:
         assert feature.shape[1:] == (64, side, side)
     torch.testing.assert_close(autoencoder.decode(z), decoded)
     assert peak_signal_noise_ratio(autoencoder.decode(z).clamp(0, 1), photos, data_range=1.0) > 25
+
+
+def test_slices_and_tiles_are_refused() -> None:
+    """A hook would see the first of them alone."""
+    names = ["decoder.mid_block", "decoder.up_blocks.0"]
+    sliced = tiny_kl()
+    sliced.enable_slicing()
+    with pytest.raises(ValueError, match=r"put out 1 samples for 3 latents\. Does the model decode in slices"):
+        Autoencoder(sliced, feature_modules=names).features(torch.randn(3, 4, 4, 4))
+    tiled = tiny_kl()
+    tiled.enable_tiling()
+    with pytest.raises(ValueError, match=r"decodes in tiles.*disable_tiling"):
+        Autoencoder(tiled, feature_modules=names).features(torch.randn(1, 4, 4, 4))

@@ -94,3 +94,19 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         LPLCallback().setup(pl.Trainer(logger=False), WithoutMixin(), "fit")
     with pytest.raises(ValueError, match=r"Foreign.autoencoder is NoneType. Give it one by `autoencoder`"):
         fit(Foreign(), tmp_path, LPLCallback())
+
+
+def test_terms_see_the_prediction_and_nobody_later_does() -> None:
+    module, prediction = Foreign(), torch.randn(2, 4, 4, 4)
+    seen: list[Tensor | None] = []
+
+    def look(z0_hat: Tensor, z0: Tensor, nsr: Tensor | None) -> Tensor:
+        seen.append(module.lpl_prediction)
+        return z0.sum()
+
+    module.add_loss_term("look", look)
+    module.auxiliary_loss(prediction, prediction, None, prediction=prediction)
+    module.auxiliary_loss(prediction, prediction)
+    assert seen[0] is prediction
+    assert seen[1] is None
+    assert module.lpl_prediction is None
