@@ -106,7 +106,7 @@ def test_terms_see_the_prediction_and_nobody_later_does() -> None:
 
     module.add_loss_term("look", look)
     module.auxiliary_loss(prediction, prediction, None, prediction=prediction)
+    assert module.lpl_prediction is None
     module.auxiliary_loss(prediction, prediction)
     assert seen[0] is prediction
     assert seen[1] is None
-    assert module.lpl_prediction is None

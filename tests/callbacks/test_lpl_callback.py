@@ -160,9 +160,13 @@ def ungated(autoencoder: Autoencoder) -> LatentPerceptualLoss:
 def test_auto_makes_lpl_the_share_that_is_asked_for(tmp_path: Path) -> None:
     """Four batches are measured and not trained on; then the share is a fifth, on latents that hardly change."""
     module = Latents()
-    callback = LPLCallback(weight="auto", calibration_steps=4, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    autoencoder = Autoencoder(tiny_kl())
+    graphs: list[bool] = []
+    autoencoder.model.decoder.mid_block.register_forward_hook(lambda _m, _i, out: graphs.append(out.requires_grad))
+    callback = LPLCallback(weight="auto", calibration_steps=4, loss=ungated, autoencoder=autoencoder)
     run(module, tmp_path, callback, max_steps=8)
     assert module.terms[:4] == [0.0] * 4
+    assert graphs == [False, False] * 4 + [False, True] * 4, "a measurement keeps no graph"
     weight = callback.weight
     assert weight is not None
     lpl = ungated(callback._autoencoder)  # type: ignore[arg-type]
