@@ -147,11 +147,6 @@ class Autoencoder(FrozenModule):
         return self._space.frame_step is not None
 
     @property
-    def known_latent_channels(self) -> int | None:
-        """Channels C of the latents, if the model says."""
-        return self._space.channels
-
-    @property
     def latent_channels(self) -> int:
         """Channels C of the latents; ValueError if the model does not say."""
         if self._space.channels is None:
@@ -160,11 +155,6 @@ class Autoencoder(FrozenModule):
                 "`model.latent_channels` before wrapping it."
             )
         return self._space.channels
-
-    @property
-    def known_downscale(self) -> int | None:
-        """Side of an image over the side of its latent, if it was given or the model says."""
-        return self._space.downscale
 
     @property
     def downscale(self) -> int:
@@ -235,7 +225,7 @@ class Autoencoder(FrozenModule):
                 raise ValueError(f"`depth` must lie in 1 .. {len(names)} for {names}, got {depth}.")
             return self._run(z, names[:depth], skip)
         wanted = (depth,) if isinstance(depth, str) else tuple(depth)
-        unknown = [name for name in wanted if name not in self.stage_names]
+        unknown = [name for name in wanted if name not in (*names, "image")]
         if unknown or not wanted:
             raise ValueError(
                 f"`depth` must be a number or name one or more of {self.stage_names}, got {unknown or wanted}."
@@ -263,11 +253,12 @@ class Autoencoder(FrozenModule):
         return outputs
 
     def _run_stages(self, current: Any, wanted: Collection[str], skip: Collection[str]) -> list[Tensor]:
-        kept = [name for name in self.stage_names if name in skip]
+        stages = self.stages
+        kept = [stage.name for stage in stages if stage.name in skip and (stage.is_feature or stage.name == "image")]
         if kept:
             raise ValueError(f"`skip`: {kept} are features or the image, and cannot be left out of the decoder.")
         outputs: list[Tensor] = []
-        for stage in self.stages:
+        for stage in stages:
             if stage.name in skip:
                 continue
             current = stage.run(current)

@@ -113,7 +113,6 @@ def sharpness(images: str, checkpoints: list[str], image_size: int, count: int) 
                 f"| images | {sharpness_of(batch['image'])[0] / real[0]:.3f} "
                 f"| {sharpness_of(batch['image'])[1] / real[1]:.3f} |"
             )
-        module._trainer = None
         samples = torch.cat(
             [module.generate(range(i, min(i + 64, count)), batch["label"][i : i + 64]) for i in range(0, count, 64)]
         )

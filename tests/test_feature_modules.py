@@ -81,7 +81,6 @@ def test_a_plain_decoder_is_called_itself() -> None:
     torch.testing.assert_close(autoencoder.features(z), [model[:2](z), model[:3](z)])
     both = autoencoder.features(z, ["image", "1"])
     torch.testing.assert_close(both, [model[:2](z), model(z)])
-    assert autoencoder.known_downscale is autoencoder.known_latent_channels is None
     with pytest.raises(ValueError, match="Give `downscale`, the side of an image"):
         _ = autoencoder.downscale
     with pytest.raises(ValueError, match=r"`latent_channels` is not known: Sequential"):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,24 +58,24 @@ class Threshold:
         Raises:
             ValueError: None, more than one unit, or a value out of its range.
         """
-        if isinstance(value, Mapping) and set(value) <= {unit.name for unit in fields(cls)}:
+        if isinstance(value, Mapping) and set(value) <= set(_RANGES):
             value = cls(**value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             value = cls(nsr=value)
         if not isinstance(value, Threshold):
-            units = ", ".join(unit.name for unit in fields(cls))
-            raise ValueError(f"`threshold` must be a noise-to-signal ratio or one of {units} by name, got {value!r}.")
+            raise ValueError(
+                f"`threshold` must be a noise-to-signal ratio or one of {', '.join(_RANGES)} by name, got {value!r}."
+            )
         value.check()
         return value
 
     # Not in __post_init__: a config's parser would take the error for another type's and say something else.
     def check(self) -> None:
         """Refuse no unit, more than one, or a value out of its range."""
-        given = {unit.name: getattr(self, unit.name) for unit in fields(self) if getattr(self, unit.name) is not None}
+        given = {unit: value for unit in _RANGES if (value := getattr(self, unit)) is not None}
         if len(given) != 1:
-            units = ", ".join(unit.name for unit in fields(self))
             raise ValueError(
-                f"`threshold` must be given in exactly one of the units {units}; got {given or 'none'}. "
+                f"`threshold` must be given in exactly one of the units {', '.join(_RANGES)}; got {given or 'none'}. "
                 "Keep one: they all name the same noise level."
             )
         ((unit, value),) = given.items()

@@ -128,7 +128,8 @@ class LatentPerceptualLoss(nn.Module):
         self.autoencoder = autoencoder if isinstance(autoencoder, Autoencoder) else Autoencoder(autoencoder)
         self.preset = preset
         self.options = LossOptions.of(preset, **given)
-        self.compared = _compared(self.autoencoder, self.options.depth)
+        self.stages = self.autoencoder.stage_names
+        self.compared = self._compared(self.options.depth)
         for name in ("depth_weights", *(("dilation", "erosion") if self.options.mask_outliers else ())):
             self.options.of_map(name, 0, len(self.compared))
         self.ddpm: DDPM | None = None
@@ -225,7 +226,7 @@ class LatentPerceptualLoss(nn.Module):
             relative_time = None
             if noise_to_signal is not None:
                 nsr = _to(noise_to_signal.detach()[chosen].to(dtype), z0)
-                relative_time = (1 - 1 / (1 + nsr)) / equivalents(self.tau(z0), self.ddpm)["flow_t"]
+                relative_time = (1 - 1 / (1 + nsr)) / (1 - 1 / (1 + self.tau(z0)))
             found = Diagnostics(records, parts.detach(), finite, relative_time)
         return self._reduce(losses, len(kept)), found
 
@@ -235,7 +236,7 @@ class LatentPerceptualLoss(nn.Module):
         """The compared maps' parts (maps, B) of the loss of samples that have passed, and what the guard looks at."""
         options, count = self.options, len(self.compared)
         # The first map too, whose side the others' are measured by.
-        names = list(dict.fromkeys((self.autoencoder.stage_names[0], *self.compared)))
+        names = list(dict.fromkeys((self.stages[0], *self.compared)))
         skip = () if options.post_quant_conv else ("post_quant_conv",)
         with torch.no_grad():
             targets = self.autoencoder.features(z0, names, skip)
@@ -246,9 +247,8 @@ class LatentPerceptualLoss(nn.Module):
         origins = {"the estimate z0_hat": z0_hat, "the clean latent z0": z0}
         with torch.autocast(z0.device.type, enabled=False):
             for name, predicted, target in zip(names, predictions, targets, strict=True):
-                place = f"the decoder's stage {name!r}"
                 if name not in self.compared:
-                    origins[place] = predicted
+                    origins[self._place(name, names)] = predicted
                     continue
                 predicted, target = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (predicted, target))
                 if not self._seen and options.normalization == "standardize" and options.statistics != "none":
@@ -265,17 +265,26 @@ class LatentPerceptualLoss(nn.Module):
                     )
                 part = self._weight(index, side / first) * self._distance(predicted, target, mask)
                 parts.append(part / count if options.depth_reduction == "mean" else part)
-                before = names[names.index(name) - 1] if name != names[0] else None
-                follows = before is None or self._follows(before, name)
-                origins[place if follows else f"the decoder's stages after {before!r}, up to {name!r}"] = part
+                origins[self._place(name, names)] = part
                 if diagnose:
                     records[name] = record(predicted, target, mask)
             self._seen = True
             return torch.stack(parts), records, origins
 
-    def _follows(self, before: str, name: str) -> bool:
-        stages = self.autoencoder.stage_names
-        return stages.index(name) == stages.index(before) + 1
+    def _place(self, name: str, names: list[str]) -> str:
+        """Where a value arose that is first seen in the stage ``name`` of those looked at, ``names``."""
+        before = self.stages[max(0, self.stages.index(name) - 1)]
+        if before in names:
+            return f"the decoder's stage {name!r}"
+        return f"the decoder's stages after {names[names.index(name) - 1]!r}, up to {name!r}"
+
+    def _compared(self, depth: int | tuple[str, ...]) -> tuple[str, ...]:
+        """Names of the stages to compare, in the decoder's order."""
+        if isinstance(depth, int):
+            return self.autoencoder.feature_names[:depth]
+        if unknown := [name for name in depth if name not in self.stages]:
+            raise ValueError(f"`depth` must name stages among {list(self.stages)}, got {unknown}.")
+        return tuple(name for name in self.stages if name in depth)
 
     def _distance(self, predicted: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         options = self.options
@@ -327,15 +336,6 @@ class LatentPerceptualLoss(nn.Module):
                 return losses.sum()
             case "mean_passed":
                 return losses.sum() / max(1, passed)
-
-
-def _compared(autoencoder: Autoencoder, depth: int | tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the stages to compare, in the decoder's order."""
-    if isinstance(depth, int):
-        return autoencoder.feature_names[:depth]
-    if unknown := [name for name in depth if name not in autoencoder.stage_names]:
-        raise ValueError(f"`depth` must name stages among {list(autoencoder.stage_names)}, got {unknown}.")
-    return tuple(name for name in autoencoder.stage_names if name in depth)
 
 
 def _to(values: Tensor, z: Tensor) -> Tensor:
