@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import lpl_lightning.video_stages  # noqa: F401  registers its families
 from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder_loading import load_autoencoder
+from lpl_lightning.execution import StageRunner
 from lpl_lightning.feature_modules import check_feature_modules, run_to_modules
 from lpl_lightning.frozen import FrozenModule
 from lpl_lightning.latents import config_of, drawn, latent_space
@@ -142,6 +143,11 @@ class Autoencoder(FrozenModule):
         return self._feature_modules or tuple(stage.name for stage in self.stages if stage.is_feature)
 
     @property
+    def in_stages(self) -> bool:
+        """Whether the decoder runs as ``stages``, and not as it is, with hooks on ``feature_modules``."""
+        return self._feature_modules is None
+
+    @property
     def is_video(self) -> bool:
         """Whether latents are (B, C, T, h, w) with frames first."""
         return self._space.frame_step is not None
@@ -201,7 +207,13 @@ class Autoencoder(FrozenModule):
         """
         return self._run(z, ("image",), ())[0]
 
-    def features(self, z: Tensor, depth: int | Sequence[str] | None = None, skip: Collection[str] = ()) -> list[Tensor]:
+    def features(
+        self,
+        z: Tensor,
+        depth: int | Sequence[str] | None = None,
+        skip: Collection[str] = (),
+        runner: StageRunner | None = None,
+    ) -> list[Tensor]:
         """Run the decoder as far as the deepest output asked for and give back those asked for.
 
         Args:
@@ -209,6 +221,7 @@ class Autoencoder(FrozenModule):
             depth: How many feature maps, or names out of ``stage_names``; all feature maps by default.
             skip: Stages that are neither features nor "image" to leave out, such as "post_quant_conv". Names of
                 stages that this decoder does not have are passed over.
+            runner: What runs the stages; by default they run as they are.
 
         Returns:
             Maps (B, C_l, h_l, w_l), shallow to deep, in the autoencoder's precision.
@@ -219,27 +232,31 @@ class Autoencoder(FrozenModule):
         """
         names = self.feature_names
         if depth is None:
-            return self._run(z, names, skip)
+            return self._run(z, names, skip, runner)
         if isinstance(depth, int):
             if not 1 <= depth <= len(names):
                 raise ValueError(f"`depth` must lie in 1 .. {len(names)} for {names}, got {depth}.")
-            return self._run(z, names[:depth], skip)
+            return self._run(z, names[:depth], skip, runner)
         wanted = (depth,) if isinstance(depth, str) else tuple(depth)
         unknown = [name for name in wanted if name not in (*names, "image")]
         if unknown or not wanted:
             raise ValueError(
                 f"`depth` must be a number or name one or more of {self.stage_names}, got {unknown or wanted}."
             )
-        return self._run(z, wanted, skip)
+        return self._run(z, wanted, skip, runner)
 
-    def _run(self, z: Tensor, wanted: Collection[str], skip: Collection[str]) -> list[Tensor]:
+    def _run(
+        self, z: Tensor, wanted: Collection[str], skip: Collection[str], runner: StageRunner | None = None
+    ) -> list[Tensor]:
         self._check_device("z", z)
         self._space.check_latents(z)
         with self._precision(z.device.type):
             shift, scale = self._affine(z.ndim)
             current = self._space.unpack(z.to(scale.dtype) / scale + shift).to(self.dtype)
+            if runner is not None:
+                current = runner.prepare(current, self.model)
             if self._feature_modules is None:
-                outputs = self._run_stages(current, wanted, skip)
+                outputs = self._run_stages(current, wanted, skip, runner)
             else:
                 bypassed = [name for name in skip if getattr(self.model, name, None) is not None]
                 if bypassed:
@@ -247,21 +264,25 @@ class Autoencoder(FrozenModule):
                         f"`skip`: {bypassed} cannot be left out with `feature_modules`; drop one of the two "
                         "(of LatentPerceptualLoss it is `post_quant_conv`: set it true)."
                     )
-                outputs = run_to_modules(self.model, self._feature_modules, wanted, current)
+                with nullcontext() if runner is None else runner.operations(current.device):
+                    outputs = run_to_modules(self.model, self._feature_modules, wanted, current)
             if "image" in wanted:
                 outputs[-1] = self._space.images_out(outputs[-1])
         return outputs
 
-    def _run_stages(self, current: Any, wanted: Collection[str], skip: Collection[str]) -> list[Tensor]:
+    def _run_stages(
+        self, z: Tensor, wanted: Collection[str], skip: Collection[str], runner: StageRunner | None
+    ) -> list[Tensor]:
         stages = self.stages
         kept = [stage.name for stage in stages if stage.name in skip and (stage.is_feature or stage.name == "image")]
         if kept:
             raise ValueError(f"`skip`: {kept} are features or the image, and cannot be left out of the decoder.")
         outputs: list[Tensor] = []
+        current: Any = z
         for stage in stages:
             if stage.name in skip:
                 continue
-            current = stage.run(current)
+            current = stage.run(current) if runner is None else runner(stage, current, z)
             if stage.name in wanted:
                 outputs.append(stage.read(current))
                 if len(outputs) == len(set(wanted)):

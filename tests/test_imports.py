@@ -20,6 +20,8 @@ ORDER = [
     "stages",
     "video_stages",
     "feature_modules",
+    "frozen_operations",
+    "execution",
     "autoencoder",
     "noise",
     "conditioning",

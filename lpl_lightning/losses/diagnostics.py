@@ -7,44 +7,45 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lpl_lightning.losses.distance import variance
+from lpl_lightning.losses.comparison import Compared
 
-__all__ = ["NOISE_LEVELS", "Diagnostics", "MapRecord", "record"]
+__all__ = ["NOISE_LEVELS", "Diagnostics"]
 
 NOISE_LEVELS = 4
 """How many equal parts of (0, tau], counted in a flow's time nsr / (1 + nsr), losses are told apart by."""
 
 
 @dataclass(frozen=True)
-class MapRecord:
-    """Of one compared feature map.
-
-    Attributes:
-        inliers: Mean of its mask, a scalar; 1 without one.
-        variance_ratio: Variance over positions of the estimate's features over that of the clean ones, the geometric
-            mean over channels, (B,). Above 1 the estimate has more contrast than the truth.
-    """
-
-    inliers: Tensor
-    variance_ratio: Tensor
-
-
-@dataclass(frozen=True)
 class Diagnostics:
-    """Of one call of the loss, without gradients, on the latents' device.
+    """Of the B samples of one call of the loss that passed the gate, without gradients, on the latents' device.
 
     Attributes:
-        maps: By the name of the stage.
-        parts: Each map's part (maps, B) of the losses of the samples that passed the gate, with its weight.
-        finite: (B,) bool, which of them counted: not those left out as not finite.
+        stages: Names of the compared stages.
+        parts: (maps, B) each map's part of the losses, with its weight.
+        seen: (maps, B) bool, which maps were computed; all but with a ``Subset``.
+        inliers: (maps, B) mean of the outlier mask; 1 without one.
+        variance_ratio: (maps, B) variance over positions of the estimate's features over that of the clean ones, the
+            geometric mean over channels. Above 1 the estimate has more contrast than the truth.
+        finite: (B,) bool, which samples counted: not those left out as not finite.
         relative_time: (B,) 1 - 1 / (1 + nsr) of each of them over that of tau, from 0 to 1 and with a smooth gate
             beyond; None if no ratios were given.
     """
 
-    maps: dict[str, MapRecord]
+    stages: tuple[str, ...]
     parts: Tensor
+    seen: Tensor
+    inliers: Tensor
+    variance_ratio: Tensor
     finite: Tensor
     relative_time: Tensor | None
+
+    @classmethod
+    def of(
+        cls, stages: tuple[str, ...], compared: Compared, finite: Tensor, relative_time: Tensor | None
+    ) -> Diagnostics:
+        """Of what was found by a comparison."""
+        found = (compared.parts.detach(), compared.seen, compared.inliers, compared.variance_ratio)
+        return cls(stages, *found, finite, relative_time)
 
     def scalars(self) -> dict[str, Tensor]:
         """Everything as scalars to log, means over samples that passed; not a number where there was none.
@@ -57,24 +58,17 @@ class Diagnostics:
         parts = torch.where(self.finite, self.parts, torch.zeros_like(self.parts))
         of_maps = parts.sum(dim=1) / kept.sum()
         found: dict[str, Tensor] = {"lpl_nonfinite": 1 - kept.mean()}
-        for (name, seen), part in zip(self.maps.items(), of_maps, strict=True):
-            ratios = torch.where(self.finite, seen.variance_ratio.log(), torch.zeros_like(kept))
-            found[f"lpl_depth/{name}"] = part
-            found[f"lpl_share/{name}"] = part / of_maps.sum()
-            found[f"lpl_masked/{name}"] = 1 - seen.inliers
-            found[f"lpl_variance_ratio/{name}"] = torch.exp(ratios.sum() / kept.sum())
+        for i, name in enumerate(self.stages):
+            seen = self.seen[i].to(kept.dtype)
+            both = seen * kept
+            ratios = torch.where(both > 0, self.variance_ratio[i].log(), torch.zeros_like(kept))
+            found[f"lpl_depth/{name}"] = of_maps[i]
+            found[f"lpl_share/{name}"] = of_maps[i] / of_maps.sum()
+            found[f"lpl_masked/{name}"] = 1 - (self.inliers[i] * seen).sum() / seen.sum()
+            found[f"lpl_variance_ratio/{name}"] = torch.exp(ratios.sum() / both.sum())
         if self.relative_time is not None:
             level = (self.relative_time * NOISE_LEVELS).ceil().clamp(1, NOISE_LEVELS)
             for k in range(1, NOISE_LEVELS + 1):
                 inside = (level == k) * kept
                 found[f"lpl_noise/{k}"] = (parts.sum(dim=0) * inside).sum() / inside.sum()
         return found
-
-
-@torch.no_grad()
-def record(predicted: Tensor, target: Tensor, mask: Tensor | None) -> MapRecord:
-    """Look at one map (B, C, *positions) of the estimate and of the clean latent, and the mask that was used."""
-    ratio = variance(predicted).add(1e-12).log() - variance(target).add(1e-12).log()
-    return MapRecord(
-        inliers=predicted.new_ones(()) if mask is None else mask.mean(), variance_ratio=ratio.mean(dim=1).exp()
-    )

@@ -21,6 +21,7 @@ __all__ = [
     "masked_distance",
     "standardize",
     "variance",
+    "variance_ratio",
 ]
 
 Statistics = Literal["predicted", "predicted_detached", "target", "separate", "none"]
@@ -36,6 +37,12 @@ def _positions(features: Tensor) -> tuple[int, ...]:
 def variance(features: Tensor) -> Tensor:
     """Variance of each sample and channel over positions, (B, C, *positions) to (B, C), without correction."""
     return torch.var(features, dim=_positions(features), correction=0)
+
+
+def variance_ratio(predicted: Tensor, target: Tensor) -> Tensor:
+    """Variance over positions of a map (B, C, *positions) over the other's, the geometric mean over channels: (B,)."""
+    ratio = variance(predicted).add(1e-12).log() - variance(target).add(1e-12).log()
+    return ratio.mean(dim=1).exp()
 
 
 def standardize(

@@ -16,6 +16,8 @@ the gate stands inside the expectation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,28 +25,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lpl_lightning.autoencoder import Autoencoder
-from lpl_lightning.losses.checks import check_latents, note_constant_channels
-from lpl_lightning.losses.diagnostics import Diagnostics, MapRecord, record
-from lpl_lightning.losses.distance import (
-    DepthWeights,
-    Distance,
-    Normalization,
-    Statistics,
-    channel_normalize,
-    depth_weight,
-    masked_distance,
-    standardize,
-)
+from lpl_lightning.execution import Execution, StageRunner
+from lpl_lightning.losses.checks import check_latents
+from lpl_lightning.losses.comparison import Compared, Comparison, Part
+from lpl_lightning.losses.diagnostics import Diagnostics
+from lpl_lightning.losses.distance import DepthWeights, Distance, Normalization, Statistics
 from lpl_lightning.losses.gate import Threshold, equivalents, gate_weight, latent_side
 from lpl_lightning.losses.nonfinite import NonFiniteGuard
 from lpl_lightning.losses.options import LossOptions, NonFinite, Preset, Reduction
-from lpl_lightning.losses.outliers import inlier_mask, odd_kernel
+from lpl_lightning.losses.streaming import activation_bytes, attach_gradient, chunk_for, compare_whole, stream
+from lpl_lightning.losses.subset import Subset, depths_of, draw_crop
 from lpl_lightning.noise import DDPM
 
 __all__ = ["LatentPerceptualLoss"]
-
-FINEST = 8
-"""The windows of the outlier mask are meant for maps so many times as fine as the latent, as the paper's finest are."""
 
 
 class LatentPerceptualLoss(nn.Module):
@@ -92,6 +85,9 @@ class LatentPerceptualLoss(nn.Module):
         post_quant_conv: Whether the latents pass the decoder's ``post_quant_conv``, if it has one. The public example
             leaves it out.
         nonfinite: What to do where a value is not finite; see ``NonFiniteGuard``.
+        execution: How it is computed, an ``Execution`` or its settings by name; the value is the same.
+        subset: What part of it is computed at a time, in training mode: a ``Subset`` or its settings by name. By
+            default all of it.
     """
 
     def __init__(
@@ -122,6 +118,8 @@ class LatentPerceptualLoss(nn.Module):
         reduction: Reduction | None = None,
         post_quant_conv: bool | None = None,
         nonfinite: NonFinite | None = None,
+        execution: Execution | None = None,
+        subset: Subset | None = None,
     ) -> None:
         super().__init__()
         given = {name: value for name, value in locals().items() if name in LossOptions.__dataclass_fields__}
@@ -132,10 +130,20 @@ class LatentPerceptualLoss(nn.Module):
         self.compared = self._compared(self.options.depth)
         for name in ("depth_weights", *(("dilation", "erosion") if self.options.mask_outliers else ())):
             self.options.of_map(name, 0, len(self.compared))
+        self.execution = Execution.of(execution)
+        if not self.autoencoder.in_stages and (self.execution.compile or self.execution.checkpoint):
+            raise ValueError(
+                "`execution`: `compile` and `checkpoint` need a decoder that runs in stages; with `feature_modules` it "
+                "runs as it is. Leave them out."
+            )
+        self.subset = Subset.of(subset)
+        self.subset.probabilities(len(self.compared))
         self.ddpm: DDPM | None = None
+        self._runner = StageRunner(self.execution)
+        self._comparison = Comparison(self.options, self.compared, self.stages, self.autoencoder.is_video)
         self._guard = NonFiniteGuard(self.options.nonfinite)
+        self._chunks: dict[object, int] = {}
         self._announced = False
-        self._seen = False
 
     def tau(self, z: Tensor) -> float:
         """The threshold for latents such as ``z`` (B, C, *positions), as a noise-to-signal ratio."""
@@ -205,78 +213,89 @@ class LatentPerceptualLoss(nn.Module):
         dtype = torch.promote_types(self.autoencoder.dtype, torch.float32)
         # An empty sum: zero, connected to the graph, and with a zero gradient even where z0_hat is not finite.
         losses = z0_hat.flatten(1)[:, :0].sum(dim=1).to(dtype)
-        if noise_to_signal is None:
-            # A view, so that what the guard hangs on it concerns nobody else.
-            weight, passed, kept_hat, kept = None, None, z0_hat.view_as(z0_hat), z0
-        else:
-            weight = gate_weight(noise_to_signal.detach(), self.tau(z0), self.options.gate_softness)
-            chosen = weight.nonzero().squeeze(1)
-            weight, passed = _to(weight[chosen].to(dtype), z0), _to(chosen, z0)
-            kept_hat, kept = z0_hat[passed], z0[passed]
-        if len(kept) == 0 or not self.compared:
+        weight, passed, kept_hat, kept = self._gate(z0_hat, z0, noise_to_signal)
+        parts = self._parts(kept)
+        if not parts:
             return self._reduce(losses, len(kept)), None
-        parts, records, origins = self._parts(kept_hat, kept, diagnose)
-        ungated, finite = self._guard(parts.sum(dim=0), origins, kept_hat)
-        if weight is None or passed is None or noise_to_signal is None:
-            losses = losses + ungated
-        else:
-            losses = losses.index_add(0, passed, ungated * weight)
-        found = None
+        self._comparison.dtype = dtype
+        ungated, found = self._compare(kept_hat, kept, parts, diagnose)
+        if weight is not None:
+            found.finite[:, weight == 0] = True
+            ungated = torch.where(weight > 0, ungated * weight, torch.zeros_like(ungated))
+        counted, finite = self._guard(ungated, found.finite, self._comparison.places, kept_hat)
+        losses = losses + counted if passed is None else losses.index_add(0, passed, counted)
+        diagnostics = None
         if diagnose:
             relative_time = None
             if noise_to_signal is not None:
-                nsr = _to(noise_to_signal.detach()[chosen].to(dtype), z0)
-                relative_time = (1 - 1 / (1 + nsr)) / (1 - 1 / (1 + self.tau(z0)))
-            found = Diagnostics(records, parts.detach(), finite, relative_time)
-        return self._reduce(losses, len(kept)), found
+                nsr = _to(noise_to_signal.detach().to(dtype), z0)
+                relative_time = (1 - 1 / (1 + (nsr if passed is None else nsr[passed]))) / (1 - 1 / (1 + self.tau(z0)))
+            diagnostics = Diagnostics.of(self.compared, found, finite, relative_time)
+        return self._reduce(losses, len(kept)), diagnostics
 
-    def _parts(
-        self, z0_hat: Tensor, z0: Tensor, diagnose: bool
-    ) -> tuple[Tensor, dict[str, MapRecord], dict[str, Tensor]]:
-        """The compared maps' parts (maps, B) of the loss of samples that have passed, and what the guard looks at."""
-        options, count = self.options, len(self.compared)
-        # The first map too, whose side the others' are measured by.
-        names = list(dict.fromkeys((self.stages[0], *self.compared)))
-        skip = () if options.post_quant_conv else ("post_quant_conv",)
-        with torch.no_grad():
-            targets = self.autoencoder.features(z0, names, skip)
-        predictions = self.autoencoder.features(z0_hat, names, skip)
-        first = self._side(predictions[0], z0.ndim)
-        parts: list[Tensor] = []
-        records: dict[str, MapRecord] = {}
-        origins = {"the estimate z0_hat": z0_hat, "the clean latent z0": z0}
-        with torch.autocast(z0.device.type, enabled=False):
-            for name, predicted, target in zip(names, predictions, targets, strict=True):
-                if name not in self.compared:
-                    origins[self._place(name, names)] = predicted
-                    continue
-                predicted, target = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (predicted, target))
-                if not self._seen and options.normalization == "standardize" and options.statistics != "none":
-                    note_constant_channels(name, target, options.eps, options.relative_eps)
-                index, side = len(parts), self._side(predicted, z0.ndim)
-                mask = None
-                if options.mask_outliers and side / first > options.mask_upscale:
-                    mask = inlier_mask(
-                        (predicted if options.mask_source == "predicted" else target).detach(),
-                        options.quantile,
-                        options.widening,
-                        self._kernel("dilation", index, side, first),
-                        self._kernel("erosion", index, side, first),
-                    )
-                part = self._weight(index, side / first) * self._distance(predicted, target, mask)
-                parts.append(part / count if options.depth_reduction == "mean" else part)
-                origins[self._place(name, names)] = part
-                if diagnose:
-                    records[name] = record(predicted, target, mask)
-            self._seen = True
-            return torch.stack(parts), records, origins
+    def _compare(self, z0_hat: Tensor, z0: Tensor, parts: list[Part], diagnose: bool) -> tuple[Tensor, Compared]:
+        """The losses (n,) of samples that have passed, connected to ``z0_hat``, and all that was found of them."""
+        if not self.execution.streamed:
+            found = compare_whole(self._features, self._comparison, z0_hat, z0, parts, diagnose)
+            return found.parts.sum(dim=0), found
+        with_gradient = torch.is_grad_enabled() and z0_hat.requires_grad
+        chunk_size, fill = self._chunk_size(z0), self.execution.static_shapes
+        decoder = (self._features, self._comparison)
+        found, gradient = stream(*decoder, z0_hat, z0, parts, chunk_size, fill, diagnose, with_gradient)
+        losses = found.parts.sum(dim=0)
+        return losses if gradient is None else attach_gradient(losses, z0_hat, gradient), found
 
-    def _place(self, name: str, names: list[str]) -> str:
-        """Where a value arose that is first seen in the stage ``name`` of those looked at, ``names``."""
-        before = self.stages[max(0, self.stages.index(name) - 1)]
-        if before in names:
-            return f"the decoder's stage {name!r}"
-        return f"the decoder's stages after {names[names.index(name) - 1]!r}, up to {name!r}"
+    def _gate(
+        self, z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        """Weights of samples, which ones they are, and their latents; no weights or samples where all count alike."""
+        if noise_to_signal is None:
+            # A view, so that what the guard hangs on it concerns nobody else.
+            return None, None, z0_hat.view_as(z0_hat), z0
+        dtype = torch.promote_types(self.autoencoder.dtype, torch.float32)
+        weight = gate_weight(noise_to_signal.detach(), self.tau(z0), self.options.gate_softness)
+        if self.execution.static_shapes and weight.device.type != "cpu":
+            return weight.to(dtype), None, z0_hat.view_as(z0_hat), z0
+        chosen = weight.nonzero().squeeze(1)
+        weight, passed = _to(weight[chosen].to(dtype), z0), _to(chosen, z0)
+        return weight, passed, z0_hat[passed], z0[passed]
+
+    def _features(self, z: Tensor, names: Sequence[str], runner: StageRunner | None = None) -> list[Tensor]:
+        skip = () if self.options.post_quant_conv else ("post_quant_conv",)
+        return self.autoencoder.features(z, names, skip, runner or self._runner)
+
+    def _parts(self, z0: Tensor) -> list[Part]:
+        """What is compared of samples that have passed: all of it, or in training the subset drawn."""
+        count, maps, names = len(z0), len(self.compared), self._comparison.names
+        if count == 0 or maps == 0:
+            return []
+        subset = self.subset if self.training else Subset()
+        probabilities = subset.probabilities(maps)
+        depths = depths_of(count, probabilities)
+        crop = None
+        if subset.crop is not None:
+            crop = draw_crop(z0.shape[2:], subset.crop, subset.halo, self.autoencoder.is_video)
+        found = []
+        for depth in sorted(set(depths.tolist()) - {0}, reverse=True):
+            samples = (depths == depth).nonzero().squeeze(1)
+            to = names[: names.index(self.compared[depth - 1]) + 1]
+            found.append(Part(None if len(samples) == count else samples, to, tuple(probabilities), crop))
+        return found
+
+    def _chunk_size(self, z0: Tensor) -> int:
+        """Most samples to take at once."""
+        if self.execution.chunk_size != "auto":
+            return self.execution.chunk_size
+        if len(z0) == 1:
+            return 1
+        key = (z0.shape[1:], z0.dtype, z0.device, self.autoencoder.dtype)
+        if key not in self._chunks:
+            plain = StageRunner(replace(self.execution, compile=False, checkpoint=False))
+            found = activation_bytes(
+                partial(self._features, runner=plain), z0, self._comparison.names, self.autoencoder
+            )
+            self._chunks[key] = chunk_for(found, z0.device)
+        return self._chunks[key]
 
     def _compared(self, depth: int | tuple[str, ...]) -> tuple[str, ...]:
         """Names of the stages to compare, in the decoder's order."""
@@ -286,41 +305,8 @@ class LatentPerceptualLoss(nn.Module):
             raise ValueError(f"`depth` must name stages among {list(self.stages)}, got {unknown}.")
         return tuple(name for name in self.stages if name in depth)
 
-    def _distance(self, predicted: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-        options = self.options
-        if mask is not None and options.mask_before_normalization:
-            target = target * mask
-        if options.normalization == "standardize":
-            predicted, target = standardize(predicted, target, options.statistics, options.eps, options.relative_eps)
-        else:
-            predicted, target = channel_normalize(predicted, target, options.statistics, options.eps)
-        return masked_distance(
-            predicted, target, mask, options.distance, options.huber_delta, options.position_reduction
-        )
-
-    def _weight(self, index: int, upscale: float) -> float:
-        weight: DepthWeights | float = self.options.of_map("depth_weights", index, len(self.compared))
-        return depth_weight(upscale, weight) if isinstance(weight, str) else weight
-
-    def _kernel(self, name: str, index: int, side: float, first: float) -> int:
-        """Side of a window on a map of this side, the first map's being ``first``."""
-        size: int = self.options.of_map(name, index, len(self.compared))
-        if isinstance(getattr(self.options, name), tuple):
-            return size
-        # As many times finer as the maps that the sizes are meant for are than a latent.
-        reference = FINEST * (self.options.reference_side or first)
-        return odd_kernel(size, side / reference)
-
-    def _side(self, maps: Tensor, ndim: int | None = None) -> float:
-        """Side of latents or of feature maps, in positions.
-
-        Args:
-            maps: (B, C, *positions).
-            ndim: Axes of the latents. Maps with fewer, such as tokens, count as squares or cubes.
-        """
-        if ndim is not None and maps.ndim != ndim:
-            return float(maps[0, 0].numel() ** (1 / (ndim - 2)))
-        return latent_side(maps, self.autoencoder.is_video)
+    def _side(self, z: Tensor) -> float:
+        return latent_side(z, self.autoencoder.is_video)
 
     def _scale(self, z: Tensor) -> float:
         """Side of the latents over the side that the options are meant for."""

@@ -26,13 +26,13 @@ class NonFiniteGuard:
         self.policy = policy
         self._pending: tuple[Tensor, Any, tuple[str, ...]] | None = None
 
-    def __call__(self, losses: Tensor, origins: dict[str, Tensor], z0_hat: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, losses: Tensor, finite: Tensor, places: Sequence[str], z0_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Replace what is not finite by zero.
 
         Args:
             losses: (B,) of the samples.
-            origins: By the name of a place, in the order that values pass them, (B, ...) values that are finite where
-                the place's are.
+            finite: (places, B) bool, where each sample is finite.
+            places: Their names, in the order that values pass them.
             z0_hat: (B, ...) what the losses were computed from; a part of the graph that nothing else uses.
 
         Returns:
@@ -41,11 +41,10 @@ class NonFiniteGuard:
         Raises:
             FloatingPointError: A value is not finite, and the policy is ``raise``.
         """
-        finite = losses.detach().isfinite()
+        good = finite.all(dim=0)
         if self.policy == "raise":
-            places = [values.detach().isfinite().reshape(len(values), -1).all(dim=1) for values in origins.values()]
-            self._check(torch.stack(places), tuple(origins))
-        kept = finite.all().expand_as(finite) if self.policy == "skip" else finite
+            self._check(finite, places)
+        kept = good.all().expand_as(good) if self.policy == "skip" else good
         if z0_hat.requires_grad:
             rows = kept.reshape(-1, *[1] * (z0_hat.ndim - 1))
 

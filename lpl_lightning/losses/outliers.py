@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["inlier_mask", "odd_kernel"]
+__all__ = ["inlier_mask", "odd_kernel", "outliers"]
 
 
 def odd_kernel(size: int, scale: float) -> int:
@@ -44,16 +44,61 @@ def inlier_mask(
     Returns:
         (B, C, *positions) in the features' dtype: 1 for inliers, 0 for outliers. No gradient flows through it.
     """
-    flat = features.flatten(2)
-    positions = flat.shape[-1]
-    low = flat.kthvalue(max(1, int(quantile * positions)), dim=-1, keepdim=True).values
-    high = flat.kthvalue(max(1, int((1 - quantile) * positions)), dim=-1, keepdim=True).values
-    std = flat.std(dim=-1, keepdim=True) if positions > 1 else torch.zeros_like(low)
-    inlier = (flat > low - widening * std) & (flat < high + widening * std) | (std == 0)
-    mask = inlier.reshape(features.shape).to(features.dtype)
-    max_pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[features.ndim - 2]
-    if dilation > 1:
-        mask = max_pool(mask, dilation, stride=1, padding=dilation // 2)
-    if erosion > 1:
-        mask = -max_pool(-mask, erosion, stride=1, padding=erosion // 2)
-    return mask
+    return (~outliers(features, quantile, widening, dilation, erosion)).to(features.dtype)
+
+
+@torch.no_grad()
+def outliers(features: Tensor, quantile: float, widening: float, dilation: int, erosion: int) -> Tensor:
+    """The complement of ``inlier_mask``: (B, C, *positions), bool."""
+    positions = features[0, 0].numel()
+    if positions == 1:
+        return torch.zeros_like(features, dtype=torch.bool)
+    lower, upper = (
+        bound.reshape(*features.shape[:2], *[1] * (features.ndim - 2))
+        for bound in _bounds(features, max(1, int(quantile * positions)), max(1, int((1 - quantile) * positions)))
+    )
+    axes = tuple(range(2, features.ndim))
+    # Not by `std`, which takes ten times as long where channels lie last in memory.
+    centered = features - features.mean(axes, keepdim=True)
+    std = (centered.mul_(centered).sum(axes, keepdim=True) / (positions - 1)).sqrt()
+    inlier = (features > lower - widening * std) & (features < upper + widening * std)
+    inlier |= std == 0
+    return _dilate(_dilate(inlier, dilation).logical_not_(), erosion)
+
+
+def _bounds(features: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """The ``low``-th and ``high``-th smallest values of each channel, (B, C) each."""
+    if features.device.type != "cpu" or features.dtype not in (torch.float32, torch.float64):
+        flat = features.flatten(2)
+        return flat.kthvalue(low, dim=-1).values, flat.kthvalue(high, dim=-1).values
+    # NumPy's partition, which uses vector instructions, takes a fifth of the time of kthvalue on a CPU. Sample by
+    # sample, because a matrix is transposed faster than a stack of them.
+    lows, highs = [], []
+    for sample in features.detach():
+        rows = sample.flatten(1).clone(memory_format=torch.contiguous_format)
+        values = rows.numpy()
+        values.partition(low - 1, axis=-1)
+        lows.append(rows[:, low - 1].clone())
+        values[:, low - 1 :].partition(high - low, axis=-1)
+        highs.append(rows[:, high - 1].clone())
+    return torch.stack(lows), torch.stack(highs)
+
+
+def _dilate(marked: Tensor, size: int) -> Tensor:
+    """Mark what lies within a window of this side, odd, around something marked, (B, C, *positions) bool.
+
+    An axis at a time, and a window out of two of half its side: a few operations on bytes, and none on numbers.
+    """
+    for axis in range(2, marked.ndim):
+        length, count = marked.shape[axis], 1
+        # Windows that begin at a position.
+        windows = F.pad(marked, [0, 0] * (marked.ndim - 1 - axis) + [size // 2] * 2)
+        while 2 * count <= size:
+            windows = windows.narrow(axis, 0, windows.shape[axis] - count) | windows.narrow(
+                axis, count, windows.shape[axis] - count
+            )
+            count *= 2
+        if count < size:
+            windows = windows.narrow(axis, 0, length) | windows.narrow(axis, size - count, length)
+        marked = windows
+    return marked

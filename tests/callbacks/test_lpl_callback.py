@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lpl_lightning import DDPM, Autoencoder, LatentPerceptualLoss, LPLCallback, LPLMixin
-from lpl_lightning.losses import Threshold
+from lpl_lightning.losses import Execution, Threshold
 from lpl_lightning.losses.options import LossOptions
 
 
@@ -154,7 +154,7 @@ def run(module: pl.LightningModule, tmp_path: Path, *callbacks: pl.Callback, **o
 
 
 def ungated(autoencoder: Autoencoder) -> LatentPerceptualLoss:
-    return LatentPerceptualLoss(autoencoder, reference_side=0)
+    return LatentPerceptualLoss(autoencoder, reference_side=0, execution=Execution(chunk_size=4))
 
 
 def test_auto_makes_lpl_the_share_that_is_asked_for(tmp_path: Path) -> None:

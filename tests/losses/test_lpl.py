@@ -143,7 +143,13 @@ def test_every_option_of_a_preset_can_be_set_from_python(autoencoder: Autoencode
     """The signature has each option, and one that is given reaches it."""
     import inspect
 
-    names = set(inspect.signature(LatentPerceptualLoss.__init__).parameters) - {"self", "autoencoder", "preset"}
+    names = set(inspect.signature(LatentPerceptualLoss.__init__).parameters) - {
+        "self",
+        "autoencoder",
+        "preset",
+        "execution",
+        "subset",
+    }
     assert names == set(LossOptions.__dataclass_fields__)
     for preset in PRESETS:
         lpl = LatentPerceptualLoss(autoencoder, preset=preset, quantile=0.11, depth=2, threshold=Threshold(flow_t=0.5))
@@ -214,10 +220,10 @@ def test_windows_cover_the_same_share_of_the_image(
         z0_hat, z0 = pair(1, side=side)
         _, found = lpl.evaluate(z0_hat, z0, diagnose=True)
         assert found is not None
-        for name in set(windows) & set(found.maps):
+        for name in set(windows) & set(found.stages):
             features = double.features(z0_hat.detach(), [name])[0]
             expected = naive_mask(features, 0.15, 0.0, *windows[name]).mean().item()
-            assert found.maps[name].inliers.item() == pytest.approx(expected), (name, windows[name])
+            assert found.inliers[found.stages.index(name)].item() == pytest.approx(expected), (name, windows[name])
 
 
 def test_windows_by_map(double: Autoencoder) -> None:
@@ -229,7 +235,7 @@ def test_windows_by_map(double: Autoencoder) -> None:
     for name, windows in {"up_1": (5, 3), "up_2": (7, 3), "up_3": (3, 1)}.items():
         features = double.features(z0_hat.detach(), [name])[0]
         expected = naive_mask(features, 0.15, 0.0, *windows).mean().item()
-        assert found.maps[name].inliers.item() == pytest.approx(expected)
+        assert found.inliers[found.stages.index(name)].item() == pytest.approx(expected)
 
 
 def test_the_threshold_in_every_unit_is_logged_once(autoencoder: Autoencoder, caplog: pytest.LogCaptureFixture) -> None:
@@ -567,7 +573,7 @@ def test_the_examples_windows_go_with_the_map_and_not_with_what_else_is_compared
     for name, windows in {"up_1": (1, 3), "up_3": (3, 5)}.items():
         expected = naive_mask(double.features(z0, [name], ("post_quant_conv",))[0], 0.15, 0.0, *windows).mean().item()
         for found in (whole, part):
-            assert found.maps[name].inliers.item() == pytest.approx(expected)
+            assert found.inliers[found.stages.index(name)].item() == pytest.approx(expected)
 
 
 def test_the_example_takes_more_maps_than_its_own_five() -> None:

@@ -19,7 +19,7 @@ def overflowing(stage: str, sample: int = 1) -> Autoencoder:
 
     def overflow(_module: object, _inputs: object, features: Tensor) -> Tensor:
         factor = torch.ones(len(features), 1, 1, 1)
-        factor[sample] = math.inf
+        factor[sample : sample + 1] = math.inf
         return features * factor
 
     blocks[stage].register_forward_hook(overflow)

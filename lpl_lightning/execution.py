@@ -1,0 +1,161 @@
+"""How a frozen decoder runs: what it costs, never what it computes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from types import FunctionType
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lpl_lightning.arguments import at_least
+from lpl_lightning.frozen_operations import FoldedWeights, FrozenOperations
+from lpl_lightning.stages import Stage
+
+__all__ = ["Execution", "StageRunner"]
+
+Choice = bool | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the decoder's features, and their gradient, are computed. Nothing of it changes them beyond rounding.
+
+    Attributes:
+        streamed: Whether the gradient is taken a chunk of samples at a time, together with the value, so that
+            activations of one chunk are held at most. Otherwise of the whole batch until the backward pass, which can
+            then be differentiated again.
+        chunk_size: Most samples in a chunk. ``auto`` measures what a sample's activations take, and makes chunks of up
+            to 256 MB of them, on a GPU up to 4 GB but no more than a quarter of the free memory; at least a sample.
+        channels_last: Whether feature maps, and the weights of convolutions, lie in memory with channels last.
+            ``auto``: on a CPU.
+        fold_upsampling: Whether convolutions of twofold enlarged maps are folded. ``auto``: on a CPU. In float32 and
+            float64 only; in less, sums of weights would be rounded.
+        compile: Whether each stage is compiled by ``torch.compile``, which takes a minute or more at the first step,
+            and again for chunks of another size unless ``static_shapes``.
+        checkpoint: Whether activations inside a stage are computed again in the backward pass instead of held: a third
+            more time, for single samples too large for memory.
+        static_shapes: Whether every chunk is filled up to the same size with copies that count for nothing. Then also
+            nothing waits for noise-to-signal ratios that lie on a GPU: all samples are decoded.
+    """
+
+    streamed: bool = True
+    chunk_size: int | Literal["auto"] = "auto"
+    channels_last: Choice = "auto"
+    fold_upsampling: Choice = "auto"
+    compile: bool = False
+    checkpoint: bool = False
+    static_shapes: bool = False
+
+    @classmethod
+    def of(cls, value: object) -> Execution:
+        """Read settings: by name or as they are; None for the defaults.
+
+        Raises:
+            ValueError: An unknown name, or a value out of its range.
+        """
+        names = [field.name for field in fields(cls)]
+        if value is None:
+            value = cls()
+        elif isinstance(value, Mapping):
+            if unknown := sorted(set(value) - set(names)):
+                raise ValueError(f"`execution` must have settings among {', '.join(names)}, got {unknown}.")
+            value = cls(**value)
+        if not isinstance(value, Execution):
+            raise ValueError(
+                f"`execution` must be an Execution or settings by name ({', '.join(names)}), got {value!r}."
+            )
+        value.check()
+        return value
+
+    # Not in __post_init__: a config's parser would take the error for another type's and say something else.
+    def check(self) -> None:
+        """Refuse values out of their range."""
+        for field in fields(self):
+            given = getattr(self, field.name)
+            if field.name == "chunk_size":
+                if given != "auto" and (isinstance(given, bool) or not isinstance(given, int)):
+                    raise ValueError(f"`chunk_size` must be a number of samples or 'auto', got {given!r}.")
+            elif not isinstance(given, bool) and (given != "auto" or field.type != "Choice"):
+                also = " or 'auto'" if field.type == "Choice" else ""
+                raise ValueError(f"`{field.name}` must be true or false{also}, got {given!r}.")
+        if self.chunk_size != "auto":
+            at_least(1, chunk_size=self.chunk_size)
+
+
+class StageRunner:
+    """Runs a frozen model's stages as an ``Execution`` says. Parts of a copy are made anew.
+
+    Args:
+        execution: How.
+    """
+
+    def __init__(self, execution: Execution) -> None:
+        self.execution = execution
+        self._folded = FoldedWeights()
+        self._compiled: dict[str, Callable[[Any], Any]] = {}
+        self._converted: weakref.ref[nn.Module] | None = None
+
+    def prepare(self, z: Tensor, model: nn.Module) -> Tensor:
+        """Lay a latent and, once, the model's weights out in memory as they are to be."""
+        self._folded.keep(parameter for parameter in model.parameters() if parameter.ndim == 4)
+        if z.ndim != 4 or not _chosen(self.execution.channels_last, z.device):
+            return z
+        if self._converted is None or self._converted() is not model:
+            for parameter in model.parameters():
+                if parameter.ndim == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            self._converted = weakref.ref(model)
+        return z.contiguous(memory_format=torch.channels_last)
+
+    def operations(self, device: torch.device) -> AbstractContextManager[Any]:
+        """A context in which the operations of a frozen model on this device keep and do no more than they must."""
+        return FrozenOperations(self._folded if _chosen(self.execution.fold_upsampling, device) else None)
+
+    def __call__(self, stage: Stage, current: Any, z: Tensor) -> Any:
+        """Run a stage.
+
+        Args:
+            stage: The stage.
+            current: What it takes.
+            z: The latent, on whose device it runs.
+        """
+        if self.execution.compile:
+            # Kept by name: a stage is another function each time it is listed, and would be compiled each time.
+            if stage.name not in self._compiled:
+                shapes = False if self.execution.static_shapes else None
+                self._compiled[stage.name] = torch.compile(_own_code(self._frozen(stage, z.device)), dynamic=shapes)
+            run = self._compiled[stage.name]
+        else:
+            run = self._frozen(stage, z.device)
+        if self.execution.checkpoint and torch.is_grad_enabled():
+            return checkpoint(run, current, use_reentrant=False, preserve_rng_state=False)
+        return run(current)
+
+    def _frozen(self, stage: Stage, device: torch.device) -> Callable[[Any], Any]:
+        def run(current: Any) -> Any:
+            with self.operations(device):
+                return stage.run(current)
+
+        return run
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StageRunner:
+        return StageRunner(self.execution)
+
+    def __reduce__(self) -> tuple[type[StageRunner], tuple[Execution]]:
+        return StageRunner, (self.execution,)
+
+
+def _chosen(choice: Choice, device: torch.device) -> bool:
+    return device.type == "cpu" if choice == "auto" else choice
+
+
+def _own_code(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A copy that is compiled by itself: torch.compile counts what it has compiled by code, and gives up early."""
+    copied = cast(FunctionType, function)
+    return FunctionType(copied.__code__.replace(), copied.__globals__, copied.__name__, None, copied.__closure__)
