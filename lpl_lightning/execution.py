@@ -103,13 +103,16 @@ class StageRunner:
 
     def prepare(self, z: Tensor, model: nn.Module) -> Tensor:
         """Lay a latent and, once, the model's weights out in memory as they are to be."""
-        self._folded.keep(parameter for parameter in model.parameters() if parameter.ndim == 4)
+        if self._folded.check():
+            self._compiled = {}
         if z.ndim != 4 or not _chosen(self.execution.channels_last, z.device):
             return z
         if self._converted is None or self._converted() is not model:
-            for parameter in model.parameters():
-                if parameter.ndim == 4:
-                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            # Weights made in inference mode, as of a validation that comes first, could take part in no graph.
+            with torch.inference_mode(False):
+                for parameter in model.parameters():
+                    if parameter.ndim == 4:
+                        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
             self._converted = weakref.ref(model)
         return z.contiguous(memory_format=torch.channels_last)
 

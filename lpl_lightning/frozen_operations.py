@@ -10,7 +10,7 @@ map as it was, and 4 / 9 of the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -86,24 +86,35 @@ class FoldedWeights:
     """Weights (C, D, 3, 3) of convolutions of twofold enlarged maps as (4 C, D, 2, 2), made once for each."""
 
     def __init__(self) -> None:
-        self._made: dict[int, Tensor] = {}
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
         self._states: dict[int, tuple[Any, ...]] = {}
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Fold a weight, or find it folded."""
-        if id(weight) not in self._made:
-            with torch.no_grad():
-                self._made[id(weight)] = fold(weight)
-        return self._made[id(weight)]
+        key = id(weight)
+        if key not in self._made:
+            # Those made in inference mode could take part in no graph later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._made[key] = (weight, fold(weight))
+            if not torch.compiler.is_compiling():
+                self._states[key] = _state(weight)
+        return self._made[key][1]
 
-    def keep(self, weights: Iterable[Tensor]) -> None:
-        """Forget those of other weights, or of these as they were before they were moved or written to.
+    def check(self) -> bool:
+        """Forget all if a weight was moved or written to since.
 
-        Not looked at each time, because a compiled network cannot.
+        Returns:
+            Whether one was. To be asked before a decoder runs: code that is being compiled cannot look at it.
         """
-        states = {id(weight): (weight.data_ptr(), weight._version, weight.dtype, weight.device) for weight in weights}
-        self._made = {key: made for key, made in self._made.items() if states.get(key) == self._states.get(key)}
-        self._states = states
+        for key, (weight, _) in self._made.items():
+            if self._states.setdefault(key, _state(weight)) != _state(weight):
+                self._made, self._states = {}, {}
+                return True
+        return False
+
+
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight._version, weight.dtype, weight.device
 
 
 def fold(weight: Tensor) -> Tensor:

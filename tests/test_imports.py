@@ -33,6 +33,7 @@ ORDER = [
     "module",
     "autoencoder_module",
     "callbacks",
+    "profiling",
     "cli",
     "__main__",
 ]

@@ -219,10 +219,11 @@ class LatentPerceptualLoss(nn.Module):
             return self._reduce(losses, len(kept)), None
         self._comparison.dtype = dtype
         ungated, found = self._compare(kept_hat, kept, parts, diagnose)
+        finite = found.finite
         if weight is not None:
-            found.finite[:, weight == 0] = True
+            finite = finite | (weight == 0)
             ungated = torch.where(weight > 0, ungated * weight, torch.zeros_like(ungated))
-        counted, finite = self._guard(ungated, found.finite, self._comparison.places, kept_hat)
+        counted, finite = self._guard(ungated, finite, self._comparison.places, kept_hat)
         losses = losses + counted if passed is None else losses.index_add(0, passed, counted)
         diagnostics = None
         if diagnose:

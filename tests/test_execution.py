@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_kl
+from families import FAMILIES
+from torch import Tensor
+
+from lpl_lightning import Autoencoder
+from lpl_lightning.execution import Execution, StageRunner
+
+SETTINGS: dict[str, Execution] = {
+    "auto": Execution(),
+    "channels_first": Execution(channels_last=False, fold_upsampling=True),
+    "checkpoint": Execution(checkpoint=True),
+}
+
+
+def gradient(autoencoder: Autoencoder, z: Tensor, runner: StageRunner | None) -> tuple[list[Tensor], Tensor]:
+    """Features of a latent and the gradient at it of a fixed function of them."""
+    leaf = z.clone().requires_grad_()
+    maps = autoencoder.features(leaf, runner=runner)
+    (found,) = torch.autograd.grad([m.sin().sum() for m in maps], leaf)
+    return maps, found
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_familys_features_and_gradients_are_the_same(name: str, settings: str) -> None:
+    autoencoder = Autoencoder(FAMILIES[name].model().double())
+    z = torch.randn(FAMILIES[name].z, dtype=torch.float64)
+    runner = StageRunner(SETTINGS[settings])
+    expected, expected_gradient = gradient(autoencoder, z, None)
+    for _ in range(2):
+        found, found_gradient = gradient(autoencoder, z, runner)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found_gradient, expected_gradient, rtol=1e-8, atol=1e-9)
+
+
+def test_hooked_modules_run_the_same() -> None:
+    torch.manual_seed(0)
+    model: Any = tiny_kl().double()
+    autoencoder = Autoencoder(
+        model, feature_modules=["decoder.mid_block", "decoder.up_blocks.0", "decoder.up_blocks.1"]
+    )
+    z = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    runner = StageRunner(Execution())
+    for found, expected in zip(gradient(autoencoder, z, runner), gradient(autoencoder, z, None), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert runner._folded._made
+
+
+def test_channels_last_is_kept_through_the_decoder_and_only_where_asked() -> None:
+    for settings, last in ((Execution(), True), (Execution(channels_last=False), False)):
+        model: Any = tiny_kl()
+        maps = Autoencoder(model).features(torch.randn(1, 4, 4, 4), runner=StageRunner(settings))
+        # The first map comes out of an attention, which has channels last either way.
+        assert all(m.is_contiguous(memory_format=torch.channels_last) is last for m in maps[1:])
+        assert model.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last) is last
+
+
+def test_weights_laid_out_in_inference_mode_can_be_used_in_training() -> None:
+    autoencoder = Autoencoder(tiny_kl())
+    runner = StageRunner(Execution())
+    z = torch.randn(1, 4, 4, 4)
+    with torch.inference_mode():
+        autoencoder.features(z, runner=runner)
+    gradient(autoencoder, z, runner)
+
+
+def test_a_checkpointed_stage_holds_its_input_alone() -> None:
+    """Of each stage's activations only the map that goes into it is held."""
+    autoencoder = Autoencoder(tiny_kl())
+    z = torch.randn(2, 4, 8, 8, requires_grad=True)
+
+    def held(settings: Execution) -> int:
+        storages: dict[int, int] = {}
+        kept = []
+        weights = {p.untyped_storage().data_ptr() for p in autoencoder.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            kept.extend(autoencoder.features(z, runner=StageRunner(settings)))
+        return sum(storages.values())
+
+    inputs = [z, *autoencoder.features(z)[:-1]]
+    bytes_of_inputs = sum(m.numel() * 4 for m in inputs)
+    assert held(Execution(checkpoint=True, fold_upsampling=False)) <= bytes_of_inputs + 2 * z.numel() * 4
+    assert held(Execution(fold_upsampling=False)) > 3 * bytes_of_inputs
+
+
+def test_weights_loaded_later_are_used() -> None:
+    torch.manual_seed(0)
+    autoencoder, runner = Autoencoder(tiny_kl().double()), StageRunner(Execution())
+    z = torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    autoencoder.features(z, runner=runner)
+    autoencoder.model.load_state_dict(tiny_kl().double().state_dict())
+    torch.testing.assert_close(autoencoder.features(z, runner=runner), autoencoder.features(z), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
+def test_compiled_stages_are_the_stages() -> None:
+    """More stages than torch.compile keeps versions of one function, with a gradient and without."""
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(tiny_kl().double())
+    z = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    runner = StageRunner(Execution(compile=True, static_shapes=True))
+    expected, expected_gradient = gradient(autoencoder, z, None)
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(autoencoder.features(z, runner=runner), expected, rtol=1e-9, atol=1e-9)
+    found, found_gradient = gradient(autoencoder, z, runner)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found_gradient, expected_gradient, rtol=1e-8, atol=1e-9)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert runner._folded._made
+
+
+def test_copies_make_their_own_parts() -> None:
+    runner = StageRunner(Execution(chunk_size=3))
+    autoencoder = Autoencoder(tiny_kl())
+    autoencoder.features(torch.randn(1, 4, 4, 4), runner=runner)
+    for other in (copy.deepcopy(runner), pickle.loads(pickle.dumps(runner))):
+        assert other.execution == runner.execution
+        assert not other._folded._made
+
+
+def test_settings_are_read_by_name_and_bad_ones_are_named() -> None:
+    assert Execution.of(None) == Execution()
+    assert Execution.of({"chunk_size": 2, "compile": True}) == Execution(chunk_size=2, compile=True)
+    bad: list[tuple[Any, str]] = [
+        ({"chunks": 2}, r"`execution` must have settings among streamed, .* got \['chunks'\]"),
+        ("fast", "`execution` must be an Execution or settings by name"),
+        ({"chunk_size": 0}, "`chunk_size` must be 1 or more"),
+        ({"chunk_size": "all"}, "`chunk_size` must be a number of samples or 'auto', got 'all'"),
+        ({"chunk_size": 1.5}, "`chunk_size` must be a number of samples"),
+        ({"compile": "auto"}, "`compile` must be true or false, got 'auto'"),
+        ({"channels_last": "yes"}, "`channels_last` must be true or false or 'auto', got 'yes'"),
+    ]
+    for value, message in bad:
+        with pytest.raises(ValueError, match=message):
+            Execution.of(value)
