@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from types import FunctionType
 from typing import Any, Literal, cast
@@ -28,14 +28,14 @@ class Execution:
 
     Attributes:
         streamed: Whether the gradient is taken a chunk of samples at a time, together with the value, so that
-            activations of one chunk are held at most. Otherwise of the whole batch until the backward pass, which can
-            then be differentiated again.
+            activations of one chunk are held at most, and without what a decoder that is not trained needs not hold.
+            Otherwise those of the whole batch are, until the backward pass, which can then be differentiated again.
         chunk_size: Most samples in a chunk. ``auto`` measures what a sample's activations take, and makes chunks of up
             to 256 MB of them, on a GPU up to 4 GB but no more than a quarter of the free memory; at least a sample.
         channels_last: Whether feature maps, and the weights of convolutions, lie in memory with channels last.
             ``auto``: on a CPU.
         fold_upsampling: Whether convolutions of twofold enlarged maps are folded. ``auto``: on a CPU. In float32 and
-            float64 only; in less, sums of weights would be rounded.
+            float64 only, and if ``streamed``; in less, sums of weights would be rounded.
         compile: Whether each stage is compiled by ``torch.compile``, which takes a minute or more at the first step,
             and again for chunks of another size unless ``static_shapes``.
         checkpoint: Whether activations inside a stage are computed again in the backward pass instead of held: a third
@@ -118,6 +118,8 @@ class StageRunner:
 
     def operations(self, device: torch.device) -> AbstractContextManager[Any]:
         """A context in which the operations of a frozen model on this device keep and do no more than they must."""
+        if not self.execution.streamed:
+            return nullcontext()
         return FrozenOperations(self._folded if _chosen(self.execution.fold_upsampling, device) else None)
 
     def __call__(self, stage: Stage, current: Any, z: Tensor) -> Any:
@@ -131,6 +133,8 @@ class StageRunner:
         if self.execution.compile:
             # Kept by name: a stage is another function each time it is listed, and would be compiled each time.
             if stage.name not in self._compiled:
+                with torch.no_grad():
+                    self._frozen(stage, z.device)(current)  # folds weights, which compiled code would be made anew for
                 shapes = False if self.execution.static_shapes else None
                 self._compiled[stage.name] = torch.compile(_own_code(self._frozen(stage, z.device)), dynamic=shapes)
             run = self._compiled[stage.name]

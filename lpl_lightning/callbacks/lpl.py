@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder import Autoencoder
+from lpl_lightning.callbacks.budget import Budget
 from lpl_lightning.callbacks.calibration import WeightCalibration
 from lpl_lightning.callbacks.gradients import GradientRatio
 from lpl_lightning.losses import LatentPerceptualLoss
@@ -45,6 +46,10 @@ class LPLCallback(Callback):
         autoencoder: The autoencoder whose decoder is looked into; by default the module's ``autoencoder``.
         target_share: Share of the total loss that ``auto`` aims at.
         calibration_steps: Batches that ``auto`` measures.
+        budget: Share of the time of a training step that LPL may take, loading included, above 0 and below 1. The first
+            thirteen steps with LPL train with the exact loss and are timed; if it takes more, each of its maps is then
+            computed for a random part of the samples only, with the expectation of the loss kept (``Subset``), and
+            the log says which. None: no limit.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class LPLCallback(Callback):
         autoencoder: Autoencoder | None = None,
         target_share: float = 0.2,
         calibration_steps: int = 100,
+        budget: float | None = None,
     ) -> None:
         if weight != "auto" and (isinstance(weight, bool | str) or not isinstance(weight, int | float)):
             raise ValueError(f"`weight` must be a number or 'auto', got {weight!r}.")
@@ -64,6 +70,12 @@ class LPLCallback(Callback):
         at_least(1, every_n_steps=every_n_steps)
         if not isinstance(weight, str):
             at_least(0, weight=weight)
+        if budget is not None and every_n_steps > 1:
+            raise ValueError(
+                f"`budget` and `every_n_steps` both thin LPL out, got {budget} and {every_n_steps}. Leave one of them "
+                "out; for the same time the first has the smaller variance."
+            )
+        self._budget = Budget(budget)
         self.start_step = start_step
         self.ramp_steps = ramp_steps
         self.every_n_steps = every_n_steps
@@ -121,7 +133,9 @@ class LPLCallback(Callback):
                 f"LPLCallback found no lpl_lightning.Autoencoder: {type(pl_module).__name__}.autoencoder is "
                 f"{type(autoencoder).__name__}. Give it one by `autoencoder`, such as Autoencoder(your_vae)."
             )
+        _check_match(autoencoder, getattr(pl_module, "autoencoder", None))
         self._loss = loss = self._make_loss(autoencoder)
+        self._budget.apply(loss)
         noise = getattr(pl_module, "noise", None)
         loss.ddpm = noise if isinstance(noise, DDPM) else None
         pl_module.add_loss_term("lpl", lambda *latents: self._term(trainer, pl_module, loss, *latents))
@@ -145,6 +159,10 @@ class LPLCallback(Callback):
             return z0.new_zeros(())
         if loss.autoencoder.scale.device != z0.device:
             loss.autoencoder.to(z0.device)
+        loss.train(training)
+        timing = training and not measuring and self._budget.measuring
+        if timing:
+            self._budget.start_term(z0.device)
         diagnose = training and self._shows(trainer)
         prediction = pl_module.lpl_prediction if diagnose and not measuring else None
         if prediction is not None and prediction.requires_grad:
@@ -152,6 +170,9 @@ class LPLCallback(Callback):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not measuring):
             losses, diagnostics = loss.evaluate(z0_hat, z0, noise_to_signal, diagnose)
             value = losses.mean()
+        if timing:
+            passed = None if noise_to_signal is None else loss.passes(noise_to_signal.detach(), z0)
+            self._budget.end_term(z0_hat, z0, passed)
         prefix = "" if training else "test_" if trainer.testing else "val_"
         pl_module.log(
             f"{prefix}loss_lpl", value.detach(), prog_bar=training, batch_size=len(z0), sync_dist=not training
@@ -180,7 +201,9 @@ class LPLCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let the calibration see the loss of the batch."""
+        """Let the calibration see the loss of the batch, and the budget its time."""
+        if self._budget.measuring and not self.calibrating and self._loss is not None:
+            self._budget.end_batch(trainer, pl_module.device, self._loss)
         if self.calibrating:
             self._calibration.finish_batch(outputs, trainer)
             if not self.calibrating:
@@ -189,16 +212,25 @@ class LPLCallback(Callback):
                 self._calibrated_at = _steps(trainer) + int(accumulating)
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``auto`` found; nothing with a given weight."""
-        if self._weight is not None:
-            return {}
-        return self._calibration.state_dict() | {"calibrated_at": self._calibrated_at}
+        """What ``auto`` and ``budget`` found; nothing without them."""
+        state: dict[str, Any] = {} if self._budget.share is None else {"budget": self._budget.state_dict()}
+        if self._weight is None:
+            state |= self._calibration.state_dict() | {"calibrated_at": self._calibrated_at}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what ``auto`` had found."""
-        if self._weight is None and state_dict:
+        """Take up what ``auto`` and ``budget`` had found."""
+        if self._budget.share is not None and "budget" in state_dict:
+            self._budget.load_state_dict(state_dict["budget"])
+            if self._loss is not None:
+                self._budget.apply(self._loss)
+        if self._weight is None and "calibrated_at" in state_dict:
             self._calibrated_at = state_dict["calibrated_at"]
             self._calibration.load_state_dict(state_dict)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave validation out of the time."""
+        self._budget.interrupt()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise what the loss of the last step was still to raise."""
@@ -214,6 +246,22 @@ class LPLCallback(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Detach the term, so that a run that was interrupted in a notebook can be started again."""
         self.teardown(trainer, pl_module, "fit")
+
+
+def _check_match(decoder: Autoencoder, encoder: object) -> None:
+    """Refuse an autoencoder of other latents than the module's."""
+    if not isinstance(encoder, Autoencoder) or encoder is decoder:
+        return
+    for name in ("latent_channels", "downscale"):
+        try:
+            own, other = getattr(decoder, name), getattr(encoder, name)
+        except ValueError:  # one of them does not say
+            continue
+        if own != other:
+            raise ValueError(
+                f"`autoencoder` must be made for the latents of the module's: its {name} is {own}, expected {other}. "
+                "For a cheaper decoder give the tiny autoencoder that was distilled from the module's own."
+            )
 
 
 def _steps(trainer: pl.Trainer) -> int:

@@ -145,6 +145,12 @@ class LatentPerceptualLoss(nn.Module):
         self._chunks: dict[object, int] = {}
         self._announced = False
 
+    @property
+    def comparison(self) -> Comparison:
+        """What compares feature maps."""
+        self._comparison.dtype = torch.promote_types(self.autoencoder.dtype, torch.float32)
+        return self._comparison
+
     def tau(self, z: Tensor) -> float:
         """The threshold for latents such as ``z`` (B, C, *positions), as a noise-to-signal ratio."""
         return self.options.threshold.to_nsr(self.ddpm) * self._scale(z)
@@ -210,26 +216,25 @@ class LatentPerceptualLoss(nn.Module):
         """
         check_latents(z0_hat, z0, noise_to_signal)
         self.announce(z0)
-        dtype = torch.promote_types(self.autoencoder.dtype, torch.float32)
+        comparison = self.comparison
         # An empty sum: zero, connected to the graph, and with a zero gradient even where z0_hat is not finite.
-        losses = z0_hat.flatten(1)[:, :0].sum(dim=1).to(dtype)
+        losses = z0_hat.flatten(1)[:, :0].sum(dim=1).to(comparison.dtype)
         weight, passed, kept_hat, kept = self._gate(z0_hat, z0, noise_to_signal)
         parts = self._parts(kept)
         if not parts:
             return self._reduce(losses, len(kept)), None
-        self._comparison.dtype = dtype
         ungated, found = self._compare(kept_hat, kept, parts, diagnose)
         finite = found.finite
         if weight is not None:
             finite = finite | (weight == 0)
             ungated = torch.where(weight > 0, ungated * weight, torch.zeros_like(ungated))
-        counted, finite = self._guard(ungated, finite, self._comparison.places, kept_hat)
+        counted, finite = self._guard(ungated, finite, comparison.places, kept_hat)
         losses = losses + counted if passed is None else losses.index_add(0, passed, counted)
         diagnostics = None
         if diagnose:
             relative_time = None
             if noise_to_signal is not None:
-                nsr = _to(noise_to_signal.detach().to(dtype), z0)
+                nsr = _to(noise_to_signal.detach().to(comparison.dtype), z0)
                 relative_time = (1 - 1 / (1 + (nsr if passed is None else nsr[passed]))) / (1 - 1 / (1 + self.tau(z0)))
             diagnostics = Diagnostics.of(self.compared, found, finite, relative_time)
         return self._reduce(losses, len(kept)), diagnostics
@@ -237,11 +242,11 @@ class LatentPerceptualLoss(nn.Module):
     def _compare(self, z0_hat: Tensor, z0: Tensor, parts: list[Part], diagnose: bool) -> tuple[Tensor, Compared]:
         """The losses (n,) of samples that have passed, connected to ``z0_hat``, and all that was found of them."""
         if not self.execution.streamed:
-            found = compare_whole(self._features, self._comparison, z0_hat, z0, parts, diagnose)
+            found = compare_whole(self.features, self.comparison, z0_hat, z0, parts, diagnose)
             return found.parts.sum(dim=0), found
         with_gradient = torch.is_grad_enabled() and z0_hat.requires_grad
-        chunk_size, fill = self._chunk_size(z0), self.execution.static_shapes
-        decoder = (self._features, self._comparison)
+        chunk_size, fill = self.chunk_size(z0), self.execution.static_shapes
+        decoder = (self.features, self.comparison)
         found, gradient = stream(*decoder, z0_hat, z0, parts, chunk_size, fill, diagnose, with_gradient)
         losses = found.parts.sum(dim=0)
         return losses if gradient is None else attach_gradient(losses, z0_hat, gradient), found
@@ -253,7 +258,7 @@ class LatentPerceptualLoss(nn.Module):
         if noise_to_signal is None:
             # A view, so that what the guard hangs on it concerns nobody else.
             return None, None, z0_hat.view_as(z0_hat), z0
-        dtype = torch.promote_types(self.autoencoder.dtype, torch.float32)
+        dtype = self.comparison.dtype
         weight = gate_weight(noise_to_signal.detach(), self.tau(z0), self.options.gate_softness)
         if self.execution.static_shapes and weight.device.type != "cpu":
             return weight.to(dtype), None, z0_hat.view_as(z0_hat), z0
@@ -261,13 +266,14 @@ class LatentPerceptualLoss(nn.Module):
         weight, passed = _to(weight[chosen].to(dtype), z0), _to(chosen, z0)
         return weight, passed, z0_hat[passed], z0[passed]
 
-    def _features(self, z: Tensor, names: Sequence[str], runner: StageRunner | None = None) -> list[Tensor]:
+    def features(self, z: Tensor, names: Sequence[str], runner: StageRunner | None = None) -> list[Tensor]:
+        """The decoder's maps of latents (n, C, *positions), by names of stages; run as ``execution`` says."""
         skip = () if self.options.post_quant_conv else ("post_quant_conv",)
         return self.autoencoder.features(z, names, skip, runner or self._runner)
 
     def _parts(self, z0: Tensor) -> list[Part]:
         """What is compared of samples that have passed: all of it, or in training the subset drawn."""
-        count, maps, names = len(z0), len(self.compared), self._comparison.names
+        count, maps, names = len(z0), len(self.compared), self.comparison.names
         if count == 0 or maps == 0:
             return []
         subset = self.subset if self.training else Subset()
@@ -283,8 +289,8 @@ class LatentPerceptualLoss(nn.Module):
             found.append(Part(None if len(samples) == count else samples, to, tuple(probabilities), crop))
         return found
 
-    def _chunk_size(self, z0: Tensor) -> int:
-        """Most samples to take at once."""
+    def chunk_size(self, z0: Tensor) -> int:
+        """Most samples like these latents (n, C, *positions) to take at once."""
         if self.execution.chunk_size != "auto":
             return self.execution.chunk_size
         if len(z0) == 1:
@@ -292,9 +298,7 @@ class LatentPerceptualLoss(nn.Module):
         key = (z0.shape[1:], z0.dtype, z0.device, self.autoencoder.dtype)
         if key not in self._chunks:
             plain = StageRunner(replace(self.execution, compile=False, checkpoint=False))
-            found = activation_bytes(
-                partial(self._features, runner=plain), z0, self._comparison.names, self.autoencoder
-            )
+            found = activation_bytes(partial(self.features, runner=plain), z0, self.comparison.names, self.autoencoder)
             self._chunks[key] = chunk_for(found, z0.device)
         return self._chunks[key]
 

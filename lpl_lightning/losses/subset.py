@@ -37,8 +37,8 @@ class Subset:
             a call; None compares all of it. Of an exact partition into such parts one is drawn, each as likely.
         halo: Positions around it that the decoder sees as well, fewer at the border of the latent. The expectation is
             the exact loss only where no feature depends on what lies further away and no statistics are taken over
-            positions; with normalization layers, attention, standardized features and outlier masks it is near it.
-            ``losses/README.md`` has how near.
+            positions. Normalization layers, attention, standardized features and outlier masks do both, and no halo
+            makes up for it: ``losses/README.md`` has by how much.
     """
 
     keep: float | Sequence[float] = 1.0

@@ -45,7 +45,7 @@ def trained(
             seen.append(float(trainer.callback_metrics["loss_lpl"]))
 
     trainer = pl.Trainer(
-        **{"max_steps": 4} | settings,  # type: ignore[arg-type]
+        **{"max_steps": 4} | settings,
         accelerator="cpu",
         default_root_dir=path,
         limit_val_batches=0,

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_kl
+from test_lpl_callback import Latents, run, ungated
+from torch import Tensor
+
+from lpl_lightning import Autoencoder, LatentPerceptualLoss, LPLCallback
+from lpl_lightning.losses import Subset
+
+
+class Slow(Latents):
+    """A step that takes 30 ms besides LPL."""
+
+    def training_step(self, *args: Any) -> Tensor:
+        time.sleep(0.03)
+        return super().training_step(*args)
+
+
+def slow_decoder() -> Autoencoder:
+    """A decoder of which LPL takes 60 ms, 10 for each pass through each of the first three maps."""
+    model: Any = tiny_kl()
+    for block in (model.decoder.mid_block, *model.decoder.up_blocks[:2]):
+        block.register_forward_hook(lambda *_: time.sleep(0.01))
+    return Autoencoder(model)
+
+
+def test_a_loss_that_takes_too_long_is_thinned_out_to_its_share(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=slow_decoder(), budget=0.25)
+    terms: list[float] = []
+
+    class Timed(Slow):
+        def auxiliary_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            start = time.perf_counter()
+            value = super().auxiliary_loss(*args, **kwargs)
+            terms.append(time.perf_counter() - start)
+            return value
+
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        run(Timed(), tmp_path, callback, max_steps=60, num_batches=60)
+    keep = callback._budget.keep
+    assert keep is not None
+    # Time t with t = 0.25 (30 ms + t): 10 of 60 ms.
+    mean_cost = (keep[0] + keep[1] + keep[2]) / 3
+    assert mean_cost == pytest.approx(1 / 6, rel=0.5)
+    assert sum(terms[20:]) < 0.6 * 40 * terms[10], "later steps are shorter on average"
+    (message,) = [r.message for r in caplog.records if "may take" in r.message]
+    assert "may take 25%" in message
+    assert f"random {keep[0]:.0%}, {keep[1]:.0%}" in message
+
+
+def test_a_loss_that_fits_stays_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=Autoencoder(tiny_kl()), budget=0.9)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        run(Slow(), tmp_path, callback, max_steps=16, num_batches=16)
+    assert callback._budget.keep == [1.0] * 4
+    assert any("LPL stays exact: it takes" in r.message for r in caplog.records)
+
+
+def test_what_was_found_is_kept_in_checkpoints(tmp_path: Path) -> None:
+    losses: list[LatentPerceptualLoss] = []
+
+    def make(autoencoder: Autoencoder) -> LatentPerceptualLoss:
+        losses.append(ungated(autoencoder))
+        return losses[-1]
+
+    first = LPLCallback(weight=1.0, loss=make, autoencoder=slow_decoder(), budget=0.2)
+    trainer = run(Slow(), tmp_path, first, max_steps=15, num_batches=15)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    keep = first._budget.keep
+    assert losses[0].subset == Subset(keep=keep)  # type: ignore[arg-type]
+    second = LPLCallback(weight=1.0, loss=make, autoencoder=slow_decoder(), budget=0.2)
+    run(Slow(), tmp_path, second, max_steps=17, num_batches=15, ckpt_path=tmp_path / "last.ckpt")
+    assert second._budget.keep == keep
+    assert losses[1].subset == Subset(keep=keep)  # type: ignore[arg-type]
+    assert LPLCallback(weight=1.0).state_dict() == {}
+
+
+def test_steps_without_samples_leave_it_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def gated(autoencoder: Autoencoder) -> LatentPerceptualLoss:
+        return LatentPerceptualLoss(autoencoder, threshold=1e-9)
+
+    callback = LPLCallback(weight=1.0, loss=gated, autoencoder=Autoencoder(tiny_kl()), budget=0.1)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        run(GivesRatios(), tmp_path, callback, max_steps=15, num_batches=16)
+    assert any("no sample passed the gate" in r.message for r in caplog.records)
+
+
+class GivesRatios(Latents):
+    def auxiliary_loss(self, z0_hat: Tensor, z0: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        return super().auxiliary_loss(z0_hat, z0, torch.ones(len(z0)))
+
+
+def test_every_nth_step_has_the_same_mean_weight() -> None:
+    """Over any n steps in a row: the expectation over a random start."""
+    for n in (1, 2, 5):
+        callback = LPLCallback(weight=2.0, every_n_steps=n)
+        for start in range(6):
+            assert sum(callback.weight_at(start + k) for k in range(n)) / n == 2.0
+
+
+def test_bad_settings_are_named(tmp_path: Path) -> None:
+    for budget in (0.0, 1.0, -0.2):
+        with pytest.raises(ValueError, match="`budget` must lie between 0 and 1, a share of the time of a step"):
+            LPLCallback(budget=budget)
+    with pytest.raises(ValueError, match="`budget` and `every_n_steps` both thin LPL out, got 0.1 and 4"):
+        LPLCallback(budget=0.1, every_n_steps=4)
+
+    def thinned(autoencoder: Autoencoder) -> LatentPerceptualLoss:
+        return LatentPerceptualLoss(autoencoder, subset=Subset(keep=0.5))
+
+    callback = LPLCallback(loss=thinned, autoencoder=Autoencoder(tiny_kl()), budget=0.1)
+    with pytest.raises(ValueError, match="which has one by `subset` already"):
+        run(Latents(), tmp_path, callback, max_steps=1)
