@@ -1,24 +1,42 @@
 """The ``lpl`` command: one LightningCLI over any module and any data.
 
-``lpl fit | validate | test | predict -c CONFIG.yaml [-c OVERLAY.yaml ...] [--key value ...]``. Files given later are
-laid over those before them; ``callbacks+:`` in one appends to the list of the last.
+``lpl fit | validate | test | predict | profile -c CONFIG.yaml [-c OVERLAY.yaml ...] [--key value ...]``. Files given
+later are laid over those before them; ``callbacks+:`` in one appends to the list of the last.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lpl_lightning.callbacks import ImagesPerSecond, ImageWriter
 from lpl_lightning.module import LatentDiffusionModule
+from lpl_lightning.profiling import ProfilingTrainer
 
 __all__ = ["LPLCLI", "main"]
 
 
 class LPLCLI(LightningCLI):
-    """LightningCLI with what every run of this package has: images per second, and files from ``predict``."""
+    """LightningCLI with what every run of this package has: images per second, and files from ``predict``.
+
+    Beside Lightning's commands there is ``profile``; see ``ProfilingTrainer``.
+    """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and which arguments of the trainer's methods are no options of theirs."""
+        return LightningCLI.subcommands() | {"profile": {"model", "datamodule"}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "profile":
+            # So that the config that a run has saved can be given.
+            for name in ("ckpt_path", "weights_only"):
+                parser.add_argument(f"--{name}", type=Any, default=None, help="Not looked at.")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that are always there, under keys of their own."""
@@ -71,6 +89,7 @@ def main(args: ArgsType = None) -> None:
         pl.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        trainer_class=ProfilingTrainer,
         auto_configure_optimizers=False,
         # A resumed or repeated run may write into a folder that has a config already.
         save_config_kwargs={"overwrite": True},
