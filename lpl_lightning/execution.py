@@ -99,12 +99,15 @@ class StageRunner:
         self.execution = execution
         self._folded = FoldedWeights()
         self._compiled: dict[str, Callable[[Any], Any]] = {}
+        self._plain = False
         self._converted: weakref.ref[nn.Module] | None = None
 
     def prepare(self, z: Tensor, model: nn.Module) -> Tensor:
         """Lay a latent and, once, the model's weights out in memory as they are to be."""
         if self._folded.check():
             self._compiled = {}
+        # Blocks that run again in the backward pass must find the operations that they ran with.
+        self._plain = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if z.ndim != 4 or not _chosen(self.execution.channels_last, z.device):
             return z
         if self._converted is None or self._converted() is not model:
@@ -118,7 +121,7 @@ class StageRunner:
 
     def operations(self, device: torch.device) -> AbstractContextManager[Any]:
         """A context in which the operations of a frozen model on this device keep and do no more than they must."""
-        if not self.execution.streamed:
+        if not self.execution.streamed or self._plain:
             return nullcontext()
         return FrozenOperations(self._folded if _chosen(self.execution.fold_upsampling, device) else None)
 

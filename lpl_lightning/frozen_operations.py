@@ -10,11 +10,12 @@ map as it was, and 4 / 9 of the work.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -25,7 +26,7 @@ _TRANSPOSED: dict[Any, Callable[..., Tensor]] = {
     torch.conv2d: torch.conv_transpose2d,
     torch.conv3d: torch.conv_transpose3d,
 }
-_DIVISIONS = (torch.Tensor.__truediv__, torch.Tensor.div, torch.div)
+_NEVER = itertools.count()  # unlike itself the next time
 _PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
@@ -39,7 +40,8 @@ class FrozenOperations(TorchFunctionMode):
     def __init__(self, folded: FoldedWeights | None = None) -> None:
         super().__init__()
         self._folded = folded
-        self._enlarged: tuple[Tensor, Tensor] | None = None  # the last map enlarged, and what it was made from
+        # The last map enlarged, what it was made from, and how often each had been written to.
+        self._enlarged: tuple[Tensor, Tensor, tuple[int, int]] | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -48,11 +50,9 @@ class FrozenOperations(TorchFunctionMode):
         if func is F.interpolate and self._folded is not None:
             result = func(*args, **kwargs)
             if _is_twofold(result, *args, **kwargs):
-                self._enlarged = (result, args[0] if args else kwargs["input"])
+                source = args[0] if args else kwargs["input"]
+                self._enlarged = (result, source, _versions(result, source))
             return result
-        if func in _DIVISIONS and len(args) == 2 and not kwargs and isinstance(args[1], int | float) and args[1] == 1:
-            # As blocks of diffusers end, with an output_scale_factor that is 1 in most models.
-            return args[0]
         if func in _TRANSPOSED:
             enlarged, self._enlarged = self._enlarged, None
             return self._convolve(func, enlarged, *args, **kwargs)
@@ -61,7 +61,7 @@ class FrozenOperations(TorchFunctionMode):
     def _convolve(
         self,
         func: Callable[..., Tensor],
-        enlarged: tuple[Tensor, Tensor] | None,
+        enlarged: tuple[Tensor, Tensor, tuple[int, int]] | None,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -71,9 +71,16 @@ class FrozenOperations(TorchFunctionMode):
         groups: int = 1,
     ) -> Tensor:
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if trained or isinstance(padding, str) or torch.is_autocast_enabled(input.device.type):
+        if (
+            trained
+            or isinstance(padding, str)
+            or input.ndim != weight.ndim
+            or torch.is_autocast_enabled(input.device.type)
+        ):
             return func(input, weight, bias, stride, padding, dilation, groups)
-        if enlarged is not None and enlarged[0] is input and self._folded is not None:
+        untouched = enlarged is not None and enlarged[0] is input and enlarged[2] == _versions(*enlarged[:2])
+        # Weights that are made anew for each call would be folded and kept each time.
+        if enlarged is not None and untouched and self._folded is not None and isinstance(weight, nn.Parameter):
             plain = all(_tuple(value, 2) == (1, 1) for value in (stride, padding, dilation)) and groups == 1
             if plain and weight.shape[2:] == (3, 3) and weight.dtype in (torch.float32, torch.float64):
                 return cast(Tensor, _FoldedConvolution.apply(enlarged[1], self._folded(weight), bias))
@@ -197,6 +204,15 @@ def _is_twofold(result: Tensor, input: Tensor, *args: Any, mode: str = "nearest"
     """Whether a result of ``interpolate`` repeats each position of a map (B, C, h, w) twice along both axes."""
     mode = args[2] if len(args) > 2 else mode
     return mode == "nearest" and input.ndim == 4 and result.shape[2:] == tuple(2 * side for side in input.shape[2:])
+
+
+def _versions(result: Tensor, source: Tensor) -> tuple[int, int]:
+    """How often both were written to; those of inference mode do not count it, and compiled code cannot see it."""
+    if torch.compiler.is_compiling():
+        return 0, 0
+    if result.is_inference() or source.is_inference():
+        return 0, next(_NEVER)
+    return result._version, source._version
 
 
 def _channels_last(phases: Tensor) -> bool:

@@ -135,6 +135,16 @@ def test_compiled_stages_are_the_stages(backend: str, monkeypatch: pytest.Monkey
     )
 
 
+def test_a_model_that_checkpoints_its_own_blocks_runs_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = tiny_kl().double()
+    z = torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    expected = gradient(Autoencoder(model), z, None)
+    model.enable_gradient_checkpointing()
+    for found, one in zip(gradient(Autoencoder(model), z, StageRunner(Execution())), expected, strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-9, atol=1e-9)
+
+
 def test_copies_make_their_own_parts() -> None:
     runner = StageRunner(Execution(chunk_size=3))
     autoencoder = Autoencoder(tiny_kl())

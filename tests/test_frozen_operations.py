@@ -122,6 +122,8 @@ class Enlarged(nn.Module):
         Enlarged(nn.Conv2d(4, 4, 3, padding=1, groups=2)),
         Enlarged(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")),
         Enlarged(nn.Sequential(nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1))),
+        Enlarged(nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1))),
+        Enlarged(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1))),
     ],
     ids=lambda m: f"{m.settings} {m.convolution}",
 )

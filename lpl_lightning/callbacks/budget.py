@@ -38,7 +38,7 @@ class Budget:
     """
 
     def __init__(self, share: float | None, warmup: int = 3, steps: int = 10) -> None:
-        if share is not None and not 0 < share < 1:
+        if share is not None and (isinstance(share, bool | str) or not 0 < share < 1):
             raise ValueError(f"`budget` must lie between 0 and 1, a share of the time of a step, got {share}.")
         at_least(1, steps=steps)
         self.share = share
@@ -47,7 +47,7 @@ class Budget:
         self.keep: list[float] | None = None
         self._batches = 0
         self._sums = [0.0, 0.0]  # seconds of the loss, and of all of the steps
-        self._term = 0.0
+        self._term: float | None = None
         self._last: float | None = None
         self._latents: tuple[Tensor, Tensor] | None = None
 
@@ -62,10 +62,14 @@ class Budget:
         Raises:
             ValueError: It has a subset of its own.
         """
-        if self.share is not None and loss.subset != Subset():
+        if self.share is not None and loss.subset not in (Subset(), Subset(keep=self.keep or 1.0)):
             raise ValueError(
                 "`budget` finds a subset of the loss, which has one by `subset` already. Leave one of them out."
             )
+        if self.share is not None and not loss.execution.streamed:
+            raise ValueError("`budget` times the loss with its gradient, which needs `execution` with streamed: true.")
+        if self.keep is not None and len(self.keep) != len(loss.compared):
+            self.keep = None  # of another loss: measured anew
         if self.keep is not None:
             loss.subset = Subset(keep=self.keep)
 
@@ -81,6 +85,7 @@ class Budget:
             z0: Clean latents, likewise.
             passed: (B,) bool, which samples passed the gate; None is all.
         """
+        assert self._term is not None
         self._term = synchronize(z0.device) - self._term
         if passed is not None:
             rows = passed.to(z0.device)
@@ -101,8 +106,10 @@ class Budget:
             loss: Is given them.
         """
         now, last, term = synchronize(device), self._last, self._term
-        self._last, self._term = now, 0.0
-        if last is None:
+        self._last, self._term = now, None
+        if term is None:  # a batch without the loss
+            self.interrupt()
+        if last is None or term is None:
             return
         self._batches += 1
         if self._batches <= self.warmup:
@@ -125,11 +132,14 @@ class Budget:
         seconds, whole, found, *of_maps = total.tolist()
         if not found or not seconds:
             rank_zero_info(
-                f"LPL stays exact: in the {self.steps} steps that were timed for `budget` no sample passed the gate."
+                f"LPL is still exact: in the {self.steps} batches timed for `budget` no sample passed the gate; the "
+                "next ones are timed."
             )
-            self.keep = [1.0] * maps
+            self._batches, self._sums = self.warmup, [0.0, 0.0]
             return
         costs = MapCosts(tuple(of_maps[:maps]), tuple(of_maps[maps:]))
+        if not sum(costs.moments):  # no gradient to tell maps apart by
+            costs = MapCosts(costs.seconds, costs.seconds)
         # Time t of the loss with t = share (rest + t).
         allowed = self.share / (1 - self.share) * (whole - seconds) / seconds
         self.keep = best_probabilities(costs, allowed)

@@ -46,10 +46,10 @@ class LPLCallback(Callback):
         autoencoder: The autoencoder whose decoder is looked into; by default the module's ``autoencoder``.
         target_share: Share of the total loss that ``auto`` aims at.
         calibration_steps: Batches that ``auto`` measures.
-        budget: Share of the time of a training step that LPL may take, loading included, above 0 and below 1. The first
-            thirteen steps with LPL train with the exact loss and are timed; if it takes more, each of its maps is then
-            computed for a random part of the samples only, with the expectation of the loss kept (``Subset``), and
-            the log says which. None: no limit.
+        budget: Share of the time of a training step that LPL may take, loading included, above 0 and below 1. Some
+            fourteen batches with LPL train with the exact loss and are timed; if it takes more, each of its maps is
+            then computed for a random part of the samples only, with the expectation of the loss kept (``Subset``),
+            and the log says which. None: no limit.
     """
 
     def __init__(
@@ -227,6 +227,10 @@ class LPLCallback(Callback):
         if self._weight is None and "calibrated_at" in state_dict:
             self._calibrated_at = state_dict["calibrated_at"]
             self._calibration.load_state_dict(state_dict)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave what comes between epochs, and between runs, out of the time."""
+        self._budget.interrupt()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave validation out of the time."""

@@ -100,7 +100,7 @@ class Comparison:
         self.dtype = dtype
         # The first map too, whose side the others' are measured by.
         self.names = tuple(dict.fromkeys((self.stages[0], *self.compared)))
-        self._noted = False
+        self._noted: set[str] = set()
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -150,8 +150,13 @@ class Comparison:
                 continue
             predicted, target = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (predicted, target))
             index, side = len(parts), self._side(predicted, latents[0].ndim)
-            if not self._noted and self.options.normalization == "standardize" and self.options.statistics != "none":
+            if (
+                name not in self._noted
+                and self.options.normalization == "standardize"
+                and self.options.statistics != "none"
+            ):
                 note_constant_channels(name, target, self.options.eps, self.options.relative_eps)
+            self._noted.add(name)
             left_out = self._outliers(index, predicted, target, side, first, part.crop)
             inner = () if part.crop is None else part.crop.inner_of(predicted.shape[2:])
             factor = self._weight(index, side / first) / part.probabilities[index]
@@ -166,7 +171,6 @@ class Comparison:
             places.append(_finite(parts[-1]))
             if diagnose:
                 seen.append((_inliers(predicted, left_out), variance_ratio(predicted.detach(), target)))
-        self._noted = self._noted or len(parts) == len(self.compared)
         count = len(latents[0])
         total = self.nothing(count, parts[0])
         finite, diagnosed = total.finite, len(seen)

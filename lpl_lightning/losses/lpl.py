@@ -15,6 +15,7 @@ the gate stands inside the expectation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -223,7 +224,7 @@ class LatentPerceptualLoss(nn.Module):
         parts = self._parts(kept)
         if not parts:
             return self._reduce(losses, len(kept)), None
-        ungated, found = self._compare(kept_hat, kept, parts, diagnose)
+        ungated, found = self._compare(kept_hat, kept, parts, diagnose, len(z0))
         finite = found.finite
         if weight is not None:
             finite = finite | (weight == 0)
@@ -237,17 +238,24 @@ class LatentPerceptualLoss(nn.Module):
                 nsr = _to(noise_to_signal.detach().to(comparison.dtype), z0)
                 relative_time = (1 - 1 / (1 + (nsr if passed is None else nsr[passed]))) / (1 - 1 / (1 + self.tau(z0)))
             diagnostics = Diagnostics.of(self.compared, found, finite, relative_time)
-        return self._reduce(losses, len(kept)), diagnostics
+        counted_passed = len(kept) if passed is not None or weight is None else (weight > 0).sum().clamp_min(1)
+        return self._reduce(losses, counted_passed), diagnostics
 
-    def _compare(self, z0_hat: Tensor, z0: Tensor, parts: list[Part], diagnose: bool) -> tuple[Tensor, Compared]:
+    def _compare(
+        self, z0_hat: Tensor, z0: Tensor, parts: list[Part], diagnose: bool, batch: int
+    ) -> tuple[Tensor, Compared]:
         """The losses (n,) of samples that have passed, connected to ``z0_hat``, and all that was found of them."""
         if not self.execution.streamed:
             found = compare_whole(self.features, self.comparison, z0_hat, z0, parts, diagnose)
             return found.parts.sum(dim=0), found
         with_gradient = torch.is_grad_enabled() and z0_hat.requires_grad
-        chunk_size, fill = self.chunk_size(z0), self.execution.static_shapes
+        chunk_size, fill = self.chunk_size(z0, batch), self.execution.static_shapes
+
+        def too_large(size: int) -> None:
+            self._chunks[self._kind(z0)] = math.ceil(size / 2)
+
         decoder = (self.features, self.comparison)
-        found, gradient = stream(*decoder, z0_hat, z0, parts, chunk_size, fill, diagnose, with_gradient)
+        found, gradient = stream(*decoder, z0_hat, z0, parts, chunk_size, fill, diagnose, with_gradient, too_large)
         losses = found.parts.sum(dim=0)
         return losses if gradient is None else attach_gradient(losses, z0_hat, gradient), found
 
@@ -289,18 +297,25 @@ class LatentPerceptualLoss(nn.Module):
             found.append(Part(None if len(samples) == count else samples, to, tuple(probabilities), crop))
         return found
 
-    def chunk_size(self, z0: Tensor) -> int:
-        """Most samples like these latents (n, C, *positions) to take at once."""
-        if self.execution.chunk_size != "auto":
-            return self.execution.chunk_size
-        if len(z0) == 1:
-            return 1
-        key = (z0.shape[1:], z0.dtype, z0.device, self.autoencoder.dtype)
+    def chunk_size(self, z0: Tensor, batch: int | None = None) -> int:
+        """Most samples like these latents (n, C, *positions) to take at once, and no more than the whole batch."""
+        key = self._kind(z0)
         if key not in self._chunks:
+            if self.execution.chunk_size != "auto":
+                return self.execution.chunk_size
+            if (
+                self.execution.checkpoint
+                or self.subset.crop is not None
+                or (len(z0) == 1 and not self.execution.static_shapes)
+            ):
+                return 1  # what a sample takes is not to be measured where that may be too much, or need not be
             plain = StageRunner(replace(self.execution, compile=False, checkpoint=False))
             found = activation_bytes(partial(self.features, runner=plain), z0, self.comparison.names, self.autoencoder)
             self._chunks[key] = chunk_for(found, z0.device)
-        return self._chunks[key]
+        return min(self._chunks[key], batch or self._chunks[key])
+
+    def _kind(self, z0: Tensor) -> object:
+        return z0.shape[1:], z0.dtype, z0.device, self.autoencoder.dtype
 
     def _compared(self, depth: int | tuple[str, ...]) -> tuple[str, ...]:
         """Names of the stages to compare, in the decoder's order."""
@@ -317,7 +332,7 @@ class LatentPerceptualLoss(nn.Module):
         """Side of the latents over the side that the options are meant for."""
         return self._side(z) / self.options.reference_side if self.options.reference_side else 1.0
 
-    def _reduce(self, losses: Tensor, passed: int) -> Tensor:
+    def _reduce(self, losses: Tensor, passed: int | Tensor) -> Tensor:
         match self.options.reduction:
             case "none":
                 return losses
@@ -326,7 +341,7 @@ class LatentPerceptualLoss(nn.Module):
             case "sum":
                 return losses.sum()
             case "mean_passed":
-                return losses.sum() / max(1, passed)
+                return losses.sum() / (passed if isinstance(passed, Tensor) else max(1, passed))
 
 
 def _to(values: Tensor, z: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ def stream(
     fill: bool = False,
     diagnose: bool = False,
     with_gradient: bool = True,
+    too_large: Callable[[int], None] = lambda size: None,
 ) -> tuple[Compared, Tensor | None]:
     """Compare latents a chunk at a time.
 
@@ -50,6 +51,7 @@ def stream(
         fill: Whether to fill chunks up to that size with copies.
         diagnose: See ``Comparison``.
         with_gradient: Whether to take the gradient.
+        too_large: Is told the size of a chunk that did not fit in memory.
 
     Returns:
         What was found of the n samples, without a graph, and the gradient of each one's loss at ``z0_hat``, at least
@@ -71,10 +73,11 @@ def stream(
             try:
                 found, found_gradient = _compare(features, comparison, estimates, clean, part, diagnose, with_gradient)
             except torch.OutOfMemoryError:
-                if count == 1:
+                if count + copies == 1:
                     raise
-                chunk_size = math.ceil(count / 2)
-                rank_zero_info(f"LPL: {count} samples at once do not fit in memory; from here on {chunk_size}.")
+                too_large(count + copies)
+                chunk_size = math.ceil((count + copies) / 2)
+                rank_zero_info(f"LPL: {count + copies} samples do not fit in memory at once; now {chunk_size}.")
                 continue
             total.put(rows[:count], found.of(count))
             if gradient is not None and found_gradient is not None:

@@ -64,7 +64,10 @@ class Subset:
     # Not in __post_init__: a config's parser would take the error for another type's and say something else.
     def check(self) -> None:
         """Refuse values out of their range."""
-        given = [self.keep] if isinstance(self.keep, int | float) else list(self.keep)
+        given = list(self.keep) if isinstance(self.keep, Sequence) and not isinstance(self.keep, str) else [self.keep]
+        for name, value in (("crop", self.crop), ("halo", self.halo)):
+            if (isinstance(value, bool) or not isinstance(value, int)) and not (name == "crop" and value is None):
+                raise ValueError(f"`{name}` must be a whole number of positions, got {value!r}.")
         if not given or not all(isinstance(q, int | float) and not isinstance(q, bool) and 0 < q <= 1 for q in given):
             raise ValueError(
                 f"`keep` must be a probability above 0 and at most 1, or a list of them, got {self.keep!r}."
@@ -125,6 +128,7 @@ class Crop:
         parts: Number of such parts that the latent is made of.
         share: Of the latent's positions.
         enlarged: Side of the latent over that of the window.
+        frames: Whether the first axis is time.
     """
 
     window: tuple[slice, ...]
@@ -132,6 +136,7 @@ class Crop:
     parts: int
     share: float
     enlarged: float
+    frames: bool = False
 
     def weight(self, reduction: Literal["mean", "sum"]) -> float:
         """What the part's mean or sum over positions counts for, so that its expectation is the latent's."""
@@ -146,6 +151,9 @@ class Crop:
         found = []
         for window, inner, side in zip(self.window, self.inner, sides, strict=False):
             length = window.stop - window.start
+            if self.frames and not found and len(sides) == len(self.window):
+                found.append(slice(0, side))  # time stays whole
+                continue
             if len(sides) != len(self.window) or side % length:
                 raise ValueError(
                     f"`crop` needs feature maps whose positions follow the latent's, so many to each; this decoder "
@@ -186,4 +194,4 @@ def draw_crop(
     if spans == list(sides):
         return None
     ratios = [side / span for side, span in zip(sides, spans, strict=True)][frames:]
-    return Crop(tuple(window), tuple(inner), count, share, math.prod(ratios) ** (1 / len(ratios)))
+    return Crop(tuple(window), tuple(inner), count, share, math.prod(ratios) ** (1 / len(ratios)), frames)

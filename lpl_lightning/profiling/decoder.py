@@ -21,7 +21,7 @@ from torch import Tensor
 from lpl_lightning.execution import Execution, StageRunner
 from lpl_lightning.losses import LatentPerceptualLoss
 from lpl_lightning.losses.comparison import Part
-from lpl_lightning.profiling.steps import clock
+from lpl_lightning.losses.measurement import synchronize
 from lpl_lightning.stages import Stage
 
 __all__ = ["DecoderCost", "StageCost", "profile_decoder"]
@@ -91,6 +91,7 @@ def profile_decoder(loss: LatentPerceptualLoss, z0_hat: Tensor, z0: Tensor, repe
     z0_hat, z0 = z0_hat.detach(), z0.detach()
     chunks = list(zip(z0_hat.split(size), z0.split(size), strict=True))
     floor = _Floor(loss, chunks)
+    runner = _TimedStages(loss.execution)  # one, so that what it compiles and folds is done before times count
     floors: list[float] = []
     losses: list[float] = []
     stages: list[dict[str, tuple[float, float]]] = []
@@ -99,7 +100,7 @@ def profile_decoder(loss: LatentPerceptualLoss, z0_hat: Tensor, z0: Tensor, repe
     for _ in range(1 + repeats):
         floors.append(_timed(floor, z0.device))
         losses.append(_timed(lambda: _value_and_gradient(loss, z0_hat, z0), z0.device))
-        stages.append(_by_stage(loss, chunks))
+        stages.append(_by_stage(loss, chunks, runner))
         compared.append(_by_compared(loss, chunks))
     loss.flush()
     # Up to each map, which cannot take longer than up to a later one, so that the cost of one is what it adds.
@@ -139,35 +140,35 @@ class _TimedStages(StageRunner):
         current = _leaf(current)
         leaves = [tensor for tensor in _tensors(current) if tensor.requires_grad]
         with torch.enable_grad():
-            start = clock(z.device)
+            start = synchronize(z.device)
             output = super().__call__(stage, current, z)
-            forward = clock(z.device) - start
+            forward = synchronize(z.device) - start
             outputs = [tensor for tensor in _tensors(output) if tensor.requires_grad]
             cotangents = [torch.randn_like(tensor) for tensor in outputs]
-            start = clock(z.device)
+            start = synchronize(z.device)
             if outputs:
                 torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
-        self.taken[stage.name] = (forward, clock(z.device) - start)
+        self.taken[stage.name] = (forward, synchronize(z.device) - start)
         return output
 
 
-def _by_stage(loss: LatentPerceptualLoss, chunks: Chunks) -> dict[str, tuple[float, float]]:
+def _by_stage(loss: LatentPerceptualLoss, chunks: Chunks, runner: _TimedStages) -> dict[str, tuple[float, float]]:
     """Seconds of each stage and of its gradient."""
     total: dict[str, tuple[float, float]] = {}
     for z0_hat, _ in chunks:
-        runner = _TimedStages(loss.execution)
+        runner.taken = {}
         if loss.autoencoder.in_stages:
             with torch.no_grad():
                 loss.features(z0_hat, loss.compared, runner)
         else:
             leaf = _leaf(z0_hat)
-            start = clock(z0_hat.device)
+            start = synchronize(z0_hat.device)
             maps = [m for m in loss.features(leaf, loss.compared, runner) if m.requires_grad]
-            forward = clock(z0_hat.device) - start
+            forward = synchronize(z0_hat.device) - start
             cotangents = [torch.randn_like(m) for m in maps]
-            start = clock(z0_hat.device)
+            start = synchronize(z0_hat.device)
             torch.autograd.grad(maps, leaf, cotangents)
-            runner.taken["decoder"] = (forward, clock(z0_hat.device) - start)
+            runner.taken["decoder"] = (forward, synchronize(z0_hat.device) - start)
         for name, times in runner.taken.items():
             before = total.get(name, (0.0, 0.0))
             total[name] = (before[0] + times[0], before[1] + times[1])
@@ -186,10 +187,10 @@ def _by_compared(loss: LatentPerceptualLoss, chunks: Chunks) -> list[float]:
                 names = all_names[: all_names.index(loss.compared[i]) + 1]
                 part = Part(None, names, (1.0,) * count)
                 maps, others = predictions[: len(names)], targets[: len(names)]
-                start = clock(z0.device)
+                start = synchronize(z0.device)
                 with torch.autocast(z0.device.type, enabled=False):
                     loss.comparison(part, (z0_hat, z0), maps, others, with_gradients=True)
-                seconds[i] += clock(z0.device) - start
+                seconds[i] += synchronize(z0.device) - start
     return seconds
 
 
@@ -221,9 +222,9 @@ def _value_and_gradient(loss: LatentPerceptualLoss, z0_hat: Tensor, z0: Tensor) 
 
 
 def _timed(run: Callable[[], None], device: torch.device) -> float:
-    start = clock(device)
+    start = synchronize(device)
     run()
-    return clock(device) - start
+    return synchronize(device) - start
 
 
 def _leaf(value: Any) -> Any:

@@ -7,7 +7,6 @@ import ctypes
 import gc
 import os
 import sys
-import time
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, cast
@@ -18,17 +17,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lpl_lightning.losses import LatentPerceptualLoss
+from lpl_lightning.losses.measurement import synchronize
 from lpl_lightning.mixin import LPLMixin
 
-__all__ = ["PeakMemory", "StepRecorder", "clock", "release_memory"]
+__all__ = ["PeakMemory", "StepRecorder", "release_memory"]
 
 _STATM = Path("/proc/self/statm")
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, at a time when the device has done all that it was given."""
-    torch.get_device_module(device).synchronize()
-    return time.perf_counter()
 
 
 def release_memory() -> None:
@@ -160,13 +154,13 @@ class StepRecorder(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Note the time."""
-        self._started = clock(pl_module.device)
+        self._started = synchronize(pl_module.device)
         if self._ended is not None:
             self._waited += self._started - self._ended
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Take the time."""
-        self._ended = clock(pl_module.device)
+        self._ended = synchronize(pl_module.device)
         self._took += self._ended - self._started
         self._batches += self._counts
         if trainer.global_step == self._global_step:

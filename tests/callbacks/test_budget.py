@@ -84,14 +84,26 @@ def test_what_was_found_is_kept_in_checkpoints(tmp_path: Path) -> None:
     assert LPLCallback(weight=1.0).state_dict() == {}
 
 
-def test_steps_without_samples_leave_it_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_batches_without_samples_are_followed_by_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def gated(autoencoder: Autoencoder) -> LatentPerceptualLoss:
         return LatentPerceptualLoss(autoencoder, threshold=1e-9)
 
     callback = LPLCallback(weight=1.0, loss=gated, autoencoder=Autoencoder(tiny_kl()), budget=0.1)
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
-        run(GivesRatios(), tmp_path, callback, max_steps=15, num_batches=16)
-    assert any("no sample passed the gate" in r.message for r in caplog.records)
+        run(GivesRatios(), tmp_path, callback, max_steps=26, num_batches=27)
+    assert sum("no sample passed the gate" in r.message for r in caplog.records) == 2
+    assert callback._budget.keep is None
+
+
+def test_batches_before_its_start_are_not_timed(tmp_path: Path) -> None:
+    callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=slow_decoder(), budget=0.25, start_step=16)
+    run(Slow(), tmp_path, callback, max_steps=24, num_batches=40)
+    assert callback._budget.keep is None
+    run(Slow(), tmp_path, callback, max_steps=40, num_batches=40)
+    assert callback._budget.keep is not None
+    assert callback._budget.keep[0] < 1
+    # The same callback again: it has a loss with that subset.
+    run(Slow(), tmp_path, callback, max_steps=1)
 
 
 class GivesRatios(Latents):
@@ -108,9 +120,9 @@ def test_every_nth_step_has_the_same_mean_weight() -> None:
 
 
 def test_bad_settings_are_named(tmp_path: Path) -> None:
-    for budget in (0.0, 1.0, -0.2):
+    for budget in (0.0, 1.0, -0.2, "0.15", True):
         with pytest.raises(ValueError, match="`budget` must lie between 0 and 1, a share of the time of a step"):
-            LPLCallback(budget=budget)
+            LPLCallback(budget=budget)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`budget` and `every_n_steps` both thin LPL out, got 0.1 and 4"):
         LPLCallback(budget=0.1, every_n_steps=4)
 

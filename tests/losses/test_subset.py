@@ -152,6 +152,8 @@ def test_crops_with_masks_have_the_windows_of_whole_maps() -> None:
     assert video is not None
     assert video.window[0] == slice(0, 5)
     assert video.enlarged == 2.0
+    # Decoders of video make more frames than latents have.
+    assert video.inner_of((17, 32, 32)) == (slice(0, 17), *(slice(0, 32),) * 2)
 
 
 def test_bad_settings_are_named() -> None:
@@ -164,6 +166,9 @@ def test_bad_settings_are_named() -> None:
         ({"keep": [0.5, 0.4]}, "`keep` as a list must have an entry for each compared feature map: expected 4, got 2"),
         ({"crop": 0}, "`crop` must be 1 or more"),
         ({"halo": -1}, "`halo` must be 0 or more"),
+        ({"crop": 2.5}, "`crop` must be a whole number of positions, got 2.5"),
+        ({"halo": True}, "`halo` must be a whole number of positions, got True"),
+        ({"keep": "0.5"}, "`keep` must be a probability"),
         ({"share": 0.5}, "`subset` must be a Subset or have settings among keep, crop and halo"),
     ]
     for value, message in bad:
