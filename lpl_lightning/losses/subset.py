@@ -148,7 +148,7 @@ class Crop:
         Raises:
             ValueError: The map's positions are not whole multiples of the window's.
         """
-        found = []
+        found: list[slice] = []
         for window, inner, side in zip(self.window, self.inner, sides, strict=False):
             length = window.stop - window.start
             if self.frames and not found and len(sides) == len(self.window):
