@@ -38,7 +38,7 @@ class Subset:
         halo: Positions around it that the decoder sees as well, fewer at the border of the latent. The expectation is
             the exact loss only where no feature depends on what lies further away and no statistics are taken over
             positions. Normalization layers, attention, standardized features and outlier masks do both, and no halo
-            makes up for it: ``losses/README.md`` has by how much.
+            makes up for it: ``notebooks/cost.py crops`` measures by how much.
     """
 
     keep: float | Sequence[float] = 1.0
