@@ -34,7 +34,14 @@ from lpl_lightning.losses.distance import DepthWeights, Distance, Normalization,
 from lpl_lightning.losses.gate import Threshold, equivalents, gate_weight, latent_side
 from lpl_lightning.losses.nonfinite import NonFiniteGuard
 from lpl_lightning.losses.options import LossOptions, NonFinite, Preset, Reduction
-from lpl_lightning.losses.streaming import activation_bytes, attach_gradient, chunk_for, compare_whole, stream
+from lpl_lightning.losses.streaming import (
+    activation_bytes,
+    attach_gradient,
+    chunk_for,
+    compare_whole,
+    on_device_of,
+    stream,
+)
 from lpl_lightning.losses.subset import Subset, depths_of, draw_crop
 from lpl_lightning.noise import DDPM
 
@@ -235,7 +242,7 @@ class LatentPerceptualLoss(nn.Module):
         if diagnose:
             relative_time = None
             if noise_to_signal is not None:
-                nsr = _to(noise_to_signal.detach().to(comparison.dtype), z0)
+                nsr = on_device_of(z0, noise_to_signal.detach().to(comparison.dtype))
                 relative_time = (1 - 1 / (1 + (nsr if passed is None else nsr[passed]))) / (1 - 1 / (1 + self.tau(z0)))
             diagnostics = Diagnostics.of(self.compared, found, finite, relative_time)
         counted_passed = len(kept) if passed is not None or weight is None else (weight > 0).sum().clamp_min(1)
@@ -271,7 +278,7 @@ class LatentPerceptualLoss(nn.Module):
         if self.execution.static_shapes and weight.device.type != "cpu":
             return weight.to(dtype), None, z0_hat.view_as(z0_hat), z0
         chosen = weight.nonzero().squeeze(1)
-        weight, passed = _to(weight[chosen].to(dtype), z0), _to(chosen, z0)
+        weight, passed = on_device_of(z0, weight[chosen].to(dtype)), on_device_of(z0, chosen)
         return weight, passed, z0_hat[passed], z0[passed]
 
     def features(self, z: Tensor, names: Sequence[str], runner: StageRunner | None = None) -> list[Tensor]:
@@ -303,11 +310,8 @@ class LatentPerceptualLoss(nn.Module):
         if key not in self._chunks:
             if self.execution.chunk_size != "auto":
                 return self.execution.chunk_size
-            if (
-                self.execution.checkpoint
-                or self.subset.crop is not None
-                or (len(z0) == 1 and not self.execution.static_shapes)
-            ):
+            single = len(z0) == 1 and not self.execution.static_shapes
+            if self.execution.checkpoint or self.subset.crop is not None or single:
                 return 1  # what a sample takes is not to be measured where that may be too much, or need not be
             plain = StageRunner(replace(self.execution, compile=False, checkpoint=False))
             found = activation_bytes(partial(self.features, runner=plain), z0, self.comparison.names, self.autoencoder)
@@ -342,8 +346,3 @@ class LatentPerceptualLoss(nn.Module):
                 return losses.sum()
             case "mean_passed":
                 return losses.sum() / (passed if isinstance(passed, Tensor) else max(1, passed))
-
-
-def _to(values: Tensor, z: Tensor) -> Tensor:
-    """Values on the device of latents; nothing waits for a copy to an accelerator."""
-    return values.to(z.device, non_blocking=z.device.type != "cpu")

@@ -11,8 +11,8 @@ with the variance :math:`v_c` of that map, and :math:`N_c` inliers. So
     \frac{\partial D}{\partial \hat\phi} = 2 \frac{\partial D}{\partial S} \rho (\hat\phi - \phi)
         + \frac{2}{n} \frac{\partial D}{\partial v} (\hat\phi - \mu),
 
-the last part where the statistics are the estimate's and attached. That is two maps to be written, where a graph of the
-same operations holds ten.
+the last part where the statistics are the estimate's and attached. That takes two maps, where a graph of the same
+operations holds every map on its way.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def standardized_squares_gradient(
     axes = tuple(range(2, predicted.ndim))
     positions = predicted[0, 0].numel()
     region = (slice(None), slice(None), *inner)
-    # Sums of products rather than `var`, a norm, `square` or a count of bools: where channels lie last in memory those
-    # take five to ten times as long.
+    # Sums of products rather than `var`, a norm, `square` or a count of bools: those are
+    # much slower on a CPU where channels lie last in memory.
     centered = variance = None
     if statistics != "none":
         reference = target if statistics == "target" else predicted

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -74,7 +74,7 @@ def measure_maps(loss: LatentPerceptualLoss, z0_hat: Tensor, z0: Tensor, repeats
 
 def _moments(loss: LatentPerceptualLoss, z0_hat: Tensor, z0: Tensor) -> list[float]:
     """V of each map, the mean over samples, one at a time for their graphs."""
-    runner = StageRunner(loss.execution)
+    runner = StageRunner(replace(loss.execution, compile=False))  # of four samples, not worth compiling for
     part = Part(None, loss.comparison.names, (1.0,) * len(loss.compared))
     tails = torch.zeros(len(loss.compared) + 1, dtype=torch.float64)
     for i in range(len(z0)):

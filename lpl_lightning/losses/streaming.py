@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lpl_lightning.losses.comparison import Compared, Comparison, Part
 
-__all__ = ["Features", "activation_bytes", "attach_gradient", "chunk_for", "compare_whole", "stream"]
+__all__ = ["Features", "activation_bytes", "attach_gradient", "chunk_for", "compare_whole", "on_device_of", "stream"]
 
 Features = Callable[[Tensor, Sequence[str]], list[Tensor]]
 """From latents (n, C, *positions) to the feature maps of the stages named."""
@@ -68,7 +68,7 @@ def stream(
         while len(todo):
             count = math.ceil(len(todo) / math.ceil(len(todo) / chunk_size))
             copies = chunk_size - count if fill else 0
-            rows = _on(torch.cat([todo[:count], todo[:1].expand(copies)]), z0)
+            rows = on_device_of(z0, torch.cat([todo[:count], todo[:1].expand(copies)]))
             estimates, clean = z0_hat[rows].to(wide), z0[rows]
             try:
                 found, found_gradient = _compare(features, comparison, estimates, clean, part, diagnose, with_gradient)
@@ -132,7 +132,7 @@ def compare_whole(
     total = comparison.nothing(len(z0), z0_hat)
     values = total.parts
     for part in parts:
-        rows = _on(torch.arange(len(z0)) if part.samples is None else part.samples, z0)
+        rows = on_device_of(z0, torch.arange(len(z0)) if part.samples is None else part.samples)
         estimates, clean = z0_hat[rows], z0[rows]
         targets, predictions = _decode(features, estimates, clean, part)
         with torch.autocast(z0.device.type, enabled=False):
@@ -247,6 +247,6 @@ def chunk_for(bytes_per_sample: int, device: torch.device) -> int:
     return max(1, limit // max(1, bytes_per_sample))
 
 
-def _on(rows: Tensor, z: Tensor) -> Tensor:
-    """Rows on the device of latents; nothing waits for a copy to an accelerator."""
-    return rows.to(z.device, non_blocking=z.device.type != "cpu")
+def on_device_of(z: Tensor, values: Tensor) -> Tensor:
+    """Values on the device of latents; nothing waits for a copy to an accelerator."""
+    return values.to(z.device, non_blocking=z.device.type != "cpu")

@@ -9,7 +9,7 @@ from conftest import tiny_kl
 from torch import Tensor, nn
 
 from lpl_lightning import Autoencoder, LatentPerceptualLoss
-from lpl_lightning.losses import Subset
+from lpl_lightning.losses import Subset, inlier_mask
 from lpl_lightning.losses.subset import depths_of, draw_crop
 
 NSR = torch.tensor([0.1, 9.0, 0.2, 0.1, 0.15, 9.0, 0.3])
@@ -142,8 +142,25 @@ def test_crops_of_a_local_decoder_are_exact_in_expectation(side: int, crop: int,
     assert (mean(0) - exact).abs().max() > 1e-3 * exact.abs().max()
 
 
-def test_crops_with_masks_have_the_windows_of_whole_maps() -> None:
-    """The sides of the mask's windows are those on the whole latent, and a whole window is no crop."""
+def test_masks_of_crops_have_the_windows_of_whole_maps() -> None:
+    """Latents of twice the reference's side have windows of twice the size, in a crop as in the whole."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    autoencoder = Autoencoder(tiny_kl(**blocks, block_out_channels=(8, 8, 8, 8)).double())
+    z0_hat, z0 = latents(1, 16)
+    options: dict[str, Any] = {"reference_side": 8, "quantile": 0.15, "widening": 0.0}
+    lpl = LatentPerceptualLoss(autoencoder, **options, subset=Subset(crop=8, halo=2))
+    _, found = lpl.evaluate(z0_hat, z0, diagnose=True)
+    assert found is not None
+    windows = [z0_hat.detach()[:, :, a : a + 12, b : b + 12] for a in (0, 4) for b in (0, 4)]
+    features = [autoencoder.features(window, ["up_3"])[0] for window in windows]
+    # 3 and 5 positions of the finest map, doubled, to the nearest odd number.
+    expected = [inlier_mask(f, 0.15, 0.0, 5, 9).mean().item() for f in features]
+    assert min(abs(found.inliers[-1].item() - e) for e in expected) < 1e-9
+    wrong = [inlier_mask(f, 0.15, 0.0, 3, 7).mean().item() for f in features]
+    assert min(abs(e - w) for e, w in zip(expected, wrong, strict=True)) > 1e-3
+
+
+def test_a_crop_says_how_much_of_the_latent_it_is() -> None:
     assert draw_crop((8, 8), 4, 4) is None
     part = draw_crop((16, 16), 4, 2)
     assert part is not None
