@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lpl_lightning.arguments import at_least
-from lpl_lightning.frozen_operations import FoldedWeights, FrozenOperations
+from lpl_lightning.folded_convolution import FoldedWeights
+from lpl_lightning.frozen_operations import FrozenOperations
 from lpl_lightning.stages import Stage
 
 __all__ = ["Execution", "StageRunner"]
@@ -100,23 +101,27 @@ class StageRunner:
         self._folded = FoldedWeights()
         self._compiled: dict[str, Callable[[Any], Any]] = {}
         self._plain = False
-        self._converted: weakref.ref[nn.Module] | None = None
+        self._model: weakref.ref[nn.Module] | None = None
+        self._laid_out = False
 
     def prepare(self, z: Tensor, model: nn.Module) -> Tensor:
         """Lay a latent and, once, the model's weights out in memory as they are to be."""
-        if self._folded.check():
+        if self._model is None or self._model() is not model:
+            self._model, self._laid_out = weakref.ref(model), False
+            self._folded, self._compiled = FoldedWeights(), {}
+        elif self._folded.check():
             self._compiled = {}
         # Blocks that run again in the backward pass must find the operations that they ran with.
         self._plain = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if z.ndim != 4 or not _chosen(self.execution.channels_last, z.device):
             return z
-        if self._converted is None or self._converted() is not model:
+        if not self._laid_out:
             # Weights made in inference mode, as of a validation that comes first, could take part in no graph.
             with torch.inference_mode(False):
                 for parameter in model.parameters():
                     if parameter.ndim == 4:
                         parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-            self._converted = weakref.ref(model)
+            self._laid_out = True
         return z.contiguous(memory_format=torch.channels_last)
 
     def operations(self, device: torch.device) -> AbstractContextManager[Any]:

@@ -109,6 +109,17 @@ def test_weights_loaded_later_are_used() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
+def test_another_model_in_the_same_place_is_run_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.manual_seed(0)
+    autoencoder, runner = Autoencoder(tiny_kl().double()), StageRunner(Execution(compile=True))
+    z = torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    autoencoder.features(z, runner=runner)
+    autoencoder.model = tiny_kl().double()
+    torch.testing.assert_close(autoencoder.features(z, runner=runner), autoencoder.features(z), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_stages_are_the_stages(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More stages than torch.compile keeps versions of one function, with a gradient and without."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lpl_lightning.frozen_operations import FoldedWeights, FrozenOperations, fold
+from lpl_lightning.folded_convolution import FoldedWeights
+from lpl_lightning.frozen_operations import FrozenOperations
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -88,13 +89,6 @@ def test_a_convolution_of_an_enlarged_map_is_folded_exactly(shape: tuple[int, ..
     with FrozenOperations(folded), torch.no_grad():
         assert module(x).is_contiguous(memory_format=format) or min(shape[2:]) == 1
     assert len(folded._made) == 1
-
-
-def test_folded_weights_are_sums() -> None:
-    weight = torch.arange(9.0).reshape(1, 1, 3, 3)
-    first, _, _, last = fold(weight)[:, 0]
-    assert first.tolist() == [[0.0, 1.0 + 2], [3.0 + 6, 4.0 + 5 + 7 + 8]]
-    assert last.tolist() == [[0.0 + 1 + 3 + 4, 2.0 + 5], [6.0 + 7, 8.0]]
 
 
 class Enlarged(nn.Module):

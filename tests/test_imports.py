@@ -20,6 +20,8 @@ ORDER = [
     "stages",
     "video_stages",
     "feature_modules",
+    "folded_convolution",
+    "frozen_normalization",
     "frozen_operations",
     "execution",
     "autoencoder",

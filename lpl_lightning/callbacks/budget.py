@@ -162,8 +162,9 @@ class Budget:
 
     def state_dict(self) -> dict[str, Any]:
         """What was found."""
-        return {"keep": self.keep}
+        return {"keep": self.keep, "share": self.share}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what was found."""
-        self.keep = state["keep"]
+        """Go on with what was found, if it was for the same share; else it is found anew."""
+        if state["share"] == self.share:
+            self.keep = state["keep"]

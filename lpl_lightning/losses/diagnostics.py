@@ -17,7 +17,7 @@ NOISE_LEVELS = 4
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Of the B samples of one call of the loss that passed the gate, without gradients, on the latents' device.
+    """Of the B samples of one call of the loss that were decoded, without gradients, on the latents' device.
 
     Attributes:
         stages: Names of the compared stages.
@@ -26,7 +26,8 @@ class Diagnostics:
         inliers: (maps, B) mean of the outlier mask; 1 without one.
         variance_ratio: (maps, B) variance over positions of the estimate's features over that of the clean ones, the
             geometric mean over channels. Above 1 the estimate has more contrast than the truth.
-        finite: (B,) bool, which samples counted: not those left out as not finite.
+        finite: (B,) bool, which samples are not left out as not finite.
+        passed: (B,) bool, which samples passed the gate: all, but where ``Execution.static_shapes`` decodes others too.
         relative_time: (B,) 1 - 1 / (1 + nsr) of each of them over that of tau, from 0 to 1 and with a smooth gate
             beyond; None if no ratios were given.
     """
@@ -37,15 +38,21 @@ class Diagnostics:
     inliers: Tensor
     variance_ratio: Tensor
     finite: Tensor
+    passed: Tensor
     relative_time: Tensor | None
 
     @classmethod
     def of(
-        cls, stages: tuple[str, ...], compared: Compared, finite: Tensor, relative_time: Tensor | None
+        cls,
+        stages: tuple[str, ...],
+        compared: Compared,
+        finite: Tensor,
+        passed: Tensor | None,
+        relative_time: Tensor | None,
     ) -> Diagnostics:
         """Of what was found by a comparison."""
         found = (compared.parts.detach(), compared.seen, compared.inliers, compared.variance_ratio)
-        return cls(stages, *found, finite, relative_time)
+        return cls(stages, *found, finite, torch.ones_like(finite) if passed is None else passed, relative_time)
 
     def scalars(self) -> dict[str, Tensor]:
         """Everything as scalars to log, means over samples that passed; not a number where there was none.
@@ -54,12 +61,13 @@ class Diagnostics:
         share of positions masked as outliers; ``lpl_variance_ratio/STAGE``; ``lpl_noise/1`` to ``lpl_noise/4`` the loss
         by noise level, from little to much; ``lpl_nonfinite`` the share of samples left out as not finite.
         """
-        kept = self.finite.to(self.parts.dtype)
-        parts = torch.where(self.finite, self.parts, torch.zeros_like(self.parts))
+        counted = self.finite & self.passed
+        kept, passed = counted.to(self.parts.dtype), self.passed.to(self.parts.dtype)
+        parts = torch.where(counted, self.parts, torch.zeros_like(self.parts))
         of_maps = parts.sum(dim=1) / kept.sum()
-        found: dict[str, Tensor] = {"lpl_nonfinite": 1 - kept.mean()}
+        found: dict[str, Tensor] = {"lpl_nonfinite": 1 - kept.sum() / passed.sum()}
         for i, name in enumerate(self.stages):
-            seen = self.seen[i].to(kept.dtype)
+            seen = self.seen[i] * passed
             both = seen * kept
             ratios = torch.where(both > 0, self.variance_ratio[i].log(), torch.zeros_like(kept))
             found[f"lpl_depth/{name}"] = of_maps[i]

@@ -244,7 +244,8 @@ class LatentPerceptualLoss(nn.Module):
             if noise_to_signal is not None:
                 nsr = on_device_of(z0, noise_to_signal.detach().to(comparison.dtype))
                 relative_time = (1 - 1 / (1 + (nsr if passed is None else nsr[passed]))) / (1 - 1 / (1 + self.tau(z0)))
-            diagnostics = Diagnostics.of(self.compared, found, finite, relative_time)
+            past = None if weight is None else weight > 0
+            diagnostics = Diagnostics.of(self.compared, found, finite, past, relative_time)
         counted_passed = len(kept) if passed is not None or weight is None else (weight > 0).sum().clamp_min(1)
         return self._reduce(losses, counted_passed), diagnostics
 

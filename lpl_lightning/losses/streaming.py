@@ -99,11 +99,13 @@ def _compare(
     leaf = z0_hat.requires_grad_(with_gradient)
     with torch.set_grad_enabled(with_gradient):
         targets, predictions = _decode(features, leaf, z0, part)
-    with torch.autocast(z0.device.type, enabled=False):
+    device = z0.device.type
+    narrow = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    with torch.autocast(device, enabled=False):
         found, map_gradients = comparison(part, (leaf, z0), predictions, targets, diagnose, with_gradient)
         if not with_gradient:
             return found, None
-        gradient = _pull_back(predictions, map_gradients, leaf)
+        gradient = _pull_back(predictions, map_gradients, leaf, narrow)
         finite = gradient.isfinite().flatten(1).all(dim=1)
         found.finite[-1] = finite
         kept = found.finite.all(dim=0).view(-1, *[1] * (z0.ndim - 1))
@@ -150,13 +152,13 @@ def _decode(features: Features, z0_hat: Tensor, z0: Tensor, part: Part) -> tuple
     return targets, features(z0_hat[region], part.names)
 
 
-def _pull_back(maps: Sequence[Tensor], gradients: Sequence[Tensor | None], leaf: Tensor) -> Tensor:
-    """From gradients at maps to that at the latents (n, ...) that they were made of."""
+def _pull_back(maps: Sequence[Tensor], gradients: Sequence[Tensor | None], leaf: Tensor, narrow: bool) -> Tensor:
+    """From gradients at maps to that at the latents (n, ...) that they were made of, where it is float16 or narrow."""
     pairs = [(m, g) for m, g in zip(maps, gradients, strict=True) if g is not None and m.requires_grad]
     if not pairs:
         return torch.zeros_like(leaf)
     scale = leaf.new_ones(len(leaf))
-    if any(m.dtype == torch.float16 for m, _ in pairs):
+    if narrow or any(m.dtype == torch.float16 for m, _ in pairs):
         # Such gradients lie below most of what float16 holds: bring each sample's largest to about one.
         largest = torch.stack([g.flatten(1).abs().amax(dim=1) for _, g in pairs]).amax(dim=0)
         scale = torch.exp2(-torch.log2(largest.clamp_min(1e-30)).ceil())
@@ -219,22 +221,20 @@ def activation_bytes(features: Features, z: Tensor, names: Sequence[str], decode
         decoder: The module whose weights are there anyway.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in (*decoder.parameters(), *decoder.buffers())}
-    held: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no memory is counted for two
+    # Not the tensors: they would hold the graph, and it them, to the end of the process.
+    held: dict[int, torch.UntypedStorage] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            held[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
+            held[storage.data_ptr()] = storage
 
     # Out of inference mode too, whose tensors take no gradient.
     with torch.inference_mode(False), torch.enable_grad():
         leaf = z[:1].detach().clone().requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: leaf):
             maps = features(leaf, names)
-    return sum(held.values()) + 3 * sum(m.numel() * m.element_size() for m in maps)
+    return sum(storage.nbytes() for storage in held.values()) + 3 * sum(m.numel() * m.element_size() for m in maps)
 
 
 def chunk_for(bytes_per_sample: int, device: torch.device) -> int:

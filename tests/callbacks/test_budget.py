@@ -81,6 +81,9 @@ def test_what_was_found_is_kept_in_checkpoints(tmp_path: Path) -> None:
     run(Slow(), tmp_path, second, max_steps=17, num_batches=15, ckpt_path=tmp_path / "last.ckpt")
     assert second._budget.keep == keep
     assert losses[1].subset == Subset(keep=keep)  # type: ignore[arg-type]
+    other = LPLCallback(weight=1.0, loss=make, autoencoder=slow_decoder(), budget=0.4)
+    run(Slow(), tmp_path, other, max_steps=17, num_batches=15, ckpt_path=tmp_path / "last.ckpt")
+    assert other._budget.measuring, "what was found was for another share"
     assert LPLCallback(weight=1.0).state_dict() == {}
 
 

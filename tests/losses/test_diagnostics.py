@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -95,6 +96,25 @@ def test_loss_by_noise_level(autoencoder: Autoencoder) -> None:
     nothing, none = lpl.evaluate(z0_hat, z0, torch.full((5,), 99.0), diagnose=True)
     assert none is None
     assert nothing.tolist() == [0.0] * 5
+
+
+def test_samples_decoded_though_they_had_not_passed_count_for_nothing(autoencoder: Autoencoder) -> None:
+    """As where shapes are static and ratios lie on an accelerator."""
+    z0_hat, z0 = pair(4)
+    nsr = torch.tensor([0.1, 99.0, 0.2, 99.0])
+    lpl = LatentPerceptualLoss(autoencoder)
+    _, expected = lpl.evaluate(z0_hat, z0, nsr, diagnose=True)
+    _, of_all = lpl.evaluate(z0_hat, z0, diagnose=True)
+    assert expected is not None
+    assert of_all is not None
+    assert expected.relative_time is not None
+    time = torch.zeros(4)
+    time[nsr < 1] = expected.relative_time
+    parts, finite = of_all.parts.clone(), torch.ones(4, dtype=torch.bool)
+    parts[:, 1], finite[3] = math.nan, False
+    found = dataclasses.replace(of_all, parts=parts, finite=finite, passed=nsr < 1, relative_time=time)
+    for name, value in expected.scalars().items():
+        torch.testing.assert_close(found.scalars()[name], value, equal_nan=True)
 
 
 def test_samples_left_out_as_not_finite_are_counted_and_spoil_nothing(autoencoder: Autoencoder) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -211,8 +213,14 @@ def test_under_a_grad_scaler_and_autocast() -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "near"), [("float16", 0.999), ("bfloat16", 0.98)])
-def test_a_decoder_in_half_precision_gives_the_direction_of_one_in_float32(dtype: Any, near: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "near"),
+    [("float16", False, 0.999), ("bfloat16", False, 0.98), ("float32", True, 0.999)],
+    ids=["float16", "bfloat16", "float16_by_autocast"],
+)
+def test_a_decoder_in_half_precision_gives_the_direction_of_one_in_float32(
+    dtype: Any, autocast: bool, near: float
+) -> None:
     """Gradients at its maps are below what float16 holds, by the number of their positions."""
     torch.manual_seed(0)
     model = tiny_kl(force_upcast=False)
@@ -220,8 +228,9 @@ def test_a_decoder_in_half_precision_gives_the_direction_of_one_in_float32(dtype
     z0_hat = z0 + 0.3 * torch.randn_like(z0)
     options: dict[str, Any] = {"mask_outliers": False, "position_reduction": "mean", "depth_weights": [1e-4] * 4}
     _, expected = value_and_gradient(LatentPerceptualLoss(Autoencoder(copy.deepcopy(model)), **options), z0_hat, z0)
-    half = Autoencoder(copy.deepcopy(model).float(), dtype=dtype)
-    _, found = value_and_gradient(LatentPerceptualLoss(half, **options), z0_hat, z0)
+    half = Autoencoder(copy.deepcopy(model).float(), dtype=dtype, autocast=autocast)
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        _, found = value_and_gradient(LatentPerceptualLoss(half, **options), z0_hat, z0)
     for one, other in zip(found, expected, strict=True):
         assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) > near
         assert one.norm().item() == pytest.approx(other.norm().item(), rel=0.05)
@@ -270,6 +279,21 @@ def test_activations_of_a_sample_are_measured() -> None:
     assert chunk_for(2**40, torch.device("cpu")) == 1
     with torch.inference_mode():
         assert activation_bytes(features, torch.randn(5, 4, 8, 8), ["image"], net) == found
+
+
+def test_measuring_activations_holds_nothing_afterwards() -> None:
+    """Tensors that are held by what they hold would stay to the end of the process, unseen by Python."""
+    net = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Tanh()).requires_grad_(False)
+    seen: list[weakref.ref[Tensor]] = []
+
+    def features(z: Tensor, names: Any) -> list[Tensor]:
+        found: Tensor = net(z)
+        seen.append(weakref.ref(found))
+        return [found]
+
+    activation_bytes(features, torch.randn(2, 4, 8, 8), ["image"], net)
+    gc.collect()
+    assert seen[0]() is None
 
 
 def test_no_gradient_is_taken_where_none_is_wanted() -> None:
