@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -13,6 +13,9 @@ __all__ = ["ImagesPerSecond"]
 
 class ImagesPerSecond(Callback):
     """Logs ``images_per_second`` of training over all processes, loading included, from batch end to batch end.
+
+    It does so after the first batches and where the logger takes what was logged, as each log entry costs half a
+    millisecond.
 
     Args:
         smoothing: Weight of the past in the running mean of the time a batch takes, in 0 .. 1.
@@ -24,10 +27,11 @@ class ImagesPerSecond(Callback):
         self.smoothing = smoothing
         self._last: float | None = None
         self._seconds_per_image: float | None = None
+        self._shown = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start anew."""
-        self._last = self._seconds_per_image = None
+        self._last, self._seconds_per_image, self._shown = None, None, False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave validation out of the time."""
@@ -45,5 +49,9 @@ class ImagesPerSecond(Callback):
         took = (now - last) / len(images)
         old = self._seconds_per_image
         self._seconds_per_image = took if old is None else self.smoothing * old + (1 - self.smoothing) * took
+        every: int = cast(Any, trainer).log_every_n_steps
+        if self._shown and every and trainer.global_step % every:
+            return
+        self._shown = True
         rate = trainer.world_size / self._seconds_per_image
         pl_module.log("images_per_second", rate, prog_bar=True, batch_size=len(images))

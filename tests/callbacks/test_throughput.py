@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from test_mixin import Foreign
+from torch.utils.data import DataLoader
 
 from lpl_lightning import ImagesPerSecond
 
@@ -26,6 +29,31 @@ def test_rate_by_a_known_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         callback.on_train_batch_end(trainer, module, None, batch, 0)
     # 0.1 s an image twice, then the mean of 0.1 and 0.4.
     assert logged == pytest.approx([10.0, 10.0, 4.0])
+
+
+def test_it_is_logged_once_and_where_the_logger_looks(tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    class Logs(Foreign):
+        def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+            steps.append(self.global_step)
+            super().log(name, *args, **kwargs)
+
+        def training_step(self, *args: Any) -> torch.Tensor:
+            return self.net.weight.sum()
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            batches: Any = [{"image": torch.zeros(2, 3, 2, 2)}] * 12
+            return DataLoader(batches, batch_size=None)
+
+    settings: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    logger = CSVLogger(tmp_path)
+    pl.Trainer(max_steps=12, log_every_n_steps=5, callbacks=[ImagesPerSecond()], logger=logger, **settings).fit(Logs())
+    assert steps == [2, 5, 10]
+    logger.finalize("success")
+    table = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    assert "images_per_second" in table
+    assert len(table.split()) == 3
 
 
 def test_foreign_batches_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
