@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["at_least", "check_divides"]
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+__all__ = ["at_least", "check_divides", "read_settings"]
+
+Settings = TypeVar("Settings")
 
 
 def at_least(least: float, **values: float) -> None:
@@ -18,6 +24,30 @@ def at_least(least: float, **values: float) -> None:
     for name, value in values.items():
         if value < least:
             raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+
+
+def read_settings(cls: type[Settings], argument: str, value: object) -> Settings:
+    """Read settings that may be given by name.
+
+    Args:
+        cls: A dataclass with a default for each of them.
+        argument: What the argument is called.
+        value: The settings as they are, by name, or None for the defaults.
+
+    Raises:
+        ValueError: It is something else, or has an unknown name.
+    """
+    known: Any = cls
+    names = [field.name for field in fields(known)]
+    given = {} if value is None else value
+    if isinstance(given, Mapping):
+        if unknown := sorted(set(given) - set(names)):
+            raise ValueError(f"`{argument}` must have settings among {', '.join(names)}, got {unknown}.")
+        return cls(**given)
+    if not isinstance(given, cls):
+        kind = f"{'an' if cls.__name__[0] in 'AEIOU' else 'a'} {cls.__name__}"
+        raise ValueError(f"`{argument}` must be {kind} or settings by name ({', '.join(names)}), got {given!r}.")
+    return given
 
 
 def check_divides(image_size: int, downscale: int) -> None:

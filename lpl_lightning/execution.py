@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from types import FunctionType
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lpl_lightning.arguments import at_least
+from lpl_lightning.arguments import at_least, read_settings
 from lpl_lightning.folded_convolution import FoldedWeights
 from lpl_lightning.frozen_operations import FrozenOperations
 from lpl_lightning.stages import Stage
@@ -35,8 +35,8 @@ class Execution:
             to 256 MB of them, on a GPU up to 4 GB but no more than a quarter of the free memory; at least a sample.
         channels_last: Whether feature maps, and the weights of convolutions, lie in memory with channels last.
             ``auto``: on a CPU.
-        fold_upsampling: Whether convolutions of twofold enlarged maps are folded. ``auto``: on a CPU. In float32 and
-            float64 only, and if ``streamed``; in less, sums of weights would be rounded.
+        fold_upsampling: Whether convolutions of twofold enlarged maps are folded, see ``folded_convolution``. ``auto``:
+            on a CPU. In float32 and float64 only, and if ``streamed``; in less, sums of weights would be rounded.
         compile: Whether each stage is compiled by ``torch.compile``, which takes a minute or more at the first step,
             and again for chunks of another size unless ``static_shapes``.
         checkpoint: Whether activations inside a stage are computed again in the backward pass instead of held: a third
@@ -60,19 +60,9 @@ class Execution:
         Raises:
             ValueError: An unknown name, or a value out of its range.
         """
-        names = [field.name for field in fields(cls)]
-        if value is None:
-            value = cls()
-        elif isinstance(value, Mapping):
-            if unknown := sorted(set(value) - set(names)):
-                raise ValueError(f"`execution` must have settings among {', '.join(names)}, got {unknown}.")
-            value = cls(**value)
-        if not isinstance(value, Execution):
-            raise ValueError(
-                f"`execution` must be an Execution or settings by name ({', '.join(names)}), got {value!r}."
-            )
-        value.check()
-        return value
+        found = read_settings(cls, "execution", value)
+        found.check()
+        return found
 
     # Not in __post_init__: a config's parser would take the error for another type's and say something else.
     def check(self) -> None:

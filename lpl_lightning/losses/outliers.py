@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 __all__ = ["inlier_mask", "odd_kernel", "outliers"]
 
+LARGE, PART = 2**24, 2**20
+"""From how many bytes on a sample's map is sorted in parts, and theirs."""
+
 
 def odd_kernel(size: int, scale: float) -> int:
     """The odd number nearest to ``size * scale``, at least 1: a kernel that covers the same share of a smaller map."""
@@ -53,35 +56,46 @@ def outliers(features: Tensor, quantile: float, widening: float, dilation: int, 
     positions = features[0, 0].numel()
     if positions == 1:
         return torch.zeros_like(features, dtype=torch.bool)
-    lower, upper = (
-        bound.reshape(*features.shape[:2], *[1] * (features.ndim - 2))
-        for bound in _bounds(features, max(1, int(quantile * positions)), max(1, int((1 - quantile) * positions)))
+    low, high = (max(1, int(share * positions)) for share in (quantile, 1 - quantile))
+    lower, upper, std = (
+        found.reshape(*features.shape[:2], *[1] * (features.ndim - 2)) for found in _statistics(features, low, high)
     )
-    axes = tuple(range(2, features.ndim))
-    # Not by `std`, which is much slower where channels lie last in memory.
-    centered = features - features.mean(axes, keepdim=True)
-    std = (centered.mul_(centered).sum(axes, keepdim=True) / (positions - 1)).sqrt()
     inlier = (features > lower - widening * std) & (features < upper + widening * std)
     inlier |= std == 0
     return _dilate(_dilate(inlier, dilation).logical_not_(), erosion)
 
 
-def _bounds(features: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """The ``low``-th and ``high``-th smallest values of each channel, (B, C) each."""
+def _statistics(features: Tensor, low: int, high: int) -> Tensor:
+    """The ``low``-th and ``high``-th smallest value and the standard deviation of each channel, (3, B, C)."""
+    flat = features.detach().flatten(2)
     if features.device.type != "cpu" or features.dtype not in (torch.float32, torch.float64):
-        flat = features.flatten(2)
-        return flat.kthvalue(low, dim=-1).values, flat.kthvalue(high, dim=-1).values
+        return torch.stack([*(flat.kthvalue(k, dim=-1).values for k in (low, high)), _std(flat, -1)])
     # NumPy's partition, which uses vector instructions, is several times as fast as kthvalue on a CPU. Sample by
-    # sample, because a matrix is transposed faster than a stack of them.
-    lows, highs = [], []
-    for sample in features.detach():
-        rows = sample.flatten(1).clone(memory_format=torch.contiguous_format)
-        values = rows.numpy()
-        values.partition(low - 1, axis=-1)
-        lows.append(rows[:, low - 1].clone())
-        values[:, low - 1 :].partition(high - low, axis=-1)
-        highs.append(rows[:, high - 1].clone())
-    return torch.stack(lows), torch.stack(highs)
+    # sample, because a matrix is transposed faster than a stack of them; large maps in parts that fit in a cache.
+    bytes_of_row = flat.shape[2] * flat.element_size()
+    whole = flat.shape[1] * bytes_of_row < LARGE
+    found = flat.new_empty(3, *flat.shape[:2])
+    for sample, results in zip(flat, found.unbind(1), strict=True):
+        count = len(sample) if whole else max(1, PART // bytes_of_row)
+        for part, result in zip(sample.split(count), results.split(count, dim=1), strict=True):
+            rows = part.clone(memory_format=torch.contiguous_format)
+            values = rows.numpy()
+            values.partition(low - 1, axis=-1)
+            result[0] = rows[:, low - 1]
+            values[:, low - 1 :].partition(high - low, axis=-1)
+            result[1] = rows[:, high - 1]
+            if not whole:
+                rows -= rows.mean(1, keepdim=True)
+                result[2] = (torch.linalg.vecdot(rows, rows) / (rows.shape[1] - 1)).sqrt()
+    if whole:
+        found[2] = _std(flat, -1)
+    return found
+
+
+def _std(values: Tensor, axis: int) -> Tensor:
+    """Not by ``std``, which is much slower where channels lie last in memory."""
+    centered = values - values.mean(axis, keepdim=True)
+    return (centered.mul_(centered).sum(axis) / (values.shape[axis] - 1)).sqrt()
 
 
 def _dilate(marked: Tensor, size: int) -> Tensor:

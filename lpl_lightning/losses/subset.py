@@ -12,7 +12,7 @@ One q for all maps is a random part of the samples; falling ones see shallow map
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lpl_lightning.arguments import at_least
+from lpl_lightning.arguments import at_least, read_settings
 
 __all__ = ["Crop", "Subset", "depths_of", "draw_crop"]
 
@@ -52,14 +52,9 @@ class Subset:
         Raises:
             ValueError: An unknown name, or a value out of its range.
         """
-        if value is None:
-            value = cls()
-        elif isinstance(value, Mapping) and set(value) <= {"keep", "crop", "halo"}:
-            value = cls(**value)
-        if not isinstance(value, Subset):
-            raise ValueError(f"`subset` must be a Subset or have settings among keep, crop and halo, got {value!r}.")
-        value.check()
-        return value
+        found = read_settings(cls, "subset", value)
+        found.check()
+        return found
 
     # Not in __post_init__: a config's parser would take the error for another type's and say something else.
     def check(self) -> None:

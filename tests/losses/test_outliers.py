@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpl_lightning.losses.outliers import inlier_mask, odd_kernel
+from lpl_lightning.losses.outliers import _statistics, inlier_mask, odd_kernel
 
 
 def naive_mask(features: Tensor, quantile: float, widening: float, dilation: int, erosion: int) -> Tensor:
@@ -92,3 +92,22 @@ def test_lines_and_volumes(shape: tuple[int, ...]) -> None:
     mask = inlier_mask(features, 0.2, 0.3, 3, 5)
     assert torch.equal(mask, naive_mask(features, 0.2, 0.3, 3, 5))
     assert torch.equal(inlier_mask(features, 0.2, 0.3, 1, 3), naive_mask(features, 0.2, 0.3, 1, 3))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_large_maps_are_sorted_in_parts(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against PyTorch's own order statistics; seven channels of 80 values in parts of two."""
+    features = torch.randn(3, 7, 8, 10).exp()
+    if channels_last:
+        features = features.contiguous(memory_format=torch.channels_last)
+    whole = inlier_mask(features, 0.1, 0.5, 3, 3)
+    monkeypatch.setattr("lpl_lightning.losses.outliers.LARGE", 0)
+    monkeypatch.setattr("lpl_lightning.losses.outliers.PART", 2 * 80 * 4)
+    kept = features.clone()
+    torch.testing.assert_close(inlier_mask(features, 0.1, 0.5, 3, 3), whole)
+    torch.testing.assert_close(features, kept)
+    lower, upper, std = _statistics(features, 8, 72)
+    flat = features.flatten(2)
+    torch.testing.assert_close(lower, flat.kthvalue(8).values)
+    torch.testing.assert_close(upper, flat.kthvalue(72).values)
+    torch.testing.assert_close(std, flat.std(dim=2))

@@ -186,7 +186,7 @@ def test_bad_settings_are_named() -> None:
         ({"crop": 2.5}, "`crop` must be a whole number of positions, got 2.5"),
         ({"halo": True}, "`halo` must be a whole number of positions, got True"),
         ({"keep": "0.5"}, "`keep` must be a probability"),
-        ({"share": 0.5}, "`subset` must be a Subset or have settings among keep, crop and halo"),
+        ({"share": 0.5}, r"`subset` must have settings among keep, crop, halo, got \['share'\]"),
     ]
     for value, message in bad:
         with pytest.raises(ValueError, match=message):
