@@ -36,7 +36,8 @@ class Execution:
         channels_last: Whether feature maps, and the weights of convolutions, lie in memory with channels last.
             ``auto``: on a CPU.
         fold_upsampling: Whether convolutions of twofold enlarged maps are folded, see ``folded_convolution``. ``auto``:
-            on a CPU. In float32 and float64 only, and if ``streamed``; in less, sums of weights would be rounded.
+            on a CPU. In float32 and float64 only, as sums of weights would be rounded in less; of 128 channels or more,
+            and if ``streamed``.
         compile: Whether each stage is compiled by ``torch.compile``, which takes a minute or more at the first step,
             and again for chunks of another size unless ``static_shapes``.
         checkpoint: Whether activations inside a stage are computed again in the backward pass instead of held: a third

@@ -19,6 +19,9 @@ from torch import Tensor
 
 __all__ = ["FoldedConvolution", "FoldedWeights", "fold", "is_opaque"]
 
+NARROWEST = 128
+"""Convolutions of fewer channels are left as they are: their time goes into memory, of which the products take more."""
+
 _SIDES = (0, 1)
 
 
@@ -53,6 +56,12 @@ class FoldedWeights:
             if not torch.compiler.is_compiling():
                 self._states[key] = _state(weight)
         return self._made[key][1]
+
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Whether a weight (C, D, *kernel) can be folded, and is worth it."""
+        wide = min(weight.shape[:2]) >= NARROWEST and weight.dtype in (torch.float32, torch.float64)
+        return wide and weight.shape[2:] == (3, 3)
 
     def check(self) -> bool:
         """Forget all if a weight was moved or written to since.

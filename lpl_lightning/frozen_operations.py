@@ -113,7 +113,7 @@ class FrozenOperations(TorchFunctionMode):
         # Weights that are made anew for each call would be folded and kept each time.
         if enlarged is not None and untouched and self._folded is not None and isinstance(weight, nn.Parameter):
             plain = all(_tuple(value, 2) == (1, 1) for value in (stride, padding, dilation)) and groups == 1
-            if plain and weight.shape[2:] == (3, 3) and weight.dtype in (torch.float32, torch.float64):
+            if plain and self._folded.takes(weight):
                 last = any(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (input, weight))
                 return cast(Tensor, FoldedConvolution.apply(enlarged[1], self._folded(weight), bias, last))
         if not (torch.is_grad_enabled() and input.requires_grad):

@@ -135,3 +135,9 @@ def make_module() -> Callable[..., LatentDiffusionModule]:
 def image_batch(size: int = 6, side: int = 16, num_classes: int = 3) -> dict[str, Any]:
     """A batch of random images with labels."""
     return {"image": torch.rand(size, 3, side, side) * 2 - 1, "label": torch.arange(size) % num_classes}
+
+
+@pytest.fixture(autouse=True)
+def fold_narrow_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests' decoders are narrow; what wide ones run is to be tested."""
+    monkeypatch.setattr("lpl_lightning.folded_convolution.NARROWEST", 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lpl_lightning.folded_convolution import FoldedConvolution, fold
+from lpl_lightning.folded_convolution import FoldedConvolution, FoldedWeights, fold
 
 
 def test_folded_weights_are_sums() -> None:
@@ -44,3 +44,11 @@ def test_compiled_code_computes_the_same(bias: bool, channels_last: bool) -> Non
     torch.library.opcheck(
         operations.folded_convolution_backward.default, (cotangent, folded, channels_last), test_utils=tests
     )
+
+
+def test_narrow_and_other_convolutions_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lpl_lightning.folded_convolution.NARROWEST", 128)
+    wide = torch.zeros(128, 256, 3, 3)
+    assert FoldedWeights.takes(wide)
+    for other in (wide[:64], wide[:, :64], wide[..., :1], wide.half()):
+        assert not FoldedWeights.takes(other)
