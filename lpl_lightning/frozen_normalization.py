@@ -92,7 +92,6 @@ def _(gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, g
 
 
 def _backward(gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> Tensor:
-    gradient = gradient.contiguous(memory_format=_format(x))
     wanted = [True, False, False]
     found, *_ = torch.ops.aten.native_group_norm_backward(gradient, x, mean, rstd, weight, *_sizes(x), groups, wanted)
     return cast(Tensor, found)
