@@ -226,7 +226,7 @@ def test_a_decoder_in_half_precision_gives_the_direction_of_one_in_float32(
     model = tiny_kl(force_upcast=False)
     z0 = torch.randn(2, 4, 16, 16)
     z0_hat = z0 + 0.3 * torch.randn_like(z0)
-    options: dict[str, Any] = {"mask_outliers": False, "position_reduction": "mean", "depth_weights": [1e-4] * 4}
+    options: dict[str, Any] = {"mask_outliers": False, "position_reduction": "mean", "depth_weights": [1e-6] * 4}
     _, expected = value_and_gradient(LatentPerceptualLoss(Autoencoder(copy.deepcopy(model)), **options), z0_hat, z0)
     half = Autoencoder(copy.deepcopy(model).float(), dtype=dtype, autocast=autocast)
     with torch.autocast("cpu", torch.float16, enabled=autocast):
@@ -234,6 +234,25 @@ def test_a_decoder_in_half_precision_gives_the_direction_of_one_in_float32(
     for one, other in zip(found, expected, strict=True):
         assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) > near
         assert one.norm().item() == pytest.approx(other.norm().item(), rel=0.05)
+
+
+def test_gradients_survive_float16_behind_a_map_in_float32() -> None:
+    """As a normalization on a GPU gives it under autocast: the convolution before it has its gradient in float16."""
+
+    class Wide(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float()
+
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), Wide())
+    autoencoder = Autoencoder(net, feature_modules=["1"], autocast=True)
+    lpl = LatentPerceptualLoss(autoencoder, mask_outliers=False, depth_weights=[1e-6])
+    z0_hat, z0 = latents(2, torch.float32)
+    _, expected = value_and_gradient(lpl, z0_hat, z0)
+    with torch.autocast("cpu", torch.float16):
+        assert autoencoder.features(z0)[0].dtype == torch.float32
+        _, found = value_and_gradient(lpl, z0_hat, z0)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one / other.norm(), other / other.norm(), rtol=0.05, atol=1e-3)
 
 
 def test_a_chunk_too_large_for_memory_is_halved() -> None:

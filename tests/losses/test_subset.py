@@ -162,6 +162,9 @@ def test_masks_of_crops_have_the_windows_of_whole_maps() -> None:
 
 def test_a_crop_says_how_much_of_the_latent_it_is() -> None:
     assert draw_crop((8, 8), 4, 4) is None
+    inner = [draw_crop((10, 10), 4, 0) for _ in range(50)]
+    shares = {round(100 * part.share) for part in inner if part is not None}
+    assert shares <= {9, 12, 16}, "equal to within one position"
     part = draw_crop((16, 16), 4, 2)
     assert part is not None
     assert part.enlarged == 2.0
