@@ -16,13 +16,14 @@ from lpl_lightning.denoiser import Denoiser, DiTDenoiser, SD3Denoiser
 from lpl_lightning.losses import LatentPerceptualLoss
 from lpl_lightning.mixin import LPLMixin
 from lpl_lightning.module import LatentDiffusionModule
-from lpl_lightning.noise import DDPM, FlowMatching
+from lpl_lightning.noise import DDPM, EDM, FlowMatching
 from lpl_lightning.sampling import Sampler
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DDPM",
+    "EDM",
     "Autoencoder",
     "AutoencoderModule",
     "ClassLabels",

@@ -6,9 +6,24 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-__all__ = ["at_least", "check_divides", "read_settings"]
+__all__ = ["above", "at_least", "check_divides", "read_settings"]
 
 Settings = TypeVar("Settings")
+
+
+def above(bound: float, **values: float) -> None:
+    """Refuse numbers that are not above a bound.
+
+    Args:
+        bound: The largest that is not allowed.
+        values: Arguments by name.
+
+    Raises:
+        ValueError: One is not above it.
+    """
+    for name, value in values.items():
+        if not value > bound:
+            raise ValueError(f"`{name}` must be above {bound}, got {value}.")
 
 
 def at_least(least: float, **values: float) -> None:

@@ -12,32 +12,27 @@ epsilon       :math:`\epsilon`       :math:`(z_t - \sigma_t p) / \alpha_t`
 v             :math:`\alpha_t \epsilon - \sigma_t z_0`  :math:`\alpha_t z_t - \sigma_t p`
 sample        :math:`z_0`            :math:`p`
 flow          :math:`\epsilon - z_0`  :math:`z_t - t p`, with :math:`\alpha = 1 - t, \sigma = t`
+edm           :math:`\sigma_t z_0 / s - s \alpha_t \epsilon`  :math:`s^2 \alpha_t z_t + s \sigma_t p`
 ============  =====================  ================================================
 
-All of it is computed in float32, whatever the precision of the denoiser.
+with the data's standard deviation s for EDM (Karras et al., 2022). All of it is computed in float32, whatever the
+precision of the denoiser, and finite at both ends: where nothing is noise, and where nothing is signal.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-__all__ = [
-    "DDPM",
-    "FlowMatching",
-    "LogitNormal",
-    "ModeSampling",
-    "NoiseProcess",
-    "NoisyLatents",
-    "TimeDistribution",
-    "Uniform",
-]
+from lpl_lightning.arguments import above
+from lpl_lightning.times import ModeSampling, TimeDistribution, shifted
+
+__all__ = ["DDPM", "EDM", "FlowMatching", "NoiseProcess", "NoisyLatents"]
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -144,6 +139,9 @@ class DDPM(NoiseProcess):
         rescale_betas_zero_snr: Whether the last step is pure noise (Lin et al., 2024). By default yes for
             ``v_prediction``, as in the paper, and no otherwise; not possible with ``epsilon``, from which no clean
             latent follows where alpha is 0.
+        min_snr_gamma: Gamma of Min-SNR weighting (Hang et al., 2023): errors of the clean latent weigh
+            min(SNR, gamma) instead of what the prediction makes of them. The authors' is 5; None weighs all
+            predictions' errors alike, as the paper does.
     """
 
     def __init__(
@@ -154,7 +152,11 @@ class DDPM(NoiseProcess):
         beta_end: float = 0.012,
         beta_schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = "scaled_linear",
         rescale_betas_zero_snr: bool | None = None,
+        min_snr_gamma: float | None = None,
     ) -> None:
+        if min_snr_gamma is not None:
+            above(0, min_snr_gamma=min_snr_gamma)
+        self.min_snr_gamma = min_snr_gamma
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(
                 f"`prediction_type` must be 'epsilon', 'v_prediction' or 'sample', got {prediction_type!r}."
@@ -212,61 +214,22 @@ class DDPM(NoiseProcess):
             case _:
                 return prediction
 
+    def weight(self, noisy: NoisyLatents) -> Tensor:
+        """Weight (B,) of each sample's diffusion loss: 1, or that of Min-SNR."""
+        if self.min_snr_gamma is None:
+            return super().weight(noisy)
+        snr = (noisy.alpha / noisy.sigma).square().flatten()
+        match self.prediction_type:
+            case "epsilon":
+                return (self.min_snr_gamma / snr).clamp_max(1)
+            case "v_prediction":
+                return snr.clamp_max(self.min_snr_gamma) / (snr + 1)
+            case _:
+                return snr.clamp_max(self.min_snr_gamma)
+
     def sampling_scheduler(self) -> DDIMScheduler:
         """Deterministic DDIM that starts at the last step, where training saw the most noise."""
         return DDIMScheduler(**self._chain, clip_sample=False, timestep_spacing="trailing")
-
-
-class TimeDistribution(ABC):
-    """Maps u uniform in (0, 1) to the times t in [0, 1] that a flow is trained at."""
-
-    @abstractmethod
-    def __call__(self, u: Tensor) -> Tensor:
-        """Map uniform u to times of the same shape."""
-
-
-class Uniform(TimeDistribution):
-    """Times uniform in (0, 1)."""
-
-    def __call__(self, u: Tensor) -> Tensor:
-        """Map uniform u to times."""
-        return u
-
-
-class LogitNormal(TimeDistribution):
-    """Times whose logit is normal (Esser et al., 2024, section 3.1).
-
-    Args:
-        mean: Mean of the logit.
-        std: Its standard deviation.
-    """
-
-    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
-        if std <= 0:
-            raise ValueError(f"`std` must be above 0, got {std}.")
-        self.mean = mean
-        self.std = std
-
-    def __call__(self, u: Tensor) -> Tensor:
-        """Map uniform u to times."""
-        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
-
-
-class ModeSampling(TimeDistribution):
-    r"""Mode sampling with heavy tails, :math:`t = 1 - u - s (\cos^2(\pi u / 2) - 1 + u)` (Esser et al., 2024).
-
-    Args:
-        scale: s, from -1 to :math:`2 / (\pi - 2)`; above 0 the middle times are drawn more often.
-    """
-
-    def __init__(self, scale: float = 1.29) -> None:
-        if not -1 <= scale <= 2 / (math.pi - 2):
-            raise ValueError(f"`scale` must lie in -1 .. {2 / (math.pi - 2):.3f}, got {scale}.")
-        self.scale = scale
-
-    def __call__(self, u: Tensor) -> Tensor:
-        """Map uniform u to times."""
-        return 1 - u - self.scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
 
 
 class FlowMatching(NoiseProcess):
@@ -277,18 +240,23 @@ class FlowMatching(NoiseProcess):
 
     Args:
         time_distribution: Distribution of the training times; by default the paper's, ``ModeSampling(1.29)``.
+        shift: Moves times towards the noise, both those of training and those of sampling, for latents of more
+            positions than the distribution was made for; see ``shifted``. SD 3 has 3 for images of 1024 px.
     """
 
     prediction_type = "flow"
 
-    def __init__(self, time_distribution: TimeDistribution | None = None) -> None:
+    def __init__(self, time_distribution: TimeDistribution | None = None, shift: float = 1.0) -> None:
+        above(0, shift=shift)
         self.time_distribution = time_distribution if time_distribution is not None else ModeSampling()
+        self.shift = shift
 
     def draw_t(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw times in [0, 1000], (B,) float32."""
         # The open interval: ndtri(0) is infinite.
         u = torch.rand(batch_size, generator=generator, dtype=torch.float64).clamp_(1e-7, 1 - 1e-7)
-        return (self.num_train_timesteps * self.time_distribution(u)).clamp(0, self.num_train_timesteps).float()
+        times = shifted(self.time_distribution(u).clamp(0, 1), self.shift)
+        return (self.num_train_timesteps * times).float()
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and noise scale at times t in [0, 1000]."""
@@ -305,4 +273,51 @@ class FlowMatching(NoiseProcess):
 
     def sampling_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The Euler method along the flow."""
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.num_train_timesteps)
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.num_train_timesteps, shift=self.shift)
+
+
+class EDM(NoiseProcess):
+    r"""Diffusion by noise levels, with inputs, outputs and times as EDM scales them (Karras et al., 2022).
+
+    A latent with noise of the standard deviation :math:`\varsigma`, divided by :math:`\sqrt{\varsigma^2 + s^2}`, is
+    :math:`z_t` with :math:`\alpha = 1 / \sqrt{\varsigma^2 + s^2}` and :math:`\sigma = \varsigma \alpha`. Backbones get
+    :math:`t = \ln(\varsigma) / 4`. Training levels are log-normal.
+
+    Args:
+        sigma_data: s, the latents' standard deviation. Autoencoders scale them to about 1.
+        mean: Mean of the logarithm of training levels. The default is EDM2's (Karras et al., 2024) for latents of
+            standard deviation 1.
+        std: Its standard deviation.
+    """
+
+    prediction_type = "edm"
+
+    def __init__(self, sigma_data: float = 1.0, mean: float = 0.3, std: float = 1.0) -> None:
+        above(0, sigma_data=sigma_data, std=std)
+        self.sigma_data = sigma_data
+        self.mean = mean
+        self.std = std
+
+    def draw_t(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw times, (B,) float32."""
+        return (self.mean + self.std * torch.randn(batch_size, generator=generator)) / 4
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal and noise scale at times t."""
+        level = torch.exp(4 * t.float())
+        norm = torch.hypot(level, torch.full_like(level, self.sigma_data))
+        return 1 / norm, level / norm
+
+    def target(self, noisy: NoisyLatents) -> Tensor:
+        """The network's output F of which the clean latent is ``c_skip x + c_out F``."""
+        return noisy.sigma / self.sigma_data * noisy.z0 - self.sigma_data * noisy.alpha * noisy.noise
+
+    def estimate_z0(self, prediction: Tensor, noisy: NoisyLatents) -> Tensor:
+        """The clean latent that a prediction implies."""
+        skipped = self.sigma_data**2 * noisy.alpha * noisy.z_t
+        return skipped + self.sigma_data * noisy.sigma * prediction.float()
+
+    def sampling_scheduler(self) -> EDMEulerScheduler:
+        """The Euler method over levels from 80 to 0.002 times the data's standard deviation."""
+        levels = {"sigma_min": 0.002 * self.sigma_data, "sigma_max": 80.0 * self.sigma_data}
+        return EDMEulerScheduler(**levels, sigma_data=self.sigma_data)

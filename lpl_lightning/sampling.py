@@ -39,16 +39,32 @@ class Sampler:
         num_steps: Number of sampling steps.
         guidance_scale: lambda of classifier-free guidance, ``null + lambda * (conditional - null)``; 1 is none, and
             costs half.
-        scheduler: A diffusers scheduler; by default the one that the noise process names (DDIM, or Euler for flow).
+        scheduler: A diffusers scheduler; by default the one that the noise process names (DDIM, or Euler for flow
+            and EDM).
+        guidance_interval: Least and largest noise-to-signal ratio sigma / alpha at which guidance is used
+            (Kynkaanniemi et al., 2024); elsewhere the conditional prediction is taken as it is, which costs half.
+            None: at all.
     """
 
-    def __init__(self, num_steps: int = 50, guidance_scale: float = 2.0, scheduler: Any = None) -> None:
+    def __init__(
+        self,
+        num_steps: int = 50,
+        guidance_scale: float = 2.0,
+        scheduler: Any = None,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> None:
         at_least(1, num_steps=num_steps)
+        if guidance_interval is not None and not 0 <= guidance_interval[0] <= guidance_interval[1]:
+            raise ValueError(
+                "`guidance_interval` must be the least and the largest noise-to-signal ratio that is guided, got "
+                f"{guidance_interval}."
+            )
         if scheduler is not None and not hasattr(scheduler, "set_timesteps"):
             raise ValueError(f"`scheduler` must be a diffusers scheduler, got {type(scheduler).__name__}.")
         self.num_steps = num_steps
         self.guidance_scale = guidance_scale
         self.scheduler = scheduler
+        self.guidance_interval = guidance_interval
 
     def check(self, noise: NoiseProcess) -> None:
         """Refuse a scheduler made for another prediction than the noise process's.
@@ -60,7 +76,7 @@ class Sampler:
             return
         config = self.scheduler.config
         is_flow = config.get("prediction_type") is None or config.get("use_flow_sigmas")
-        made_for = "flow" if is_flow else str(config.get("prediction_type"))
+        made_for = "edm" if "sigma_data" in config else "flow" if is_flow else str(config.get("prediction_type"))
         if made_for.removesuffix("_prediction") != noise.prediction_type.removesuffix("_prediction"):
             raise ValueError(
                 f"The scheduler {type(self.scheduler).__name__} is set for prediction_type={made_for!r}, but the "
@@ -68,7 +84,14 @@ class Sampler:
                 "`prediction_type`, or leave `scheduler` out to have the matching one."
             )
         trained = noise.sampling_scheduler().config
-        for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr"):
+        for key in (
+            "num_train_timesteps",
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "rescale_betas_zero_snr",
+            "sigma_data",
+        ):
             if key in trained and key in config and trained[key] != config[key]:
                 raise ValueError(
                     f"The scheduler {type(self.scheduler).__name__} has {key}={config[key]!r}, but the noise process "
@@ -101,21 +124,28 @@ class Sampler:
         self.check(noise)
         scheduler = copy.deepcopy(self.scheduler) if self.scheduler is not None else noise.sampling_scheduler()
         _set_timesteps(scheduler, self.num_steps, z_start.device)
-        guided = null is not None and self.guidance_scale != 1
-        both = condition.joined(null) if guided and null is not None else condition
+        both = None if null is None or self.guidance_scale == 1 else condition.joined(null)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         noise_source = {"generator": list(generators)} if generators is not None and takes_generator else {}
         z = z_start.float() * getattr(scheduler, "init_noise_sigma", 1.0)
         for step in scheduler.timesteps:
             scaled = scheduler.scale_model_input(z, step) if hasattr(scheduler, "scale_model_input") else z
+            guided = both is not None and self._guides(noise, step)
             model_input = torch.cat([scaled, scaled]) if guided else scaled
             t = step.to(z.device, torch.float32).expand(len(model_input))
-            prediction = predict(model_input, t, both).float()
+            prediction = predict(model_input, t, both if guided and both is not None else condition).float()
             if guided:
                 conditional, unconditional = prediction.chunk(2)
                 prediction = unconditional + self.guidance_scale * (conditional - unconditional)
             z = cast(Tensor, scheduler.step(prediction, step, z, **noise_source).prev_sample)
         return z
+
+    def _guides(self, noise: NoiseProcess, step: Tensor) -> bool:
+        """Whether a step's noise level is guided."""
+        if self.guidance_interval is None:
+            return True
+        alpha, sigma = noise.alpha_sigma(step.detach().cpu().float().reshape(1))
+        return bool(self.guidance_interval[0] <= (sigma / alpha).item() <= self.guidance_interval[1])
 
 
 def _set_timesteps(scheduler: Any, num_steps: int, device: torch.device) -> None:

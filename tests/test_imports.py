@@ -25,6 +25,7 @@ ORDER = [
     "frozen_operations",
     "execution",
     "autoencoder",
+    "times",
     "noise",
     "conditioning",
     "denoiser",

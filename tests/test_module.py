@@ -16,8 +16,10 @@ from torch.nn import functional as F
 
 from lpl_lightning import (
     DDPM,
+    EDM,
     Autoencoder,
     ClassTokens,
+    FlowMatching,
     LatentDiffusionModule,
     LatentPerceptualLoss,
     LPLCallback,
@@ -25,6 +27,8 @@ from lpl_lightning import (
     Sampler,
     ShapesDataModule,
 )
+from lpl_lightning.noise import NoiseProcess
+from lpl_lightning.times import CosMap, LogitNormal
 
 MakeModule = Callable[..., LatentDiffusionModule]
 
@@ -93,6 +97,33 @@ def test_lpl_leaves_the_diffusion_loss_of_the_first_step_as_it_is(
     assert "loss_lpl" not in seen[0]
     assert seen[1]["loss_lpl"] > 0
     torch.testing.assert_close(seen[1]["loss"], seen[1]["loss_diffusion"] + 3 * seen[1]["loss_lpl"])
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        DDPM("epsilon", min_snr_gamma=5.0),
+        DDPM("v_prediction", min_snr_gamma=5.0),
+        DDPM("sample", beta_schedule="squaredcos_cap_v2"),
+        FlowMatching(LogitNormal(), shift=2.0),
+        FlowMatching(CosMap()),
+        EDM(),
+    ],
+    ids=["epsilon", "v", "sample", "flow_logit_normal_shifted", "flow_cosmap", "edm"],
+)
+def test_every_noise_process_trains_with_lpl_and_samples(
+    noise: NoiseProcess, make_module: MakeModule, data: ShapesDataModule, tmp_path: Path
+) -> None:
+    module = fits(make_module, noise=noise)
+    before = copy.deepcopy(module.denoiser.state_dict())
+    run = trainer(tmp_path, max_steps=2, callbacks=[LPLCallback(weight=3.0, loss=ungated)])
+    run.fit(module, data)
+    assert run.callback_metrics["loss"].isfinite()
+    assert run.callback_metrics["loss_lpl"].isfinite()
+    assert any(not torch.equal(value, before[name]) for name, value in module.denoiser.state_dict().items())
+    images = module.generate([3, 4], torch.tensor([1, 2]))
+    assert images.isfinite().all()
+    torch.testing.assert_close(module.generate([4], torch.tensor([2])), images[1:], atol=1e-4, rtol=1e-4)
 
 
 def test_validation_draws_the_same_noise_each_time(

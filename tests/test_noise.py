@@ -1,25 +1,24 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from lpl_lightning.noise import (
-    DDPM,
-    FlowMatching,
-    LogitNormal,
-    ModeSampling,
-    NoiseProcess,
-    TimeDistribution,
-    Uniform,
-)
+from lpl_lightning.noise import DDPM, EDM, FlowMatching, NoiseProcess
 
-PROCESSES: list[NoiseProcess] = [DDPM("epsilon"), DDPM("v_prediction"), DDPM("sample"), FlowMatching()]
+PROCESSES: list[NoiseProcess] = [
+    DDPM("epsilon"),
+    DDPM("v_prediction"),
+    DDPM("sample"),
+    FlowMatching(),
+    EDM(),
+    EDM(sigma_data=0.5, mean=-0.4),
+]
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.prediction_type)
@@ -32,7 +31,7 @@ def test_true_prediction_gives_back_z0(process: NoiseProcess) -> None:
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.prediction_type)
 def test_prediction_error_scales_as_table_1_says(process: NoiseProcess) -> None:
-    """An error e in the prediction moves z0_hat by -nsr e (epsilon), -sigma e (v, flow) or e (sample)."""
+    """An error e of the prediction moves z0_hat: -nsr e (epsilon), -sigma e (v, flow), e (sample), s sigma e (EDM)."""
     noisy = process.sample(torch.randn(50, 4, 8, 8))
     error = torch.randn(50, 4, 8, 8)
     moved = process.estimate_z0(process.target(noisy) + error, noisy) - noisy.z0
@@ -41,17 +40,22 @@ def test_prediction_error_scales_as_table_1_says(process: NoiseProcess) -> None:
         "v_prediction": -noisy.sigma,
         "flow": -noisy.sigma,
         "sample": torch.ones(()),
+        "edm": noisy.sigma * getattr(process, "sigma_data", 1.0),
     }
     torch.testing.assert_close(moved, factor[process.prediction_type] * error, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_ddpm_agrees_with_diffusers(prediction_type: Literal["epsilon", "v_prediction"]) -> None:
-    process = DDPM(prediction_type)
+def test_ddpm_agrees_with_diffusers(
+    prediction_type: Literal["epsilon", "v_prediction"],
+    schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2"],
+) -> None:
+    process = DDPM(prediction_type, beta_schedule=schedule)
     scheduler = DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
-        beta_schedule="scaled_linear",
+        beta_schedule=schedule,
         rescale_betas_zero_snr=prediction_type == "v_prediction",
     )
     z0 = torch.randn(64, 4, 4, 4)
@@ -61,6 +65,80 @@ def test_ddpm_agrees_with_diffusers(prediction_type: Literal["epsilon", "v_predi
     if prediction_type == "v_prediction":
         velocity = scheduler.get_velocity(z0, noisy.noise, t)
         torch.testing.assert_close(process.target(noisy), velocity, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.prediction_type)
+def test_nothing_but_numbers_at_both_ends(process: NoiseProcess) -> None:
+    """Where all is signal, and where all is noise."""
+    ends = {"flow": [0.0, 1000.0], "edm": [-30.0, 20.0]}.get(process.prediction_type, [0.0, 999.0])
+    noisy = process.sample(torch.randn(2, 4, 4, 4), t=torch.tensor(ends))
+    target = process.target(noisy)
+    for values in (noisy.z_t, target, process.estimate_z0(target, noisy), process.weight(noisy)):
+        assert values.isfinite().all()
+    assert not noisy.noise_to_signal.isnan().any()
+    if process.prediction_type not in ("epsilon", "edm"):  # whose last steps keep a little signal
+        torch.testing.assert_close(process.estimate_z0(target, noisy), noisy.z0, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_agrees_with_diffusers(shift: float) -> None:
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
+    z0 = torch.randn(10, 4, 2, 2)
+    t = scheduler.timesteps[::100]
+    noisy = FlowMatching(shift=shift).sample(z0, t=t)
+    expected = [scheduler.scale_noise(z0[i : i + 1], t[i : i + 1], noisy.noise[i : i + 1]) for i in range(10)]
+    torch.testing.assert_close(noisy.z_t, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(noisy.sigma.flatten(), scheduler.sigmas[:1000:100])
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_edm_agrees_with_diffusers(sigma_data: float) -> None:
+    """Inputs, times and the clean latent of a prediction."""
+    scheduler: Any = EDMEulerScheduler(sigma_data=sigma_data)
+    process = EDM(sigma_data)
+    levels = torch.tensor([0.01, 0.5, 3.0, 50.0])
+    noisy = process.sample(torch.randn(4, 4, 2, 2), t=scheduler.precondition_noise(levels))
+    torch.testing.assert_close(noisy.noise_to_signal, levels)
+    x = noisy.z0 + levels.view(-1, 1, 1, 1) * noisy.noise
+    prediction = torch.randn_like(x)
+    column = levels.view(-1, 1, 1, 1)
+    torch.testing.assert_close(noisy.z_t, scheduler.precondition_inputs(x, column))
+    estimate = process.estimate_z0(prediction, noisy)
+    torch.testing.assert_close(estimate, scheduler.precondition_outputs(x, prediction, column), atol=1e-5, rtol=1e-4)
+
+
+def test_edm_targets_have_unit_variance_and_levels_are_log_normal() -> None:
+    process = EDM(sigma_data=0.5, mean=-0.4, std=0.9)
+    z0 = 0.5 * torch.randn(4_000, 4, 4, 4)
+    noisy = process.sample(z0, torch.Generator().manual_seed(0))
+    target = process.target(noisy)
+    assert target.std().item() == pytest.approx(1.0, abs=0.01)
+    for part in target.flatten(1)[noisy.noise_to_signal.argsort()].chunk(4):
+        assert part.std().item() == pytest.approx(1.0, abs=0.03)
+    logs = noisy.noise_to_signal.log().double().sort().values
+    distance = (torch.special.ndtr((logs + 0.4) / 0.9) - (torch.arange(4_000) + 0.5) / 4_000).abs().max().item()
+    assert distance < 1.63 / math.sqrt(4_000)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weighs_errors_of_the_clean_latent_by_min_snr(
+    prediction_type: Literal["epsilon", "v_prediction", "sample"],
+) -> None:
+    """However it is predicted, the weighted error is min(SNR, 5) times that of the clean latent."""
+    process = DDPM(prediction_type, min_snr_gamma=5.0, rescale_betas_zero_snr=False)
+    noisy = process.sample(torch.randn(40, 4, 2, 2), t=torch.linspace(0, 999, 40).round())
+    error = torch.randn(40, 4, 2, 2)
+    prediction = process.target(noisy) + error
+    weighted = process.weight(noisy) * error.square().flatten(1).mean(dim=1)
+    of_z0 = (process.estimate_z0(prediction, noisy) - noisy.z0).square().flatten(1).mean(dim=1)
+    snr = noisy.noise_to_signal**-2
+    expected = snr.clamp_max(5) * of_z0
+    if prediction_type == "v_prediction":  # (SNR + 1) is what an error of v weighs: alpha^2 + sigma^2 = 1
+        assert torch.allclose(1 / (snr + 1), noisy.sigma.flatten() ** 2, rtol=1e-3)
+    torch.testing.assert_close(weighted, expected, rtol=2e-2, atol=1e-4)
+    assert DDPM(prediction_type).weight(noisy).tolist() == [1.0] * 40
+    with pytest.raises(ValueError, match="`min_snr_gamma` must be above 0"):
+        DDPM(prediction_type, min_snr_gamma=0.0)
 
 
 def test_scaled_linear_chain_in_closed_form() -> None:
@@ -90,36 +168,6 @@ def test_flow_is_a_straight_line_with_time_in_thousandths() -> None:
     torch.testing.assert_close(noisy.z_t[1], 0.75 * z0[1] + 0.25 * noisy.noise[1])
     torch.testing.assert_close(noisy.z_t[2], noisy.noise[2])
     torch.testing.assert_close(noisy.noise_to_signal, torch.tensor([0.0, 1 / 3, math.inf]))
-
-
-@pytest.mark.parametrize(
-    ("distribution", "cdf"),
-    [
-        (Uniform(), lambda t: t),
-        (LogitNormal(0.3, 0.8), lambda t: torch.special.ndtr((torch.logit(t) - 0.3) / 0.8)),
-        (ModeSampling(0.0), lambda t: t),
-    ],
-    ids=["uniform", "logit_normal", "mode_0"],
-)
-def test_times_follow_their_distribution(distribution: TimeDistribution, cdf: object) -> None:
-    """Kolmogorov-Smirnov against the closed form; 1.63 / sqrt(n) is its 1% point."""
-    n = 20_000
-    t = FlowMatching(distribution).draw_t(n, torch.Generator().manual_seed(0)).double().sort().values / 1000
-    assert callable(cdf)
-    distance = (cdf(t.clamp(1e-9, 1 - 1e-9)) - (torch.arange(n) + 0.5) / n).abs().max().item()
-    assert distance < 1.63 / math.sqrt(n)
-
-
-def test_mode_sampling_favours_the_middle_and_keeps_the_ends() -> None:
-    """With s = 1.29 the density at t = 1/2 is 1 / |f'(1/2)| = 1 / (1 + s - s pi / 2), 3.79 times uniform's."""
-    t = FlowMatching().draw_t(200_000, torch.Generator().manual_seed(0)) / 1000
-    width = 0.01
-    density = ((t - 0.5).abs() < width).float().mean().item() / (2 * width)
-    assert density == pytest.approx(1 / (1 + 1.29 - 1.29 * math.pi / 2), rel=0.05)
-    assert t.min() < 1e-3
-    assert t.max() > 1 - 1e-3
-    with pytest.raises(ValueError, match="`scale` must lie in"):
-        ModeSampling(2.0)
 
 
 def test_draws_repeat_with_their_generator_and_do_not_touch_the_global_one() -> None:
