@@ -1,7 +1,7 @@
 """Group normalization whose weights are not trained: with less kept for its gradient, and as fast where compiled.
 
 A network's graph holds what goes into a normalization and what goes into the activation behind it. The second is the
-first normalized: made again in the backward pass, at a hundredth of the decoder's time, it need not be held.
+first normalized: made again in the backward pass, it need not be held.
 """
 
 from __future__ import annotations

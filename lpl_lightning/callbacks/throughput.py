@@ -14,8 +14,7 @@ __all__ = ["ImagesPerSecond"]
 class ImagesPerSecond(Callback):
     """Logs ``images_per_second`` of training over all processes, loading included, from batch end to batch end.
 
-    It does so after the first batches and where the logger takes what was logged, as each log entry costs half a
-    millisecond.
+    It does so once after the first batches, and then where the logger takes what was logged: entries cost time.
 
     Args:
         smoothing: Weight of the past in the running mean of the time a batch takes, in 0 .. 1.
