@@ -128,24 +128,24 @@ class Sampler:
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         noise_source = {"generator": list(generators)} if generators is not None and takes_generator else {}
         z = z_start.float() * getattr(scheduler, "init_noise_sigma", 1.0)
-        for step in scheduler.timesteps:
+        for step, inside in zip(scheduler.timesteps, self._guided(noise, scheduler.timesteps), strict=True):
             scaled = scheduler.scale_model_input(z, step) if hasattr(scheduler, "scale_model_input") else z
-            guided = both is not None and self._guides(noise, step)
-            model_input = torch.cat([scaled, scaled]) if guided else scaled
+            guided = both if inside else None
+            model_input = scaled if guided is None else torch.cat([scaled, scaled])
             t = step.to(z.device, torch.float32).expand(len(model_input))
-            prediction = predict(model_input, t, both if guided and both is not None else condition).float()
-            if guided:
+            prediction = predict(model_input, t, condition if guided is None else guided).float()
+            if guided is not None:
                 conditional, unconditional = prediction.chunk(2)
                 prediction = unconditional + self.guidance_scale * (conditional - unconditional)
             z = cast(Tensor, scheduler.step(prediction, step, z, **noise_source).prev_sample)
         return z
 
-    def _guides(self, noise: NoiseProcess, step: Tensor) -> bool:
-        """Whether a step's noise level is guided."""
+    def _guided(self, noise: NoiseProcess, timesteps: Tensor) -> list[bool]:
+        """Which steps' noise levels are guided."""
         if self.guidance_interval is None:
-            return True
-        alpha, sigma = noise.alpha_sigma(step.detach().cpu().float().reshape(1))
-        return bool(self.guidance_interval[0] <= (sigma / alpha).item() <= self.guidance_interval[1])
+            return [True] * len(timesteps)
+        alpha, sigma = noise.alpha_sigma(timesteps.detach().cpu().float())
+        return [self.guidance_interval[0] <= nsr <= self.guidance_interval[1] for nsr in (sigma / alpha).tolist()]
 
 
 def _set_timesteps(scheduler: Any, num_steps: int, device: torch.device) -> None:
