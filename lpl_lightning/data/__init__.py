@@ -4,7 +4,10 @@ Every data set here yields dictionaries; batches hold
 
 - ``image``: (B, 3, H, W) float32 in [-1, 1];
 - ``label``: (B,) int64 class index, absent where there are no classes;
-- ``caption``: list of B strings, absent where there are none.
+- ``caption``: list of B strings, absent where there are none;
+- ``original_size``: (B, 2) int64, height and width of the image files in pixels, as they are seen upright;
+- ``crop_top_left``: (B, 2) int64, top and left of the image in what its file was resized to, in pixels. Both are absent
+  where images are made at their size.
 """
 
 from lpl_lightning.data.base import ImageDataModule, SampleRequests

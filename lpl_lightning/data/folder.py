@@ -1,4 +1,4 @@
-"""Images from a folder, whose sub-folders are the classes.
+"""Images from a folder, whose sub-folders are the classes, or whose images have captions.
 
 Two layouts are read; hidden files, files of other types and sub-folders without images are passed over::
 
@@ -6,118 +6,46 @@ Two layouts are read; hidden files, files of other types and sub-folders without
     root/dog/deeper/2.jpg     root/2.jpg
     two classes               no classes
 
+With captions (``captions.py`` says where they are written) the sub-folders say nothing: all images in ``root``, at
+any depth, are one set without classes.
+
 Without a folder of their own, validation images are held out of ``root``: those for whose path below it
 ``path_hash`` is less than ``val_fraction``. So an image keeps its split when others come or go.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path, PurePath
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, get_args
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
-from lpl_lightning.data.base import ImageDataModule, Split, to_unit_range
+from lpl_lightning.data.base import ImageDataModule, Split
+from lpl_lightning.data.captions import CaptionSource, MissingCaptions, read_metadata, read_sidecars
+from lpl_lightning.data.crops import Crop, Interpolation, SquareCrop
+from lpl_lightning.data.listing import images_below, path_hash, scan, some
 from lpl_lightning.data.reading import load_rgb, reason, unreadable
 
 __all__ = ["ImageFolderDataModule", "ImageFolderDataset"]
 
-Crop = Literal["center", "random"]
-Interpolation = Literal["bilinear", "bicubic", "lanczos"]
-
-EXTENSIONS = (
-    *(".apng", ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm"),
-    *(".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
-)
 STAGE_SPLITS: dict[str | None, tuple[Split, ...]] = {
     "fit": ("train", "val"),
     "validate": ("val",),
     "test": ("test",),
     "predict": (),
 }
-SHOWN = 5  # names that a message spells out
-
-
-def scan(root: Path, argument: str) -> dict[str | None, list[str]]:
-    """List the images of a folder by class, in the same order on every machine.
-
-    Args:
-        root: The folder.
-        argument: The argument that named it, for the errors.
-
-    Returns:
-        Paths by class name, the names sorted; under the one key None where there are no classes.
-    """
-    if not root.exists():
-        raise FileNotFoundError(f"`{argument}` must be a folder of images, but {root} does not exist.")
-    if not root.is_dir():
-        raise ValueError(f"`{argument}` must be a folder of images, but {root} is a file; give its folder.")
-    above = frozenset([os.path.realpath(root)])
-    direct = [entry.path for entry in _visible(root) if _is_image(entry)]
-    classes: dict[str | None, list[str]] = {
-        entry.name: images
-        for entry in _visible(root)
-        if entry.is_dir() and (images := _images_below(entry.path, above))
-    }
-    if direct and classes:
-        raise ValueError(
-            f"`{argument}` must hold images either directly or in one sub-folder per class, but {root} holds "
-            f"both: {_some(direct)} beside the sub-folders {_some(classes)}. Move either elsewhere."
-        )
-    if not direct and not classes:
-        raise ValueError(
-            f"`{argument}` must hold images, but no file in {root} or its sub-folders ends in one of "
-            f"{' '.join(EXTENSIONS)}. Give another folder or convert the images."
-        )
-    return classes or {None: direct}
-
-
-def _visible(folder: str | Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir()
-
-
-def _images_below(folder: str, above: frozenset[str]) -> list[str]:
-    """Images at any depth; links are followed, save those back to a folder in ``above``, which would loop."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return []
-    images = []
-    for entry in _visible(folder):
-        if entry.is_dir():
-            images += _images_below(entry.path, above | {real})
-        elif _is_image(entry):
-            images.append(entry.path)
-    return images
-
-
-def _some(names: Iterable[str | None]) -> str:
-    shown = [str(name) for name in names]
-    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-    return ", ".join(shown[:SHOWN]) + more
-
-
-def path_hash(path: str, root: Path) -> float:
-    """A number in [0, 1) that depends on the path relative to ``root`` alone."""
-    relative = os.fsencode(PurePath(path).relative_to(root).as_posix())
-    return int.from_bytes(hashlib.blake2b(relative, digest_size=6).digest(), "big") / 2**48
 
 
 class ImageFolderDataset(Dataset[dict[str, Any]]):
     """Image files as square images.
 
-    The shorter side is resized to ``image_size``, anti-aliased, up or down; the rest is cropped.
+    The shorter side is resized to ``image_size``, anti-aliased, up or down; the rest is cropped. Items also hold the
+    ``original_size`` and ``crop_top_left`` of ``SquareCrop``.
 
     Args:
         files: Path and class index of each image; an index of None leaves out the item's ``label``.
@@ -125,6 +53,8 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
         crop: Which square of the resized image: the centre, or one drawn anew each time.
         horizontal_flip: Mirror half of the images, drawn anew each time.
         interpolation: How to resize.
+        captions: Captions of each image, at least one; None leaves out the items' ``caption``.
+        draw_caption: Give one of an image's captions, drawn anew each time; otherwise its first.
     """
 
     def __init__(
@@ -134,22 +64,15 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
         crop: Crop = "center",
         horizontal_flip: bool = False,
         interpolation: Interpolation = "bicubic",
+        captions: Sequence[Sequence[str]] | None = None,
+        draw_caption: bool = False,
     ) -> None:
-        for name, value, choices in (
-            ("crop", crop, get_args(Crop)),
-            ("interpolation", interpolation, get_args(Interpolation)),
-        ):
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        if captions is not None and len(captions) != len(files):
+            raise ValueError(f"`captions` must be those of {len(files)} files, got {len(captions)}.")
         self.files = files
-        self.transform = v2.Compose(
-            [
-                v2.Resize(image_size, interpolation=v2.InterpolationMode(interpolation), antialias=True),
-                v2.RandomCrop(image_size) if crop == "random" else v2.CenterCrop(image_size),
-                v2.RandomHorizontalFlip(0.5 if horizontal_flip else 0.0),
-                v2.PILToTensor(),
-            ]
-        )
+        self.transform = SquareCrop(image_size, crop, horizontal_flip, interpolation)
+        self.captions = captions
+        self.draw_caption = draw_caption
 
     def __len__(self) -> int:
         return len(self.files)
@@ -170,8 +93,13 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
                 f"{path} cannot be read ({reason(error)}). Remove or mend it, or set `verify: true` on "
                 f"ImageFolderDataModule to pass over unreadable files from the start."
             ) from error
-        item = {"image": to_unit_range(self.transform(image))}
-        return item if label is None else {**item, "label": label}
+        item: dict[str, Any] = {**self.transform(image)}
+        if label is not None:
+            item["label"] = label
+        if self.captions is not None:
+            captions = self.captions[index]
+            item["caption"] = captions[int(torch.randint(len(captions), ())) if self.draw_caption else 0]
+        return item
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -191,8 +119,17 @@ class ImageFolderDataModule(ImageDataModule):
         interpolation: How to resize; always anti-aliased.
         verify: Decode every image once before the first step and leave out, with a warning, those that cannot
             be; False saves that time, and an unreadable image ends the run when it is met.
+        captions: Where the captions are: ``sidecar``, in text files beside the images, or ``metadata``, in
+            ``metadata.jsonl`` or ``metadata.csv``. All are held in memory from the first step on. Of several
+            captions of a training image one is drawn anew each time; else its first is taken. None reads no
+            captions: then sub-folders are classes.
+        caption_column: Column of the captions in ``metadata``, or a list of such columns.
+        missing_captions: What becomes of images without a caption: ``raise`` an error before the first step, ``skip``
+            them, or take them with an ``empty`` caption.
         num_generate: How many images ``lpl predict`` generates.
         generate_seed: Generated image ``i`` is drawn from seed ``generate_seed + i``.
+        prompts: Text file of the captions that ``lpl predict`` goes round, one a line; None takes those of the
+            validation images.
     """
 
     def __init__(
@@ -208,14 +145,24 @@ class ImageFolderDataModule(ImageDataModule):
         horizontal_flip: bool = False,
         interpolation: Interpolation = "bicubic",
         verify: bool = True,
+        captions: CaptionSource | None = None,
+        caption_column: str | list[str] = "text",
+        missing_captions: MissingCaptions = "raise",
         num_generate: int = 64,
         generate_seed: int = 0,
+        prompts: str | Path | None = None,
     ) -> None:
-        super().__init__(image_size, batch_size, num_workers, num_generate, generate_seed)
+        super().__init__(image_size, batch_size, num_workers, num_generate, generate_seed, prompts)
         if not 0 < val_fraction < 1:
             raise ValueError(
                 f"`val_fraction` must be in (0, 1), got {val_fraction}; to hold out none, give `val_root`."
             )
+        for name, value, choices in (
+            ("captions", captions, (None, *get_args(CaptionSource))),
+            ("missing_captions", missing_captions, get_args(MissingCaptions)),
+        ):
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}.")
         self.root = Path(root).expanduser().absolute()
         self.val_root = None if val_root is None else Path(val_root).expanduser().absolute()
         self.val_fraction = val_fraction
@@ -224,11 +171,45 @@ class ImageFolderDataModule(ImageDataModule):
         self.horizontal_flip = horizontal_flip
         self.interpolation: Interpolation = interpolation
         self.verify = verify
+        self.captions = captions
+        self.caption_columns = [caption_column] if isinstance(caption_column, str) else list(caption_column)
+        self.missing_captions = missing_captions
+        self._listings: dict[Path, dict[str | None, list[str]]] = {}
+        self._captions: dict[str, tuple[str, ...]] = {}
         self._datasets: dict[Split, ImageFolderDataset] = {}
 
-    @cached_property
+    def _listing(self, folder: Path, argument: str) -> dict[str | None, list[str]]:
+        """Images of a folder by class, listed once; with captions, of no class, and their captions are read."""
+        if folder not in self._listings:
+            self._listings[folder] = (
+                {None: self._captioned(folder, argument)} if self.has_captions else scan(folder, argument)
+            )
+        return self._listings[folder]
+
+    def _captioned(self, folder: Path, argument: str) -> list[str]:
+        paths = images_below(folder, argument)
+        if self.captions == "sidecar":
+            captions = read_sidecars(paths)
+        else:
+            captions = read_metadata(folder, paths, self.caption_columns)
+        bare = [path for path in paths if path not in captions]
+        if bare and self.missing_captions == "skip":
+            paths = [path for path in paths if path in captions]
+            if not paths:
+                raise ValueError(
+                    f"`{argument}` must hold images with captions, but none of the {len(bare)} in {folder} has one. "
+                    f"Write some, or give another folder."
+                )
+            rank_zero_info(f"Left out {len(bare)} images of {folder} that have no caption: {some(bare)}.")
+        if bare and self.missing_captions == "empty":
+            captions |= dict.fromkeys(bare, ("",))
+            rank_zero_info(f"{len(bare)} images of {folder} have no caption; theirs is empty: {some(bare)}.")
+        self._captions |= captions
+        return paths
+
+    @property
     def _classes(self) -> dict[str | None, list[str]]:
-        return scan(self.root, "root")
+        return self._listing(self.root, "root")
 
     @cached_property
     def _held_out(self) -> frozenset[str]:
@@ -245,7 +226,19 @@ class ImageFolderDataModule(ImageDataModule):
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the sub-folders with images, sorted; lists ``root`` where ``setup`` has not yet."""
-        return tuple(name for name in self._classes if name is not None)
+        return () if self.has_captions else tuple(name for name in self._classes if name is not None)
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether ``captions`` are read."""
+        return self.captions is not None
+
+    def validation_captions(self) -> Iterator[str]:
+        """The first caption of each validation image, in order, of those that cannot be decoded too."""
+        if self.has_captions:
+            files = self._files("val")
+            self._check_captions([path for path, _ in files])
+            yield from (self._captions[path][0] for path, _ in files)
 
     def setup(self, stage: str | None = None) -> None:
         """List the images that a stage needs and, with ``verify``, leave out those that cannot be read.
@@ -254,10 +247,11 @@ class ImageFolderDataModule(ImageDataModule):
             stage: ``fit``, ``validate``, ``test`` or ``predict``; None for all.
 
         Raises:
-            FileNotFoundError: If a folder does not exist.
-            ValueError: If a folder's layout is wrong, or it holds no image that can be read.
+            FileNotFoundError: If a folder, or the table of its captions, does not exist.
+            ValueError: If a folder's layout is wrong, it holds no image that can be read, or captions are wrong or
+                missing.
         """
-        _ = self._classes  # Also "predict", which reads no image, asks for the labels that `root` defines.
+        _ = self.class_names  # Also "predict", which reads no image, asks for the labels that `root` defines.
         self._prepare(STAGE_SPLITS.get(stage, ("train", "val", "test")))
 
     def dataset(self, split: Split) -> ImageFolderDataset:
@@ -269,13 +263,19 @@ class ImageFolderDataModule(ImageDataModule):
         return "val" if split == "test" and self.test_root is None else split
 
     def _files(self, split: Split) -> list[tuple[str, int | None]]:
-        labels = {name: None if name is None else label for label, name in enumerate(self._classes)}
         own = {"train": None, "val": self.val_root, "test": self.test_root}[split]
-        classes = self._classes if own is None else scan(own, f"{split}_root")
-        if unknown := [name or "images outside any sub-folder" for name in classes if name not in labels]:
-            expected = f"only the classes {_some(self.class_names)}" if self.class_names else "no classes"
+        if self.has_captions and own is not None and self.root in own.parents:
             raise ValueError(
-                f"`{split}_root` must have {expected}, as `root` has, but {own} has {_some(unknown)}. "
+                f"`{split}_root` must not lie in `root`, all of whose images are for training, but {own} is in "
+                f"{self.root}. Give another `root`, such as the folder beside it."
+            )
+        classes = self._classes if own is None else self._listing(own, f"{split}_root")
+        names = [None] if self.has_captions else list(self._classes)
+        labels = {name: None if name is None else label for label, name in enumerate(names)}
+        if unknown := [name or "images outside any sub-folder" for name in classes if name not in labels]:
+            expected = f"only the classes {some(self.class_names)}" if self.class_names else "no classes"
+            raise ValueError(
+                f"`{split}_root` must have {expected}, as `root` has, but {own} has {some(unknown)}. "
                 f"Rename or remove what `root` lacks."
             )
         files = [(path, labels[name]) for name, paths in classes.items() for path in paths]
@@ -290,10 +290,11 @@ class ImageFolderDataModule(ImageDataModule):
         missing = {self._source(split) for split in splits} - self._datasets.keys()
         files = {split: self._files(split) for split in sorted(missing)}
         paths = list({path: None for pairs in files.values() for path, _ in pairs})
+        self._check_captions(paths)
         if self.verify and paths:
             rank_zero_info(f"Decoding {len(paths):,} images once to verify them; `verify: false` skips this.")
         bad = unreadable(paths) if self.verify else {}
-        reasons = _some(f"{path} ({reason})" for path, reason in bad.items())
+        reasons = some(f"{path} ({reason})" for path, reason in bad.items())
         kept = {split: [pair for pair in pairs if pair[0] not in bad] for split, pairs in files.items()}
         if empty := [split for split, pairs in kept.items() if not pairs]:
             raise ValueError(
@@ -306,5 +307,17 @@ class ImageFolderDataModule(ImageDataModule):
                 f"Mend or remove them to be rid of this warning."
             )
         for split, pairs in kept.items():
-            crop, flip = (self.crop, self.horizontal_flip) if split == "train" else ("center", False)
-            self._datasets[split] = ImageFolderDataset(pairs, self.image_size, crop, flip, self.interpolation)
+            train = split == "train"
+            crop, flip = (self.crop, self.horizontal_flip) if train else ("center", False)
+            captions = [self._captions[path] for path, _ in pairs] if self.has_captions else None
+            self._datasets[split] = ImageFolderDataset(
+                pairs, self.image_size, crop, flip, self.interpolation, captions, draw_caption=train
+            )
+
+    def _check_captions(self, paths: Sequence[str]) -> None:
+        if self.has_captions and (bare := [path for path in paths if path not in self._captions]):
+            where = "a text file of its name beside each" if self.captions == "sidecar" else "a row for each"
+            raise ValueError(
+                f"{len(bare)} of {len(paths)} images have no caption: {some(bare)}. Write {where}, or set "
+                f"`missing_captions` to skip (leave them out) or to empty (take them with an empty caption)."
+            )

@@ -7,7 +7,9 @@ seed, the split and ``i`` alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -231,6 +233,8 @@ class ShapesDataModule(ImageDataModule):
         seed: Seed of the data set.
         num_generate: How many images ``lpl predict`` generates.
         generate_seed: Generated image ``i`` is drawn from seed ``generate_seed + i``.
+        prompts: Text file of the captions that ``lpl predict`` goes round, one a line; None takes those of the
+            validation images.
     """
 
     def __init__(
@@ -243,8 +247,9 @@ class ShapesDataModule(ImageDataModule):
         seed: int = 0,
         num_generate: int = 64,
         generate_seed: int = 0,
+        prompts: str | Path | None = None,
     ) -> None:
-        super().__init__(image_size, batch_size, num_workers, num_generate, generate_seed)
+        super().__init__(image_size, batch_size, num_workers, num_generate, generate_seed, prompts)
         at_least(1, train_images=train_images, val_images=val_images)
         self.train_images = train_images
         self.val_images = val_images
@@ -254,6 +259,16 @@ class ShapesDataModule(ImageDataModule):
     def class_names(self) -> tuple[str, ...]:
         """The shapes' names."""
         return SHAPES
+
+    @property
+    def has_captions(self) -> bool:
+        """True."""
+        return True
+
+    def validation_captions(self) -> Iterator[str]:
+        """The captions of the validation images, in order."""
+        val = self.dataset("val")
+        return (val.scene(index).caption for index in range(len(val)))
 
     def dataset(self, split: Split) -> ShapesDataset:
         """The images of one split."""

@@ -1,4 +1,5 @@
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,13 @@ def test_requests_without_classes_are_all_of_label_zero() -> None:
     assert {requests[i]["label"] for i in range(7)} == {0}
 
 
+def test_requests_go_round_the_captions() -> None:
+    requests = SampleRequests(7, 2, captions=["a", "b", "c"])
+    assert [requests[i].get("caption") for i in range(7)] == ["a", "b", "c", "a", "b", "c", "a"]
+    assert [requests[i]["label"] for i in range(7)] == [0, 1, 0, 1, 0, 1, 0]
+    assert "caption" not in SampleRequests(7, 2)[0]
+
+
 def test_requests_end() -> None:
     assert len(SampleRequests(4)) == 4
     assert len(list(SampleRequests(4))) == 4  # type: ignore[call-overload]  # iterates by __getitem__
@@ -90,7 +98,7 @@ def test_a_negative_number_of_requests_is_refused() -> None:
         ({"num_workers": -1}, r"`num_workers` must be 0 or more, got -1"),
     ],
 )
-def test_bad_arguments_are_refused(arguments: dict[str, int], message: str) -> None:
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ShapesDataModule(**arguments)
 
@@ -142,6 +150,59 @@ def test_predict_batches_are_the_requests() -> None:
 def test_predict_batches_without_classes() -> None:
     (batch,) = NumbersDataModule(length=1, batch_size=8, num_generate=3).predict_dataloader()
     assert batch["label"].tolist() == [0, 0, 0]
+    assert batch.keys() == {"index", "label", "seed"}
+
+
+def test_data_without_captions_have_none() -> None:
+    data = NumbersDataModule(length=1, batch_size=8)
+    assert not data.has_captions
+    assert data.sample_captions(5) == []
+
+
+def test_shapes_captions_are_those_of_the_validation_images() -> None:
+    data = ShapesDataModule(image_size=1, val_images=6, batch_size=8, num_generate=8, seed=4)
+    (batch,) = data.val_dataloader()
+    assert data.has_captions
+    assert data.sample_captions(4) == batch["caption"][:4]
+    assert data.sample_captions(8) == batch["caption"] + batch["caption"][:2]
+    (requests,) = data.predict_dataloader()
+    assert requests["caption"] == data.sample_captions(8)
+    assert requests["label"].tolist() == list(range(8))
+
+
+def test_requests_of_a_longer_prediction_begin_as_those_of_a_shorter() -> None:
+    (short,) = ShapesDataModule(val_images=5, batch_size=9, num_generate=3).predict_dataloader()
+    (long,) = ShapesDataModule(val_images=5, batch_size=9, num_generate=9).predict_dataloader()
+    assert short["caption"] == long["caption"][:3]
+
+
+def test_prompts_replace_the_captions(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("\ufeffa café\r\n\r\n  a red\u2028star \r\n".encode())
+    data = ShapesDataModule(val_images=6, batch_size=8, num_generate=3, prompts=str(prompts))
+    (requests,) = data.predict_dataloader()
+    assert requests["caption"] == ["a café", "a red\u2028star", "a café"]
+    assert requests["label"].tolist() == [0, 1, 2]
+    assert data.sample_captions(1) == ShapesDataModule(val_images=6).sample_captions(1)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, FileNotFoundError, r"`prompts` must be a text file with one prompt a line, but .*p\.txt does not exist"),
+        (b" \n\n", ValueError, r"`prompts` must be .*p\.txt is empty"),
+        (b"a caf\xe9", ValueError, r"p\.txt must be UTF-8 text, but its byte 5 is not\. Save it as UTF-8"),
+    ],
+)
+def test_a_file_without_prompts_is_refused(
+    tmp_path: Path, content: bytes | None, error: type[Exception], message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(error, match=message):
+        ShapesDataModule(prompts=tmp_path / "p.txt").predict_dataloader()
+    with pytest.raises(ValueError, match=r"`prompts` must be .* is a folder"):
+        ShapesDataModule(prompts=tmp_path).predict_dataloader()
 
 
 def test_a_worker_loads_what_the_training_process_loads() -> None:

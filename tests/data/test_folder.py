@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from lpl_lightning.data.base import Split
-from lpl_lightning.data.folder import ImageFolderDataModule, ImageFolderDataset, path_hash
+from lpl_lightning.data.folder import ImageFolderDataModule, ImageFolderDataset
+from lpl_lightning.data.listing import path_hash
 
 RGB = tuple[int, int, int]
 
@@ -146,6 +147,17 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, name: str
     assert np.abs(pixels - seen).mean() < 6
 
 
+@pytest.mark.parametrize("orientation", STORED)
+def test_the_original_size_is_that_of_the_upright_image(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = STORED[orientation](np.zeros((20, 50, 3), np.uint8))
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "x.jpg", exif=exif)
+    item = ImageFolderDataset([(str(tmp_path / "x.jpg"), None)], 10)[0]
+    assert item["original_size"].tolist() == [20, 50]
+    assert item["crop_top_left"].tolist() == [0, 8]  # of 10 x 25, 15 are cut off; 7.5 rounds to even
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 def test_shrinking_is_anti_aliased(tmp_path: Path, interpolation: str) -> None:
     """A fine checkerboard becomes even grey; picking or blending neighbours would leave black or white."""
@@ -235,7 +247,7 @@ def test_images_directly_in_the_folder_have_no_class(tmp_path: Path) -> None:
     assert data.class_names == ()
     assert data.num_classes == 0
     assert names(data, "train") == ["a.png", "b.png", "c.gif"]
-    assert data.dataset("train")[0].keys() == {"image"}
+    assert data.dataset("train")[0].keys() == {"image", "original_size", "crop_top_left"}
 
 
 def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
@@ -417,6 +429,9 @@ def test_loaders_yield_batches_also_from_a_worker(tmp_path: Path) -> None:
     data.setup("fit")
     train, val = list(data.train_dataloader()), list(data.val_dataloader())
     assert [batch["image"].shape for batch in train] == [(5, 3, 8, 8)] * 2
+    assert val[0]["original_size"].tolist() == [[8, 8]] * 5
+    assert val[0]["crop_top_left"].tolist() == [[0, 0]] * 5
+    assert val[0]["original_size"].dtype == val[0]["crop_top_left"].dtype == torch.int64
     labels = torch.cat([batch["label"] for batch in val]).tolist()
     assert sorted(labels) == [0] * 6 + [1] * 6
     assert labels != sorted(labels), "the first batches of a validation hold more than the first classes"

@@ -1,0 +1,204 @@
+"""Captions of the images of a folder, and prompts.
+
+Two layouts are read; all text is UTF-8.
+
+- ``sidecar``: ``cat/1.jpg`` has ``cat/1.txt`` beside it, one caption a line.
+- ``metadata``: ``metadata.jsonl`` or ``metadata.csv``, as in Hugging Face's image folders, has a row for each image:
+  its path, relative to the file's folder, in the column ``file_name``, and captions in other columns. Several rows of
+  one image, several columns, and in jsonl a list of strings, are several captions. The file lies in the folder of the
+  images; or in the one above it, so that it can serve ``train/`` and ``val/`` alike.
+
+Captions lose white space at both ends; one of which nothing is left is none.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lpl_lightning.data.listing import some
+
+__all__ = ["CaptionSource", "MissingCaptions", "read_metadata", "read_prompts", "read_sidecars"]
+
+CaptionSource = Literal["sidecar", "metadata"]
+MissingCaptions = Literal["raise", "skip", "empty"]
+FILE_NAME = "file_name"
+
+
+def read_sidecars(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Read the text files beside images.
+
+    Args:
+        paths: Images.
+
+    Returns:
+        Captions by image, without the images that have none.
+
+    Raises:
+        ValueError: A file is not UTF-8.
+    """
+    captions = {}
+    for path in paths:
+        try:
+            found = _lines(Path(path).with_suffix(".txt"))
+        except FileNotFoundError:
+            continue
+        if found:
+            captions[path] = found
+    return captions
+
+
+def read_metadata(folder: Path, paths: Iterable[str], columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Read the table of a folder's images.
+
+    Args:
+        folder: The folder; the table is in it, or in the one above where it has none itself.
+        paths: Images in the folder, at any depth; rows of other files are passed over.
+        columns: Names of the columns that hold captions.
+
+    Returns:
+        Captions by image, without the images that have none: row by row, in the order of the columns.
+
+    Raises:
+        FileNotFoundError: There is no table.
+        ValueError: There are two, or one that is not UTF-8, cannot be parsed, lacks a column, or names files in the
+            folder that are not there.
+    """
+    table, prefix = _find_table(folder)
+    captions: dict[str, list[str]] = {path: [] for path in paths}
+    known: dict[str, None] = {}
+    absent: dict[str, None] = {}
+    for place, row in _rows(table):
+        known |= dict.fromkeys(row)
+        if FILE_NAME not in row:
+            raise ValueError(
+                f"{place} must name its image in the column `{FILE_NAME}`, but the columns are {some(row)}. "
+                f"Rename the column that holds the path relative to {table.parent}."
+            )
+        name = row[FILE_NAME]
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{place} must name its image in the column `{FILE_NAME}`, got {name!r}.")
+        name = os.path.normpath(name)
+        if not name.startswith(prefix):
+            continue
+        path = os.path.join(folder, name.removeprefix(prefix))
+        if path in captions:
+            captions[path] += [text for column in columns for text in _texts(row.get(column), place, column)]
+        elif not os.path.exists(path):
+            absent[name] = None
+    if lacking := [column for column in columns if column not in known]:
+        raise ValueError(
+            f"{table} must have the columns of `caption_column`, but {some(lacking)} is not among "
+            f"{some(known) or 'its columns, for it has no rows'}. Set `caption_column` to the one with the captions, "
+            f"or to a list of those."
+        )
+    if absent:
+        raise ValueError(
+            f"{table} must name files that are there, but {len(absent)} in its column `{FILE_NAME}` are not: "
+            f"{some(absent)}. Paths are relative to {table.parent}; mend them, or remove these rows."
+        )
+    return {path: tuple(texts) for path, texts in captions.items() if texts}
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Read a text file of one prompt a line; empty lines are passed over.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is none, holds no prompt, or is not UTF-8.
+    """
+    wanted = "`prompts` must be a text file with one prompt a line, but"
+    if not path.exists():
+        raise FileNotFoundError(f"{wanted} {path} does not exist.")
+    if not path.is_file():
+        raise ValueError(f"{wanted} {path} is a folder.")
+    prompts = _lines(path)
+    if not prompts:
+        raise ValueError(f"{wanted} {path} is empty.")
+    return prompts
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} must be UTF-8 text, but its byte {error.start} is not. Save it as UTF-8: in an editor, or with "
+            f"`iconv -f ENCODING -t UTF-8`, where ENCODING is what it has now, such as LATIN1 or UTF-16."
+        ) from error
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    # str.splitlines would also break at characters that stand within a line, such as U+2028.
+    return tuple(text for line in io.StringIO(_text(path), newline=None) if (text := line.strip()))
+
+
+def _find_table(folder: Path) -> tuple[Path, str]:
+    """The table of a folder, and what the names of the folder's images begin with in it."""
+    own = Path(os.path.abspath(folder))
+    for place, prefix in ((own, ""), (own.parent, own.name + os.sep)):
+        tables = [path for path in (place / "metadata.jsonl", place / "metadata.csv") if path.exists()]
+        if len(tables) > 1:
+            raise ValueError(f"{place} must hold one table of captions, but holds {some(tables)}. Remove either.")
+        if tables:
+            return tables[0], prefix
+    raise FileNotFoundError(
+        f"`captions`: metadata needs metadata.jsonl or metadata.csv in {own}, or in the folder above it, but there "
+        f"is neither. Write one with the columns `{FILE_NAME}` and `caption_column`, or set `captions`: sidecar."
+    )
+
+
+def _rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows by column, and where each is, for errors."""
+    text = io.StringIO(_text(table), newline="")
+    if table.suffix == ".jsonl":
+        for number, line in enumerate(text, 1):
+            if not line.strip():
+                continue
+            place = f"{table}, line {number},"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{place} must be JSON, but is not: {error}.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f'{place} must be a JSON object such as {{"{FILE_NAME}": "1.jpg", "text": "a cat"}}.')
+            yield place, row
+        return
+    # Strict: otherwise a quotation mark that is not closed would swallow the rows after it.
+    reader = csv.DictReader(text, strict=True)
+    try:
+        for row in reader:
+            place = f"{table}, line {reader.line_num},"
+            if None in row:
+                raise ValueError(
+                    f"{place} has more fields than there are columns ({some(reader.fieldnames or ())}). "
+                    f'Quote captions that hold commas: "a cat, asleep".'
+                )
+            yield place, row
+    except csv.Error as error:
+        begin = reader.line_num + 1
+        raise ValueError(f"{table} must be CSV, but the row that begins in line {begin} is not: {error}.") from error
+
+
+def _texts(cell: object, place: str, column: str) -> list[str]:
+    """The captions in one cell."""
+    texts = []
+    for text in cell if isinstance(cell, list) else [cell]:
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{place} must have a string, a list of strings or nothing in the column `{column}`, got {text!r}."
+            )
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(
+                f"{place} has half a character in the column `{column}`: {text!r}. Text that was cut short after it "
+                f"was escaped may end so; remove the half."
+            )
+        texts.append(text.strip())
+    return [text for text in texts if text]
