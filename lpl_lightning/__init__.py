@@ -2,35 +2,53 @@
 
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.autoencoder_module import AutoencoderModule
+from lpl_lightning.backbones import (
+    DiTDenoiser,
+    FluxDenoiser,
+    PixArtDenoiser,
+    SanaDenoiser,
+    SD3Denoiser,
+    UNetDenoiser,
+)
 from lpl_lightning.callbacks import (
+    EMA,
     ImagesPerSecond,
     ImageWriter,
     LPLCallback,
     SampleGrid,
     SaveAutoencoder,
+    SaveDiffusers,
     SaveWeights,
 )
+from lpl_lightning.captions import Captions
 from lpl_lightning.conditioning import ClassLabels, ClassTokens
 from lpl_lightning.data import ImageFolderDataModule, ShapesDataModule
-from lpl_lightning.denoiser import Denoiser, DiTDenoiser, SD3Denoiser
+from lpl_lightning.denoiser import Denoiser
+from lpl_lightning.export import export_diffusers
+from lpl_lightning.fine_tuning import Freeze, LoRA
 from lpl_lightning.losses import LatentPerceptualLoss
 from lpl_lightning.mixin import LPLMixin
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.noise import DDPM, EDM, FlowMatching
 from lpl_lightning.sampling import Sampler
+from lpl_lightning.text_encoders import OpenCLIPText, SideBySide, TransformersText
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DDPM",
     "EDM",
+    "EMA",
     "Autoencoder",
     "AutoencoderModule",
+    "Captions",
     "ClassLabels",
     "ClassTokens",
     "Denoiser",
     "DiTDenoiser",
     "FlowMatching",
+    "FluxDenoiser",
+    "Freeze",
     "ImageFolderDataModule",
     "ImageWriter",
     "ImagesPerSecond",
@@ -38,10 +56,19 @@ __all__ = [
     "LPLMixin",
     "LatentDiffusionModule",
     "LatentPerceptualLoss",
+    "LoRA",
+    "OpenCLIPText",
+    "PixArtDenoiser",
     "SD3Denoiser",
     "SampleGrid",
     "Sampler",
+    "SanaDenoiser",
     "SaveAutoencoder",
+    "SaveDiffusers",
     "SaveWeights",
     "ShapesDataModule",
+    "SideBySide",
+    "TransformersText",
+    "UNetDenoiser",
+    "export_diffusers",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-__all__ = ["above", "at_least", "check_divides", "read_settings"]
+__all__ = ["above", "at_least", "check_divides", "read_settings", "refusal"]
 
 Settings = TypeVar("Settings")
 
@@ -63,6 +63,29 @@ def read_settings(cls: type[Settings], argument: str, value: object) -> Settings
         kind = f"{'an' if cls.__name__[0] in 'AEIOU' else 'a'} {cls.__name__}"
         raise ValueError(f"`{argument}` must be {kind} or settings by name ({', '.join(names)}), got {given!r}.")
     return given
+
+
+def refusal(error: BaseException) -> BaseException:
+    """What a part said when a parser built it, under the errors that the parser made of that.
+
+    Args:
+        error: What came out of the parser.
+
+    Returns:
+        The first of its causes that was not raised by the parser itself.
+    """
+    found = error
+    while found.__cause__ is not None and _raised_in(found).startswith("jsonargparse"):
+        found = found.__cause__
+    return found
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the module that raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
 
 
 def check_divides(image_size: int, downscale: int) -> None:

@@ -24,17 +24,10 @@ from lpl_lightning.execution import StageRunner
 from lpl_lightning.feature_modules import check_feature_modules, run_to_modules
 from lpl_lightning.frozen import FrozenModule
 from lpl_lightning.latents import config_of, drawn, latent_space
+from lpl_lightning.model_loading import PRECISIONS
 from lpl_lightning.stages import Stage, decoder_stages
 
 __all__ = ["Autoencoder", "Stage", "decoder_stages"]
-
-_PRECISIONS: dict[str | None, torch.dtype | None] = {
-    None: None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 class Autoencoder(FrozenModule):
@@ -80,7 +73,7 @@ class Autoencoder(FrozenModule):
 
     def __init__(
         self,
-        model: nn.Module | str,
+        model: str | nn.Module,
         subfolder: str | None = None,
         sample_posterior: bool = True,
         config: str | None = None,
@@ -92,9 +85,9 @@ class Autoencoder(FrozenModule):
         autocast: bool = False,
     ) -> None:
         super().__init__()
-        if dtype not in _PRECISIONS:
-            raise ValueError(f"`dtype` must be one of {tuple(_PRECISIONS)}, got {dtype!r}.")
-        precision = _PRECISIONS[dtype]
+        if dtype not in PRECISIONS:
+            raise ValueError(f"`dtype` must be one of {tuple(PRECISIONS)}, got {dtype!r}.")
+        precision = PRECISIONS[dtype]
         if isinstance(model, str):
             model = load_autoencoder(model, subfolder, config, precision or torch.float32)
         elif subfolder is not None or config is not None:

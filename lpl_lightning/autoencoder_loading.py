@@ -8,18 +8,17 @@ Nothing that may run code when it is read, as pickled weights may, is ever read.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lpl_lightning.pretrained import check_fit, locate
+from lpl_lightning.model_loading import load_model, named_family
+from lpl_lightning.pretrained import check_fit, is_untrained, locate
 
 __all__ = ["load_autoencoder"]
 
@@ -32,7 +31,8 @@ def load_autoencoder(source: str, subfolder: str | None, config: str | None, dty
     """Load an autoencoder of the class that its config names.
 
     Args:
-        source: A folder that ``save_pretrained`` wrote, a .safetensors file, a hub id, or ``embedded:NAME``.
+        source: A folder that ``save_pretrained`` wrote, a .safetensors file, a hub id, or ``embedded:NAME``; a folder
+            or hub id behind ``random:`` gives its config alone, with random weights.
         subfolder: Subfolder of the folder or hub repository; of ``config``'s with a single file.
         config: For a single file: a folder with config.json, a JSON file or a hub id. By default config.json beside
             the file; without that, diffusers guesses the model by its weights and fetches its config from the hub.
@@ -45,7 +45,7 @@ def load_autoencoder(source: str, subfolder: str | None, config: str | None, dty
         FileNotFoundError: The source, or a file that belongs to it, is not there.
         ValueError: The file is of a format that is not read, or its weights are not of its config's model.
     """
-    found = locate(source, "model")
+    found = locate(is_untrained(source)[1], "model")
     # Weights are read in float32 at least, so that the numbers made from them, such as running means, are not rounded.
     dtype = torch.promote_types(dtype, torch.float32)
     if isinstance(found, Path) and found.is_file():
@@ -55,47 +55,7 @@ def load_autoencoder(source: str, subfolder: str | None, config: str | None, dty
             f"`config`={config!r} is for a single .safetensors file, got `model`={source!r}, which holds its own. "
             "Leave `config` out."
         )
-    return _load_folder(source, found, subfolder, dtype)
-
-
-def _load_folder(source: str, found: Path | str, subfolder: str | None, dtype: torch.dtype) -> nn.Module:
-    where: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
-    if isinstance(found, Path):
-        where["local_files_only"] = True
-        if not (found / (subfolder or "") / "config.json").is_file():
-            raise FileNotFoundError(
-                f"`model`={source!r} holds no config.json: expected a folder that save_pretrained wrote"
-                + (f", in its subfolder {subfolder!r}." if subfolder else "; is it in a subfolder (`subfolder`)?")
-            )
-    try:
-        family = _family(AutoencoderKL.load_config(str(found), **where), source)
-        # low_cpu_mem_usage needs accelerate, which nothing else here does.
-        options = {"low_cpu_mem_usage": False, "use_safetensors": True, "output_loading_info": True}
-        model, info = family.from_pretrained(str(found), torch_dtype=dtype, **options, **where)
-    except (OSError, RuntimeError) as error:
-        kind = ValueError if isinstance(error, RuntimeError) else FileNotFoundError
-        raise kind(
-            f"`model`={source!r} cannot be loaded: expected config.json and safetensors weights that fit it"
-            + (f" in {subfolder!r}" if subfolder else "")
-            + f". Pickled weights (.bin) are not read: save them with safe_serialization=True. diffusers said: {error}"
-        ) from error
-    if info["missing_keys"]:
-        check_fit(
-            model.state_dict(), {k: v for k, v in model.state_dict().items() if k not in info["missing_keys"]}, source
-        )
-    return cast(nn.Module, model)
-
-
-def _family(config: Mapping[str, Any], source: str) -> Any:
-    """The class of diffusers that a config names, AutoencoderKL if it names none."""
-    name = config.get("_class_name", "AutoencoderKL")
-    family = getattr(diffusers, name, None)
-    if not (isinstance(family, type) and issubclass(family, nn.Module)):
-        raise ValueError(
-            f"`model`={source!r} is a {name!r}, which is no model in the installed diffusers. Upgrade it, or give the "
-            "config of an autoencoder."
-        )
-    return family
+    return load_model(source, subfolder, dtype, "model")
 
 
 def _load_file(path: Path, subfolder: str | None, config: str | None, dtype: torch.dtype) -> nn.Module:
@@ -106,7 +66,7 @@ def _load_file(path: Path, subfolder: str | None, config: str | None, dtype: tor
             "safetensors.torch.save_file."
         )
     settings = _read_config(path, subfolder, config)
-    family = _family(settings, str(path))
+    family = named_family(settings, str(path), "model", "AutoencoderKL")
     state = _read_weights(path)
     model = family.from_config(settings).to(dtype)
     own = model.state_dict()

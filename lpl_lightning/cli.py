@@ -1,22 +1,32 @@
 """The ``lpl`` command: one LightningCLI over any module and any data.
 
 ``lpl fit | validate | test | predict | profile -c CONFIG.yaml [-c OVERLAY.yaml ...] [--key value ...]``. Files given
-later are laid over those before them; ``callbacks+:`` in one appends to the list of the last.
+later are laid over those before them; ``callbacks+:`` in one appends to the list of the last. Commands that need no
+trainer (``WITHOUT_TRAINER``), such as ``lpl export --ckpt CKPT --out DIR``, are functions with their arguments.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lpl_lightning.arguments import refusal
 from lpl_lightning.callbacks import ImagesPerSecond, ImageWriter
+from lpl_lightning.export import export_checkpoint
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.profiling import ProfilingTrainer
+from lpl_lightning.stand_ins import StandIns, put_stand_ins
 
 __all__ = ["LPLCLI", "main"]
+
+WITHOUT_TRAINER: dict[str, Callable[..., object]] = {"export": export_checkpoint}
+"""Commands that need no trainer, by name."""
 
 
 class LPLCLI(LightningCLI):
@@ -42,18 +52,32 @@ class LPLCLI(LightningCLI):
         """Add the callbacks that are always there, under keys of their own."""
         parser.add_lightning_class_args(ImagesPerSecond, "throughput")
         parser.add_lightning_class_args(ImageWriter, "writer")
+        parser.add_argument(
+            "--stand_ins",
+            type=StandIns,
+            default={},
+            help="What stands in for what: a folder for a hub id, arguments for those of a class wherever it is named.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and put the stand-ins in place of what they stand in for."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        if config.stand_ins:
+            for part in ("model", "data", "trainer"):
+                put_stand_ins(config[part], config.stand_ins)
+            self.config = parser.parse_object(self.config)
 
     def instantiate_classes(self) -> None:
         """Build the parts. What a part refuses is the error; the parser's list of all that it tried is its cause."""
         try:
             super().instantiate_classes()
         except ValueError as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            if cause is error:
+            said = refusal(error)
+            if said is error:
                 raise
-            raise ValueError(str(cause)) from error
+            kind = type(said) if type(said) in (FileNotFoundError, ModuleNotFoundError) else ValueError
+            raise kind(str(said)) from error
 
     def before_predict(self) -> None:
         """Refuse to generate from a model that nothing has trained."""
@@ -82,6 +106,10 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments as a list of strings or a config as a dictionary; by default those of the process.
     """
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given and given[0] in WITHOUT_TRAINER:
+        auto_cli(WITHOUT_TRAINER[given[0]], args=given[1:], as_positional=False, prog=f"lpl {given[0]}")
+        return
     # Lightning warns of every module in eval mode, which a frozen autoencoder is on purpose.
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training")
     LPLCLI(
@@ -93,5 +121,6 @@ def main(args: ArgsType = None) -> None:
         auto_configure_optimizers=False,
         # A resumed or repeated run may write into a folder that has a config already.
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={"epilog": f"Without a trainer: lpl {' | '.join(WITHOUT_TRAINER)}; see lpl COMMAND --help."},
         args=args,
     )

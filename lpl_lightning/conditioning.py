@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ClassLabels", "ClassTokens", "Condition", "Conditioner"]
+__all__ = ["ClassLabels", "ClassTokens", "Condition", "ConditionShape", "Conditioner"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,17 @@ class Condition:
     Attributes:
         class_labels: (B,) int64 for backbones with a label embedding of their own.
         tokens: (B, L, D) for backbones that attend to tokens.
+        mask: (B, L) bool, true for tokens to be attended to; None for all.
         pooled: (B, P) one vector a sample.
+        time_ids: (B, 6) float32, sizes as SDXL has them: height and width of the original image, top and left of the
+            crop, height and width of the target, in pixels.
     """
 
     class_labels: Tensor | None = None
     tokens: Tensor | None = None
+    mask: Tensor | None = None
     pooled: Tensor | None = None
+    time_ids: Tensor | None = None
 
     def joined(self, other: Condition) -> Condition:
         """Both conditions in one batch, this one first."""
@@ -38,11 +43,24 @@ class Condition:
         def cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
             return None if a is None or b is None else torch.cat([a, b])
 
-        return Condition(
-            cat(self.class_labels, other.class_labels),
-            cat(self.tokens, other.tokens),
-            cat(self.pooled, other.pooled),
-        )
+        return Condition(**{f.name: cat(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class ConditionShape:
+    """What a conditioner gives, or what a backbone takes; None is nothing of the kind.
+
+    Attributes:
+        num_classes: Number of classes, without the null label, where there are labels.
+        token_dim: Width D of the tokens.
+        pooled_dim: Width P of the pooled vector.
+        time_ids: Whether there are sizes.
+    """
+
+    num_classes: int | None = None
+    token_dim: int | None = None
+    pooled_dim: int | None = None
+    time_ids: bool = False
 
 
 class Conditioner(nn.Module, ABC):
@@ -52,11 +70,19 @@ class Conditioner(nn.Module, ABC):
         dropout: Probability with which a training sample loses its condition.
     """
 
+    num_classes: int | None = None
+    """Number of classes that it tells apart, 0 for none (unconditional); None where it goes by something else."""
+
     def __init__(self, dropout: float) -> None:
         super().__init__()
         if not 0 <= dropout <= 1:
             raise ValueError(f"`dropout` must lie in 0 .. 1, got {dropout}.")
         self.dropout = dropout
+
+    @property
+    @abstractmethod
+    def gives(self) -> ConditionShape:
+        """What the conditions hold."""
 
     @abstractmethod
     def forward(self, batch: Mapping[str, Any], batch_size: int, drop: Tensor | None = None) -> Condition:
@@ -82,6 +108,8 @@ class Conditioner(nn.Module, ABC):
 
 class _Classes(Conditioner):
     """Labels 0 .. num_classes - 1, with ``num_classes`` as the null label."""
+
+    num_classes: int
 
     def __init__(self, num_classes: int, dropout: float) -> None:
         super().__init__(dropout)
@@ -116,6 +144,11 @@ class _Classes(Conditioner):
     def check(self, data: object) -> None:
         """Refuse data with another number of classes."""
         found = getattr(data, "num_classes", None)
+        if found == 0 and self.num_classes and getattr(data, "has_captions", False):
+            raise ValueError(
+                f"The data have captions and no classes, but {type(self).__name__} goes by class labels. Condition by "
+                "lpl_lightning.Captions (and a backbone that attends to text), or use data with classes."
+            )
         if isinstance(found, int) and self.num_classes not in (0, found):
             raise ValueError(
                 f"`num_classes`={self.num_classes} of the conditioner does not fit the data, which has {found} "
@@ -134,6 +167,11 @@ class ClassLabels(_Classes):
     def __init__(self, num_classes: int, dropout: float = 0.1) -> None:
         super().__init__(num_classes, dropout)
 
+    @property
+    def gives(self) -> ConditionShape:
+        """Labels."""
+        return ConditionShape(num_classes=self.num_classes)
+
     def forward(self, batch: Mapping[str, Any], batch_size: int, drop: Tensor | None = None) -> Condition:
         """Labels (B,), from ``batch["label"]``."""
         return Condition(class_labels=self.labels(batch, batch_size, drop))
@@ -144,8 +182,9 @@ class ClassTokens(_Classes):
 
     Args:
         num_classes: Number of classes; 0 trains unconditionally. One more embedding is the null condition.
-        token_dim: Width D of the tokens: ``joint_attention_dim`` of an MMDiT.
-        pooled_dim: Width P of the pooled vector: ``pooled_projection_dim`` of an MMDiT.
+        token_dim: Width D of the tokens: ``joint_attention_dim`` of an MMDiT, ``cross_attention_dim`` of a UNet.
+        pooled_dim: Width P of the pooled vector: ``pooled_projection_dim`` of an MMDiT. None where the backbone takes
+            none.
         tokens_per_class: Number L of tokens a class has.
         dropout: Probability with which a training sample loses its label.
     """
@@ -154,18 +193,27 @@ class ClassTokens(_Classes):
         self,
         num_classes: int,
         token_dim: int,
-        pooled_dim: int,
+        pooled_dim: int | None = None,
         tokens_per_class: int = 1,
         dropout: float = 0.1,
     ) -> None:
         super().__init__(num_classes, dropout)
         self.token_dim, self.pooled_dim = token_dim, pooled_dim
         self.tokens = nn.Embedding(num_classes + 1, tokens_per_class * token_dim)
-        self.pooled = nn.Embedding(num_classes + 1, pooled_dim)
+        self.pooled = None if pooled_dim is None else nn.Embedding(num_classes + 1, pooled_dim)
         for embedding in (self.tokens, self.pooled):
-            nn.init.normal_(embedding.weight, std=0.02)
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=0.02)
+
+    @property
+    def gives(self) -> ConditionShape:
+        """Tokens and, with ``pooled_dim``, a pooled vector."""
+        return ConditionShape(token_dim=self.token_dim, pooled_dim=self.pooled_dim)
 
     def forward(self, batch: Mapping[str, Any], batch_size: int, drop: Tensor | None = None) -> Condition:
         """Tokens (B, L, D) and pooled vectors (B, P), from ``batch["label"]``."""
         labels = self.labels(batch, batch_size, drop)
-        return Condition(tokens=self.tokens(labels).unflatten(-1, (-1, self.token_dim)), pooled=self.pooled(labels))
+        return Condition(
+            tokens=self.tokens(labels).unflatten(-1, (-1, self.token_dim)),
+            pooled=None if self.pooled is None else self.pooled(labels),
+        )

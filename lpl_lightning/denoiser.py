@@ -1,43 +1,114 @@
 """One call over diffusers' backbones: ``(z_t, t, condition) -> prediction``.
 
-A denoiser knows nothing of noise processes. For a backbone that is not here, subclass ``Denoiser`` and say in
-``forward`` how it is called.
+A denoiser knows nothing of noise processes. ``backbones`` has those of diffusers' families; for any other, subclass
+``Denoiser``, say in ``forward`` how it is called and in ``needs`` what it is conditioned on.
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
-from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lpl_lightning.conditioning import ClassLabels, ClassTokens, Condition, Conditioner
+from lpl_lightning.conditioning import ClassTokens, Condition, Conditioner, ConditionShape
+from lpl_lightning.model_loading import PRECISIONS, load_model
 
-__all__ = ["Denoiser", "DiTDenoiser", "SD3Denoiser"]
+__all__ = ["Denoiser"]
+
+_KERNELS = {
+    "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "_native_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "_native_flash": SDPBackend.FLASH_ATTENTION,
+    "_native_math": SDPBackend.MATH,
+}
 
 
 class Denoiser(nn.Module, ABC):
     """Base of denoisers.
 
     Args:
-        backbone: The network, with the attributes of a diffusers model (``config``).
+        backbone: The network, with the attributes of a diffusers model (``config``), or where to load one: a folder
+            that ``save_pretrained`` wrote or a Hugging Face hub id; ``random:`` before either takes the config alone.
+        subfolder: Subfolder of the folder or hub repository, such as ``transformer`` in that of a pipeline, the rest
+            of which is not loaded.
+        dtype: Precision to put the backbone in. By default float32 for a loaded one, a module's own for a module.
+            bfloat16 is for frozen weights (LoRA); to train in it choose the trainer's ``precision``.
+        gradient_checkpointing: Compute the blocks anew in the backward pass, which saves their activations.
+        compile: Compile the repeated blocks, each kind once; a list names the classes of the blocks.
+        attention: Attention back end by the name diffusers gives it, such as ``flash``, ``_native_cudnn``, ``sage`` or
+            ``xformers``. None leaves the choice to PyTorch.
+
+    Raises:
+        FileNotFoundError: ``backbone`` does not exist or holds nothing that loads.
+        ValueError: The backbone is of another class, or has no such blocks or attention.
     """
 
     backbone: Any
+    saved_names: frozenset[str] = frozenset()
+    """Names of the weights that a state dict holds, where it does not hold all (LoRA)."""
+    family: ClassVar[type[nn.Module]] = nn.Module
+    """Class of the backbones that it can call."""
     predicts_variance: ClassVar[bool] = False
     """Whether the backbone may predict twice the latents' channels, the second half of which is ignored."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        subfolder: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool | list[str] = False,
+        attention: str | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone = backbone
+        if dtype not in PRECISIONS:
+            raise ValueError(f"`dtype` must be one of {tuple(PRECISIONS)}, got {dtype!r}.")
+        precision = PRECISIONS[dtype]
+        if isinstance(backbone, str):
+            backbone = load_model(
+                backbone, subfolder, precision or torch.float32, "backbone", unnamed=self.family.__name__
+            )
+        elif subfolder is not None:
+            raise ValueError("`subfolder` says where to load a backbone from, but `backbone` is a module itself.")
+        if not isinstance(backbone, self.family):
+            raise ValueError(
+                f"{type(self).__name__} calls a {self.family.__name__}, got a {type(backbone).__name__}. Choose the "
+                "denoiser of its kind (lpl_lightning.*Denoiser), or write one: see lpl_lightning.Denoiser."
+            )
+        # nn.Module's own `to`: that of diffusers' models warns of float32 parts even where there are none.
+        self.backbone = backbone if precision is None else nn.Module.to(backbone, precision)
+        if gradient_checkpointing:
+            self.backbone.enable_gradient_checkpointing()
+        if attention is not None:
+            _choose_attention(self.backbone, attention)
+        for block in _regions(self.backbone, compile):
+            block.compile()
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the backbone's weights."""
         return cast(torch.dtype, next(self.backbone.parameters()).dtype)
+
+    @property
+    def latent_channels(self) -> int | None:
+        """Channels of the latents that the backbone takes, where it says so."""
+        return getattr(self.backbone.config, "in_channels", None)
+
+    @property
+    def patch(self) -> int:
+        """What the side of the latents must be a multiple of."""
+        return getattr(self.backbone.config, "patch_size", None) or 1
+
+    @property
+    def needs(self) -> ConditionShape:
+        """What the backbone is conditioned on; unless a subclass says so, nothing that could be checked."""
+        return ConditionShape()
 
     @abstractmethod
     def forward(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -52,6 +123,11 @@ class Denoiser(nn.Module, ABC):
             (B, C, h, w).
         """
 
+    def cast(self, z_t: Tensor, condition: Condition) -> tuple[Tensor, Condition]:
+        """Latents, tokens and pooled vectors in the precision of the backbone's weights."""
+        tokens, pooled = (None if x is None else x.to(self.dtype) for x in (condition.tokens, condition.pooled))
+        return z_t.to(self.dtype), replace(condition, tokens=tokens, pooled=pooled)
+
     def check(self, latent_channels: int, latent_size: int | None, conditioner: Conditioner) -> None:
         """Refuse latents or conditions that do not fit, before the first step.
 
@@ -63,103 +139,106 @@ class Denoiser(nn.Module, ABC):
         Raises:
             ValueError: They do not fit.
         """
-        config = self.backbone.config
-        wanted = getattr(config, "in_channels", latent_channels)
+        wanted = self.latent_channels or latent_channels
         if wanted != latent_channels:
             raise ValueError(
                 f"The denoiser takes latents of {wanted} channels, the autoencoder makes {latent_channels}. Set "
-                f"`in_channels` and `out_channels` of the backbone to {latent_channels}, or choose an autoencoder "
+                f"`in_channels` and `out_channels` of the backbone to fit {latent_channels}, or choose an autoencoder "
                 f"of {wanted} latent channels."
             )
-        predicted = getattr(config, "out_channels", None) or wanted
-        if predicted != latent_channels and not (self.predicts_variance and predicted == 2 * latent_channels):
+        given = getattr(self.backbone.config, "in_channels", latent_channels)
+        predicted = getattr(self.backbone.config, "out_channels", None) or given
+        if predicted != given and not (self.predicts_variance and predicted == 2 * given):
             raise ValueError(
-                f"The denoiser predicts {predicted} channels for latents of {latent_channels}: set the backbone's "
-                f"`out_channels` to {latent_channels}."
+                f"The denoiser predicts {predicted} channels for latents of {given}: set the backbone's "
+                f"`out_channels` to {given}."
             )
-        patch = getattr(config, "patch_size", None) or 1
-        if latent_size is not None and latent_size % patch:
+        if latent_size is not None and latent_size % self.patch:
             raise ValueError(
-                f"The latents are {latent_size} wide, which the backbone's `patch_size`={patch} does not divide. "
-                "Choose another `image_size` or patch size."
+                f"The latents are {latent_size} wide, no multiple of {self.patch} (the backbone's `patch_size`, or "
+                "what its levels halve them to). Choose another `image_size` or patch size."
+            )
+        self._check_condition(conditioner)
+
+    def _check_condition(self, conditioner: Conditioner) -> None:
+        needs, gives = self.needs, conditioner.gives
+        name, made_by = type(self).__name__, type(conditioner).__name__
+        if needs.num_classes is not None:
+            if gives.num_classes is None:
+                raise ValueError(f"A {name} must be conditioned by ClassLabels, got {made_by}.")
+            if gives.num_classes != needs.num_classes:
+                raise ValueError(
+                    f"`num_classes`={gives.num_classes} of the conditioner does not fit the backbone of the {name}, "
+                    f"which has {needs.num_classes}. Make them equal."
+                )
+        elif needs.token_dim is not None and gives.token_dim is None:
+            raise ValueError(f"A {name} attends to tokens: condition it by ClassTokens or Captions, not {made_by}.")
+        for argument, wanted, given in (
+            ("token_dim", needs.token_dim, gives.token_dim),
+            ("pooled_dim", needs.pooled_dim, gives.pooled_dim),
+        ):
+            if wanted is not None and given != wanted:
+                hint = "" if isinstance(conditioner, ClassTokens) else " Is a text encoder missing, or another's size?"
+                raise ValueError(
+                    f"`{argument}`={given} of the conditioner ({made_by}) must be {wanted}, as the backbone of the "
+                    f"{name} has it.{hint}"
+                )
+        if isinstance(conditioner, ClassTokens) and gives.pooled_dim and needs.token_dim and not needs.pooled_dim:
+            raise ValueError(f"The backbone of the {name} takes no pooled vector: leave `pooled_dim` out.")
+        if needs.time_ids and not gives.time_ids:
+            raise ValueError(
+                f"The backbone of the {name} is conditioned on sizes: set `size_conditions: true` of "
+                f"lpl_lightning.Captions, got {made_by} without."
             )
 
 
-class DiTDenoiser(Denoiser):
-    """Diffusion transformer with class labels (Peebles & Xie, 2023).
+def _regions(backbone: nn.Module, asked: bool | list[str]) -> Iterator[nn.Module]:
+    """The blocks to compile: by the names given, or those that the class says are repeated; outermost ones alone."""
+    if asked is False:
+        return
+    known = getattr(backbone, "_repeated_blocks", None) or getattr(backbone, "_no_split_modules", None)
+    names: Sequence[str] = asked if isinstance(asked, list) else known or ("BasicTransformerBlock",)
+    found: list[str] = []
+    for name, module in backbone.named_modules():
+        if type(module).__name__ in names and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+            yield module
+    if not found:
+        raise ValueError(
+            f"`compile`: {type(backbone).__name__} has no blocks of the classes {list(names)}. Give `compile` a list "
+            "of the class names of its repeated blocks."
+        )
 
-    Args:
-        backbone: A ``DiTTransformer2DModel``. Its own label dropout, which drops a label in some blocks and keeps it
-            in others, is turned off; the conditioner's takes its place. Where it predicts a variance as well
-            (twice the channels), that half is ignored.
+
+def _choose_attention(backbone: nn.Module, name: str) -> None:
+    """Set the attention back end of a diffusers model.
+
+    Newer models dispatch by name. In others attention is PyTorch's own function, whose kernel can be chosen.
     """
-
-    predicts_variance = True
-
-    def __init__(self, backbone: DiTTransformer2DModel) -> None:
-        super().__init__(backbone)
-        for module in backbone.modules():
-            if isinstance(module, LabelEmbedding):
-                module.dropout_prob = 0.0
-
-    def forward(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Predict; see the base class."""
-        out = self.backbone(z_t.to(self.dtype), timestep=t, class_labels=condition.class_labels).sample
-        return cast(Tensor, out[:, : z_t.shape[1]])
-
-    def check(self, latent_channels: int, latent_size: int | None, conditioner: Conditioner) -> None:
-        """Refuse latents, conditions or a number of classes that do not fit."""
-        super().check(latent_channels, latent_size, conditioner)
-        known = self.backbone.config.num_embeds_ada_norm
-        if not isinstance(conditioner, ClassLabels):
-            raise ValueError(f"A DiTDenoiser is conditioned by ClassLabels, got {type(conditioner).__name__}.")
-        if known != conditioner.num_classes:
-            raise ValueError(
-                f"`num_classes`={conditioner.num_classes} of the conditioner does not fit the DiT, whose "
-                f"`num_embeds_ada_norm` is {known}. Make them equal."
-            )
+    owners = [module for module in backbone.modules() if hasattr(module, "processor")]
+    if any(hasattr(owner.processor, "_attention_backend") for owner in owners):
+        cast(Any, backbone).set_attention_backend(name)
+    elif name == "xformers":
+        cast(Any, backbone).enable_xformers_memory_efficient_attention()
+    elif owners and name in _KERNELS:
+        for owner in owners:
+            owner.processor = _with_kernel(cast(Any, owner.processor), _KERNELS[name])
+    elif not owners or name != "native":
+        raise ValueError(
+            f"`attention`={name!r}: {type(backbone).__name__} calls PyTorch's attention itself, for which "
+            f"{['native', *_KERNELS, 'xformers']} can be chosen. Leave it out to have the fastest that PyTorch finds."
+        )
 
 
-class SD3Denoiser(Denoiser):
-    """The multi-modal diffusion transformer of Stable Diffusion 3 (MMDiT; Esser et al., 2024).
+def _with_kernel(processor: Any, kernel: SDPBackend) -> Any:
+    """The processor with PyTorch's attention bound to one kernel, also where checkpointing runs it once more."""
+    kind = type(processor)
+    plain: Callable[..., Any] = kind.__call__
 
-    Args:
-        backbone: An ``SD3Transformer2DModel``.
-    """
+    @functools.wraps(plain)  # callers look at the signature
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(kernel):
+            return plain(self, *args, **kwargs)
 
-    def __init__(self, backbone: SD3Transformer2DModel) -> None:
-        super().__init__(backbone)
-        config = backbone.config
-        width = config.num_attention_heads * config.attention_head_dim
-        if config.caption_projection_dim != width:
-            raise ValueError(
-                f"`caption_projection_dim`={config.caption_projection_dim} must equal num_attention_heads x "
-                f"attention_head_dim = {width}."
-            )
-
-    def forward(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Predict; see the base class."""
-        out = self.backbone(
-            z_t.to(self.dtype), encoder_hidden_states=condition.tokens, pooled_projections=condition.pooled, timestep=t
-        ).sample
-        return cast(Tensor, out)
-
-    def check(self, latent_channels: int, latent_size: int | None, conditioner: Conditioner) -> None:
-        """Refuse latents or conditions that do not fit."""
-        super().check(latent_channels, latent_size, conditioner)
-        config = self.backbone.config
-        largest = config.pos_embed_max_size * config.patch_size
-        if latent_size is not None and latent_size > largest:
-            raise ValueError(
-                f"The latents are {latent_size} wide, the backbone's positions reach {largest}: set "
-                f"`pos_embed_max_size` to {latent_size // config.patch_size} or more."
-            )
-        if isinstance(conditioner, ClassLabels):
-            raise ValueError("An SD3Denoiser attends to tokens: condition it by ClassTokens, not ClassLabels.")
-        if isinstance(conditioner, ClassTokens):
-            for name, given, wanted in (
-                ("token_dim", conditioner.token_dim, config.joint_attention_dim),
-                ("pooled_dim", conditioner.pooled_dim, config.pooled_projection_dim),
-            ):
-                if given != wanted:
-                    raise ValueError(f"`{name}`={given} of the conditioner must be {wanted}, as the backbone has it.")
+    processor.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    return processor

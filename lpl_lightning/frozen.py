@@ -50,5 +50,5 @@ class FrozenModule(nn.Module):
 
 def _keep_own_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Offer the module's own weights to a strict load, since a checkpoint holds none of them."""
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        state_dict[prefix + name] = tensor
+    # What a plain module would save: tied weights under each of their names, no buffers that are not persistent.
+    nn.Module.state_dict(module, destination=state_dict, prefix=prefix)

@@ -208,7 +208,9 @@ def _space(model: nn.Module, **known: Any) -> LatentSpace:
 
 
 def _numbers(value: float | Sequence[float] | Tensor) -> tuple[float, ...]:
-    return tuple(torch.as_tensor(value, dtype=torch.float64).flatten().tolist())
+    # Not on a default device, such as the one without data that models are counted on.
+    numbers = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+    return tuple(numbers.double().flatten().tolist())
 
 
 @latent_space.register(AutoencoderKL)

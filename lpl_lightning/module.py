@@ -10,7 +10,7 @@ with the prediction's target :math:`p^*` and the terms that callbacks add, such 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -23,16 +23,17 @@ from lpl_lightning.arguments import check_divides
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.conditioning import Conditioner
 from lpl_lightning.denoiser import Denoiser
+from lpl_lightning.fine_tuning import FineTuning
 from lpl_lightning.mixin import LPLMixin
 from lpl_lightning.noise import NoiseProcess
 from lpl_lightning.optimization import build_optimizers
-from lpl_lightning.pretrained import check_fit, read_state
+from lpl_lightning.pretrained import check_fit, read_state, resize_positions
 from lpl_lightning.sampling import Sampler, initial_noise
 
 __all__ = ["LatentDiffusionModule"]
 
 MEANING = "lpl_lightning"
-PARTS = ["autoencoder", "noise", "denoiser", "conditioner", "optimizer", "lr_scheduler", "sampler"]
+PARTS = ["autoencoder", "noise", "denoiser", "conditioner", "optimizer", "lr_scheduler", "sampler", "fine_tuning"]
 
 
 class LatentDiffusionModule(LPLMixin, pl.LightningModule):
@@ -52,7 +53,10 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         sampler: How images are sampled; by default 50 steps with guidance 2.
         weights: Weights to start from, for post-training: a checkpoint (.ckpt), a .safetensors file or
             ``embedded:NAME``. Optimizer and step count start anew; to go on with a run give its checkpoint as
-            ``ckpt_path`` instead.
+            ``ckpt_path`` instead. Grids of position embeddings are resized to this model's.
+        weights_ema: Decay of the moving average to take from a checkpoint given as ``weights``; by default its weights
+            are taken as they were trained.
+        fine_tuning: Which weights are trained; by default all of the denoiser's and the conditioner's.
     """
 
     def __init__(
@@ -65,6 +69,8 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         sampler: Sampler | None = None,
         weights: str | None = None,
+        weights_ema: float | None = None,
+        fine_tuning: FineTuning | None = None,
     ) -> None:
         super().__init__()
         # Built by hand, the parts are objects, which a checkpoint that runs no code cannot hold: load_from_checkpoint
@@ -80,14 +86,30 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.sampler = sampler if sampler is not None else Sampler()
         self.weights = weights
+        self.fine_tuning = fine_tuning
         if weights is not None:
             # Here rather than in setup, which runs before each evaluation too, and after weight averaging has made
-            # its copy. A checkpoint of this module holds its own weights and asks for no others.
-            self.load_weights(weights)
-            self.hparams["weights"] = None
+            # its copy.
+            self.load_weights(weights, weights_ema)
+            if fine_tuning is None or fine_tuning.saves_all:
+                # A checkpoint of this module holds its own weights and asks for no others.
+                self.hparams["weights"] = self.hparams["weights_ema"] = None
+        elif weights_ema is not None:
+            raise ValueError(
+                f"`weights_ema`={weights_ema} says which weights of `weights` to take: give `weights` too."
+            )
+        if fine_tuning is not None:
+            fine_tuning.prepare(denoiser)
+
+    def prepare_data(self) -> None:
+        """Check that the parts and the data fit, before the data module looks at its images."""
+        self._check_parts()
 
     def setup(self, stage: str) -> None:
         """Check that the parts and the data fit, before the first step."""
+        self._check_parts()
+
+    def _check_parts(self) -> None:
         if self._image_size is not None:
             check_divides(self._image_size, self.autoencoder.downscale)
         latent_size = None if self._image_size is None else self.latent_size
@@ -95,17 +117,19 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         self.conditioner.check(getattr(self.trainer, "datamodule", None))
         self.sampler.check(self.noise)
 
-    def load_weights(self, source: str) -> None:
-        """Load trained weights, of this model with any autoencoder.
+    def load_weights(self, source: str, ema: float | None = None) -> None:
+        """Load trained weights, of this model with any autoencoder, at any resolution.
 
         Args:
             source: A checkpoint (.ckpt), a .safetensors file or ``embedded:NAME``.
+            ema: Decay of the moving average to take; None takes the weights as they were trained.
 
         Raises:
             ValueError: The weights are of another model.
         """
-        found = read_state(source)
-        check_fit(self.state_dict(), found, source)
+        own = self.state_dict()
+        found = resize_positions(own, read_state(source, ema))
+        check_fit(own, found, source)
         self.load_state_dict(found)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -168,7 +192,7 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Generate the images that a batch of ``SampleRequests`` asks for: (B, 3, H, W) in [-1, 1]."""
-        return self.generate(batch["seed"].tolist(), batch["label"])
+        return self.generate(batch["seed"].tolist(), batch["label"], batch.get("caption"))
 
     @property
     def _image_size(self) -> int | None:
@@ -184,37 +208,63 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         return int(self.denoiser.backbone.config.sample_size)
 
     @torch.no_grad()
-    def generate(self, seeds: Sequence[int], labels: Tensor | Sequence[int] | None = None) -> Tensor:
+    def generate(
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | Sequence[int] | None = None,
+        captions: Sequence[str] | None = None,
+    ) -> Tensor:
         """Generate images.
 
         Args:
-            seeds: One seed an image; the same seed, label and weights give the same image in any batch.
-            labels: (B,) classes; none for an unconditional model.
+            seeds: One seed an image; the same seed, condition and weights give the same image in any batch.
+            labels: (B,) classes, for a model that goes by them; none for an unconditional one.
+            captions: B captions, for a model that goes by them.
 
         Returns:
             (B, 3, H, W) float32 in [-1, 1], on the module's device.
         """
+        side = self.latent_size * self.autoencoder.downscale
         if not seeds:
-            return torch.empty(0, 3, *2 * [self.latent_size * self.autoencoder.downscale], device=self.device)
-        shape = (self.autoencoder.latent_channels, self.latent_size, self.latent_size)
+            return torch.empty(0, 3, side, side, device=self.device)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        z_start = initial_noise(generators, shape).to(self.device)
-        batch = {} if labels is None else {"label": torch.as_tensor(labels)}
+        shape = (self.autoencoder.latent_channels, self.latent_size, self.latent_size)
+        asked: dict[str, Any] = {"target_size": torch.tensor([side, side])}
+        if labels is not None:
+            asked["label"] = torch.as_tensor(labels)
+        if captions is not None:
+            asked["caption"] = list(captions)
+        z0 = self.sample_latents(initial_noise(generators, shape).to(self.device), asked, generators)
+        return self.autoencoder.decode(z0).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def sample_latents(
+        self, z_start: Tensor, batch: Mapping[str, Any], generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        """Sample latents.
+
+        Args:
+            z_start: Standard normal noise (B, C, h, w).
+            batch: What the conditioner asks for, such as ``label`` or ``caption``, of B samples.
+            generators: B generators on the CPU, for samplers that add noise on the way.
+
+        Returns:
+            z0: (B, C, h, w) float32.
+        """
+        size = len(z_start)
         # Without classes the condition is the null condition, and there is nothing to guide by.
-        unconditional = getattr(self.conditioner, "num_classes", None) == 0
-        null_of_all = torch.ones(len(seeds), dtype=torch.bool)
-        z0 = self.sampler(
+        unconditional = self.conditioner.num_classes == 0
+        null_of_all = torch.ones(size, dtype=torch.bool)
+        return self.sampler(
             self.denoiser,
             self.noise,
             z_start,
-            self.conditioner(batch, len(seeds)),
-            None if unconditional else self.conditioner(batch, len(seeds), drop=null_of_all),
+            self.conditioner(batch, size),
+            None if unconditional else self.conditioner(batch, size, drop=null_of_all),
             generators,
         )
-        return self.autoencoder.decode(z0).float().clamp(-1, 1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the trainable parameters, and its schedule."""
-        frozen = set(self.autoencoder.parameters())
-        trained = [parameter for parameter in self.parameters() if parameter not in frozen]
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return build_optimizers(trained, self.optimizer, self.lr_scheduler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from importlib.resources import files
@@ -10,14 +11,32 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["EMBEDDED", "check_fit", "locate", "read_state"]
+__all__ = [
+    "EMBEDDED",
+    "RANDOM",
+    "check_fit",
+    "chosen_state",
+    "is_untrained",
+    "locate",
+    "read_checkpoint",
+    "read_state",
+    "resize_positions",
+]
 
 EMBEDDED = "embedded:"
 """Prefix of the names of the weights that ship with the package, as in ``embedded:autoencoder_shapes``."""
 
+RANDOM = "random:"
+"""Prefix of a folder or hub id whose configs are taken and whose weights are not: they are drawn at random."""
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def is_untrained(source: str) -> tuple[bool, str]:
+    """Whether a source asks for random weights (``random:SOURCE``), and the source without that prefix."""
+    return source.startswith(RANDOM), source.removeprefix(RANDOM)
 
 
 def locate(source: str, argument: str) -> Path | str:
@@ -60,28 +79,71 @@ def locate(source: str, argument: str) -> Path | str:
     return source
 
 
-def read_state(source: str) -> dict[str, Tensor]:
+def read_state(source: str, ema: float | None = None) -> dict[str, Tensor]:
     """Read a state dict without running any code that the file may hold.
 
     Args:
         source: A Lightning checkpoint, a safetensors file, or ``embedded:NAME``.
+        ema: Decay of the moving average to take; None takes the weights as they were trained.
 
     Raises:
-        ValueError: The file is neither.
+        ValueError: The file is neither, or holds no such average.
     """
     path = locate(source, "weights")
     if isinstance(path, str) or path.is_dir():
         raise ValueError(f"`weights`={source!r} must be a file: a Lightning checkpoint (.ckpt) or .safetensors.")
     if path.suffix == ".safetensors":
+        if ema is not None:
+            raise ValueError(
+                f"`ema`={ema}: {source} is a .safetensors file, which holds one set of weights: leave it out."
+            )
         return load_file(path)
+    return chosen_state(read_checkpoint(source), source, ema)
+
+
+def read_checkpoint(source: str, argument: str = "weights") -> dict[str, Any]:
+    """Read a Lightning checkpoint without running any code that the file may hold.
+
+    Args:
+        source: Its path.
+        argument: Name of the argument it came by, for the error.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It cannot be read, or is something else.
+    """
+    path = locate(source, argument)
     try:
-        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ValueError(f"`weights`={source!r} cannot be read as a checkpoint: {error}") from error
+        raise ValueError(f"`{argument}`={source!r} cannot be read as a checkpoint: {error}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"`weights`={source!r} is no Lightning checkpoint: it has no 'state_dict'.")
-    state: dict[str, Tensor] = checkpoint["state_dict"]
-    return state
+        raise ValueError(f"`{argument}`={source!r} is no Lightning checkpoint: it has no 'state_dict'.")
+    return checkpoint
+
+
+def chosen_state(checkpoint: Mapping[str, Any], source: str, ema: float | None) -> dict[str, Tensor]:
+    """The weights of a checkpoint as they were trained, or their moving average.
+
+    Where weights were averaged Lightning puts the average in ``state_dict`` and the others elsewhere.
+
+    Args:
+        checkpoint: A Lightning checkpoint.
+        source: Where it is from, for the error.
+        ema: Decay of the average; None takes the weights as they were trained.
+
+    Raises:
+        ValueError: It holds no average, or one of another decay.
+    """
+    averaged: dict[str, Tensor] = checkpoint["state_dict"]
+    if ema is None:
+        trained: dict[str, Tensor] = checkpoint.get("current_model_state", averaged)
+        return trained
+    decays = {state["decay"] for state in checkpoint.get("callbacks", {}).values() if "decay" in state}
+    if "current_model_state" not in checkpoint or (decays and ema not in decays):
+        there = f"has those of decay {sorted(decays)}" if decays else "has none"
+        raise ValueError(f"`ema`={ema}: {source} {there}. Leave it out to have the weights as they were trained.")
+    return averaged
 
 
 def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
@@ -114,3 +176,30 @@ def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], source: st
             f"The weights in {source} are of another model: {'; '.join(problems)}. "
             "Give the config of the model that they were trained with."
         )
+
+
+def resize_positions(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Resize grids of position embeddings to those of a model for another resolution.
+
+    Positions keep their place in the image: the grid (1, n * n, D) of the one model is resampled to the (1, m * m, D)
+    of the other, as vision transformers are fine-tuned at another resolution (Dosovitskiy et al., 2021).
+
+    Args:
+        own: State dict of the model that the weights are for.
+        found: The weights. Not changed.
+
+    Returns:
+        The weights, with what is called ``pos_embed`` in the model's shape.
+    """
+    fitted = dict(found)
+    for name, tensor in found.items():
+        wanted = own[name].shape if name in own else tensor.shape
+        if "pos_embed" not in name or tensor.shape == wanted or tensor.ndim != 3 or wanted[2:] != tensor.shape[2:]:
+            continue
+        old, new = math.isqrt(tensor.shape[1]), math.isqrt(wanted[1])
+        if old * old != tensor.shape[1] or new * new != wanted[1]:
+            continue
+        grid = tensor.float().unflatten(1, (old, old)).movedim(3, 1)
+        grid = nn.functional.interpolate(grid, (new, new), mode="bicubic", antialias=new < old)
+        fitted[name] = grid.movedim(1, 3).flatten(1, 2).to(tensor.dtype)
+    return fitted

@@ -25,6 +25,7 @@ def test_tokens_of_a_class_are_its_embedding_and_learn() -> None:
     assert condition.pooled.shape == (3, 6)
     torch.testing.assert_close(condition.tokens[0].flatten(), conditioner.tokens.weight[2])
     torch.testing.assert_close(condition.tokens[1].flatten(), conditioner.tokens.weight[3])
+    assert conditioner.pooled is not None
     condition.pooled.sum().backward()
     gradient = conditioner.pooled.weight.grad
     assert gradient is not None

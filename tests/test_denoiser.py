@@ -56,13 +56,13 @@ def test_what_does_not_fit_is_refused() -> None:
     sd3.check(4, 4, tokens)
     cases = [
         (sd3, 16, 4, tokens, "takes latents of 4 channels, the autoencoder makes 16"),
-        (sd3, 4, 5, tokens, "`patch_size`=2 does not divide"),
+        (sd3, 4, 5, tokens, "latents are 5 wide, no multiple of 2"),
         (sd3, 4, 32, tokens, "set `pos_embed_max_size` to 16 or more"),
-        (sd3, 4, 4, ClassTokens(3, 6, 8), "`token_dim`=6 of the conditioner must be 8"),
-        (sd3, 4, 4, ClassTokens(3, 8, 6), "`pooled_dim`=6 of the conditioner must be 8"),
+        (sd3, 4, 4, ClassTokens(3, 6, 8), "`token_dim`=6 of the conditioner .ClassTokens. must be 8"),
+        (sd3, 4, 4, ClassTokens(3, 8, 6), "`pooled_dim`=6 of the conditioner .ClassTokens. must be 8"),
         (sd3, 4, 4, ClassLabels(3), "condition it by ClassTokens"),
-        (tiny_dit(), 4, 4, ClassLabels(5), r"`num_classes`=5 .* is 3"),
-        (tiny_dit(), 4, 4, tokens, "conditioned by ClassLabels, got ClassTokens"),
+        (tiny_dit(), 4, 4, ClassLabels(5), r"`num_classes`=5 .* has 3"),
+        (tiny_dit(), 4, 4, tokens, "must be conditioned by ClassLabels, got ClassTokens"),
         (tiny_sd3(out_channels=8), 4, 4, tokens, "predicts 8 channels"),
         (tiny_dit(out_channels=3), 4, 4, ClassLabels(3), "predicts 3 channels"),
     ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from backbones import POOLED_DIM, TOKEN_DIM, denoiser
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -183,3 +184,38 @@ def test_a_scheduler_of_another_prediction_is_refused() -> None:
         Sampler(num_steps=0)
     with pytest.raises(ValueError, match="must be a diffusers scheduler"):
         Sampler(scheduler="ddim")
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["alone", "inside_autocast"])
+def test_the_denoiser_alone_runs_in_a_lower_precision(around: bool) -> None:
+    model, process = denoiser("SD3"), FlowMatching()
+    seen: set[torch.dtype] = set()
+    model.backbone.proj_out.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    z_start = initial_noise([torch.Generator().manual_seed(i) for i in range(2)], (4, 8, 8))
+    conditions = (
+        Condition(tokens=torch.randn(2, 3, TOKEN_DIM), pooled=torch.randn(2, POOLED_DIM)),
+        Condition(tokens=torch.zeros(2, 3, TOKEN_DIM), pooled=torch.zeros(2, POOLED_DIM)),
+    )
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        seen.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+            found[precision] = Sampler(num_steps=4, precision=precision)(model, process, z_start, *conditions)
+        assert seen == {getattr(torch, precision)}
+        assert found[precision].dtype == torch.float32
+    exact = Sampler(num_steps=4)(model, process, z_start, *conditions)
+    torch.testing.assert_close(found["float32"], exact)
+    error = (found["bfloat16"] - exact).abs().max()
+    assert 0 < error < 0.05
+    with pytest.raises(ValueError, match="`precision` must be"):
+        Sampler(precision="half")  # type: ignore[arg-type]
+
+
+def test_a_compiled_backbone_samples_the_same() -> None:
+    z_start = initial_noise([torch.Generator().manual_seed(i) for i in range(2)], (4, 8, 8))
+    condition = Condition(tokens=torch.randn(2, 3, TOKEN_DIM), pooled=torch.randn(2, POOLED_DIM))
+    plain, compiled = (
+        Sampler(num_steps=3)(denoiser("SD3", compile=compile), FlowMatching(), z_start, condition)
+        for compile in (False, True)
+    )
+    torch.testing.assert_close(plain, compiled, atol=1e-4, rtol=1e-4)

@@ -1,8 +1,18 @@
-"""Lightning callbacks: the loss, images, rates and what a run leaves behind."""
+"""Lightning callbacks: the loss, images, averages, rates and what a run leaves behind."""
 
+from lpl_lightning.callbacks.ema import EMA
 from lpl_lightning.callbacks.images import ImageWriter, SampleGrid
 from lpl_lightning.callbacks.lpl import LPLCallback
-from lpl_lightning.callbacks.saving import SaveAutoencoder, SaveWeights
+from lpl_lightning.callbacks.saving import SaveAutoencoder, SaveDiffusers, SaveWeights
 from lpl_lightning.callbacks.throughput import ImagesPerSecond
 
-__all__ = ["ImageWriter", "ImagesPerSecond", "LPLCallback", "SampleGrid", "SaveAutoencoder", "SaveWeights"]
+__all__ = [
+    "EMA",
+    "ImageWriter",
+    "ImagesPerSecond",
+    "LPLCallback",
+    "SampleGrid",
+    "SaveAutoencoder",
+    "SaveDiffusers",
+    "SaveWeights",
+]

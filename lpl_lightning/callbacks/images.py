@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torchvision.utils import make_grid
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.callbacks.run_folder import run_folder
-from lpl_lightning.data.base import SampleRequests
+from lpl_lightning.data.base import ImageDataModule, SampleRequests
 from lpl_lightning.module import LatentDiffusionModule
 
 __all__ = ["ImageWriter", "SampleGrid"]
@@ -37,12 +38,15 @@ class SampleGrid(Callback):
     and go to TensorBoard where it is the logger. Among the callbacks it stands behind one that averages weights, so
     that the last grid shows the averaged ones.
 
+    Models that go by captions draw the first ones of the validation images, unless ``prompts`` are given.
+
     Args:
-        num_images: How many, going round the classes.
+        num_images: How many, going round the classes or prompts.
         columns: Images in a row; a multiple of the number of classes puts a class in each column.
         every_n_steps: Optimizer steps between grids; none gives the first and the last only.
         seed: Image ``i`` is drawn from seed ``seed + i``.
         batch_size: Images sampled at once.
+        prompts: What to draw, for models that go by captions.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class SampleGrid(Callback):
         every_n_steps: int | None = None,
         seed: int = 0,
         batch_size: int = 64,
+        prompts: list[str] | None = None,
     ) -> None:
         at_least(1, num_images=num_images, columns=columns, batch_size=batch_size)
         if every_n_steps is not None:
@@ -61,6 +66,7 @@ class SampleGrid(Callback):
         self.every_n_steps = every_n_steps
         self.seed = seed
         self.batch_size = batch_size
+        self.prompts = prompts
         self._last_step = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -99,14 +105,15 @@ class SampleGrid(Callback):
         if step == self._last_step:
             return path
         self._last_step = step
-        requests = SampleRequests(self.num_images, getattr(pl_module.conditioner, "num_classes", 0), self.seed)
+        requests = self._requests(trainer, pl_module)
         asked = [requests[i] for i in range(self.num_images)]
         modes = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
         images = []
         for start in range(0, self.num_images, self.batch_size):
             part = asked[start : start + self.batch_size]
-            images.append(pl_module.generate([r["seed"] for r in part], [r["label"] for r in part]))
+            captions = [r["caption"] for r in part if "caption" in r] or None
+            images.append(pl_module.generate([r["seed"] for r in part], [r["label"] for r in part], captions))
         for module, training in modes.items():
             module.training = training
         grid = make_grid(to_uint8(torch.cat(images)), nrow=self.columns)
@@ -119,12 +126,25 @@ class SampleGrid(Callback):
                     logger.experiment.add_image("samples", grid, step)
         return path
 
+    def _requests(self, trainer: pl.Trainer, pl_module: LatentDiffusionModule) -> SampleRequests:
+        num_classes = pl_module.conditioner.num_classes
+        if num_classes is not None:
+            return SampleRequests(self.num_images, num_classes, self.seed)
+        data = getattr(trainer, "datamodule", None)
+        prompts = self.prompts or (data.sample_captions(self.num_images) if isinstance(data, ImageDataModule) else [])
+        if not prompts:
+            raise ValueError(
+                "SampleGrid draws what captions say, but the data give none: give it `prompts`, a list of strings."
+            )
+        return SampleRequests(self.num_images, seed=self.seed, captions=prompts)
+
 
 class ImageWriter(BasePredictionWriter):
     """Writes what ``lpl predict`` generates as PNG files, one folder a class, and resumes where it was stopped.
 
-    Image ``i`` is ``DIRNAME/CLASS/i.png``, all in class 0 where the model knows no classes. Images that are there are
-    not made again; a folder made with other weights or settings, which ``settings.json`` in it records, is refused.
+    Image ``i`` is ``DIRNAME/CLASS/i.png``, all in class 0 where the model knows no classes. For a model that goes by
+    captions, its caption lies beside it in ``i.txt``, as UTF-8. Images that are there are not made again; a folder made
+    with other weights, prompts or settings, which ``settings.json`` in it records, is refused.
 
     Args:
         dirname: Where to; the folder is made if need be.
@@ -172,10 +192,17 @@ class ImageWriter(BasePredictionWriter):
             "scheduler": _described(scheduler),
             "num_steps": sampler.num_steps,
             "guidance_scale": sampler.guidance_scale,
+            "guidance_interval": sampler.guidance_interval,
+            "precision": sampler.precision,
             "generate_seed": getattr(data, "generate_seed", None),
             "image_size": getattr(data, "image_size", None),
             "num_classes": getattr(data, "num_classes", None),
         }
+        if _goes_by_captions(pl_module):
+            # All captions that the requests go round, so that a folder can be made in parts.
+            requests = getattr(trainer.predict_dataloaders, "dataset", None)
+            prompts = json.dumps(list(getattr(requests, "captions", ())))
+            settings["prompts_blake2b"] = hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest()
         # As it comes back from the file, where tuples are lists.
         restored: dict[str, Any] = json.loads(json.dumps(settings, default=str))
         return restored
@@ -195,14 +222,17 @@ class ImageWriter(BasePredictionWriter):
         """Take out of the batch what is there already. Each image has its own seed, so the others stay the same."""
         if not isinstance(pl_module, LatentDiffusionModule):
             return
-        if getattr(pl_module.conditioner, "num_classes", None) == 0:
+        if not getattr(pl_module.conditioner, "num_classes", None):
             batch["label"] = torch.zeros_like(batch["label"])
         todo = [
             not self.path(index, label).exists()
             for index, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
         ]
         for key, values in batch.items():
-            batch[key] = values[torch.tensor(todo, device=values.device)]
+            if isinstance(values, Tensor):
+                batch[key] = values[torch.tensor(todo, device=values.device)]
+            else:
+                batch[key] = list(compress(values, todo))
 
     def write_on_batch_end(
         self,
@@ -214,20 +244,28 @@ class ImageWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write a batch of images."""
+        """Write a batch of images and, for a model that goes by them, their captions."""
         if not isinstance(pl_module, LatentDiffusionModule):
             return
-        for image, index, label in zip(
-            to_uint8(prediction), batch["index"].tolist(), batch["label"].tolist(), strict=True
+        captions = batch.get("caption") if _goes_by_captions(pl_module) else None
+        for i, (image, index, label) in enumerate(
+            zip(to_uint8(prediction), batch["index"].tolist(), batch["label"].tolist(), strict=True)
         ):
             path = self.path(index, label)
             path.parent.mkdir(parents=True, exist_ok=True)
+            if captions is not None:
+                # Before the image, which tells a later run that there is nothing left to do.
+                path.with_suffix(".txt").write_text(captions[i], encoding="utf-8", newline="\n")
             _write_png(image, path)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where the images are."""
         if isinstance(pl_module, LatentDiffusionModule):
             rank_zero_info(f"Images: {self.folder}")
+
+
+def _goes_by_captions(pl_module: LatentDiffusionModule) -> bool:
+    return getattr(pl_module.conditioner, "num_classes", None) is None
 
 
 def _described(part: Any) -> dict[str, Any]:

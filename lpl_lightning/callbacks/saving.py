@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 
 from lpl_lightning.autoencoder_module import AutoencoderModule
 from lpl_lightning.callbacks.run_folder import run_folder
+from lpl_lightning.export import export_diffusers
+from lpl_lightning.module import LatentDiffusionModule
 
-__all__ = ["SaveAutoencoder", "SaveWeights"]
+__all__ = ["SaveAutoencoder", "SaveDiffusers", "SaveWeights"]
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
@@ -87,3 +89,33 @@ class SaveAutoencoder(Callback):
             model = copy.deepcopy(pl_module.autoencoder).to("cpu", getattr(torch, self.dtype))
             model.save_pretrained(folder / self.dirname)
             rank_zero_info(f"Autoencoder saved in {folder / self.dirname}")
+
+
+class SaveDiffusers(Callback):
+    """At the end of ``fit``, write what was trained as a diffusers pipeline loads it, averaged if it was averaged.
+
+    What ``lpl export`` does with a checkpoint, see ``export_diffusers``; the folder of an earlier run is replaced.
+
+    Args:
+        dirname: Folder inside the run's folder.
+        dtype: Precision of the saved weights.
+    """
+
+    def __init__(self, dirname: str = "diffusers", dtype: Precision = "float32") -> None:
+        self.dirname = dirname
+        self.dtype = dtype
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a module that is no latent diffusion model."""
+        if not isinstance(pl_module, LatentDiffusionModule):
+            raise ValueError(
+                f"SaveDiffusers writes a LatentDiffusionModule, got {type(pl_module).__name__}; take it out of "
+                "trainer.callbacks."
+            )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the folder."""
+        folder = run_folder(trainer)
+        if folder is None or not trainer.is_global_zero or not isinstance(pl_module, LatentDiffusionModule):
+            return
+        export_diffusers(pl_module, folder / self.dirname, self.dtype, replace=True)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,33 @@ import torch
 from PIL import Image
 from test_mixin import Foreign
 from test_module import trainer
+from torch import Tensor, nn
 
 from lpl_lightning import ClassTokens, ImageWriter, LatentDiffusionModule, SampleGrid, Sampler, ShapesDataModule
+from lpl_lightning.conditioning import Condition, Conditioner, ConditionShape
 
 MakeModule = Callable[..., LatentDiffusionModule]
+
+
+class Letters(Conditioner):
+    """A token for each caption: the mean of its letters' embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.1)
+        self.letters = nn.EmbeddingBag(128, 8)
+
+    @property
+    def gives(self) -> ConditionShape:
+        return ConditionShape(token_dim=8, pooled_dim=8)
+
+    def forward(self, batch: Mapping[str, Any], batch_size: int, drop: Tensor | None = None) -> Condition:
+        captions = batch.get("caption", [""] * batch_size)
+        dropped = [False] * batch_size if drop is None else drop.tolist()
+        texts = ["" if null else caption for null, caption in zip(dropped, captions, strict=True)]
+        codes = [torch.tensor([ord(letter) % 128 for letter in text], dtype=torch.int64) for text in texts]
+        offsets = torch.tensor([0, *(len(code) for code in codes[:-1])]).cumsum(0)
+        pooled = self.letters(torch.cat(codes), offsets)
+        return Condition(tokens=pooled[:, None], pooled=pooled)
 
 
 @pytest.fixture
@@ -23,7 +46,7 @@ def module(make_module: MakeModule) -> LatentDiffusionModule:
     return make_module(conditioner=ClassTokens(8, token_dim=8, pooled_dim=8))
 
 
-def data(num_generate: int = 20, batch_size: int = 8, seed: int = 0) -> ShapesDataModule:
+def data(num_generate: int = 20, batch_size: int = 8, seed: int = 0, prompts: Path | None = None) -> ShapesDataModule:
     return ShapesDataModule(
         image_size=16,
         train_images=16,
@@ -31,6 +54,7 @@ def data(num_generate: int = 20, batch_size: int = 8, seed: int = 0) -> ShapesDa
         batch_size=batch_size,
         num_generate=num_generate,
         generate_seed=seed,
+        prompts=prompts,
     )
 
 
@@ -68,9 +92,9 @@ def test_predict_goes_on_where_it_stopped_with_the_same_images(module: LatentDif
     made: list[int] = []
     generate = module.generate
 
-    def watched(seeds: Any, labels: Any = None) -> torch.Tensor:
+    def watched(seeds: Any, labels: Any = None, captions: Any = None) -> torch.Tensor:
         made.extend(seeds)
-        return generate(seeds, labels)
+        return generate(seeds, labels, captions)
 
     module.generate = watched  # type: ignore[method-assign]
     predict(module, parts, tmp_path)
@@ -104,6 +128,58 @@ def test_without_classes_all_images_lie_in_one_folder(make_module: MakeModule, t
     predict(make_module(conditioner=ClassTokens(0, token_dim=8, pooled_dim=8)), tmp_path / "out", tmp_path)
     assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == ["0000"]
     assert len(pictures(tmp_path / "out")) == 20
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes().decode() for p in folder.rglob("*.txt")}
+
+
+def test_captions_lie_beside_images_of_a_model_that_goes_by_them(make_module: MakeModule, tmp_path: Path) -> None:
+    module, out = make_module(conditioner=Letters()), tmp_path / "out"
+    predict(module, out, tmp_path)
+    images = pictures(out)
+    assert list(images) == [f"0000/{i:06d}.png" for i in range(20)]
+    captions = data().sample_captions(20)
+    assert len(set(captions)) > 1
+    assert texts(out) == {f"0000/{i:06d}.txt": caption for i, caption in enumerate(captions)}
+    expected = [(module.generate([9], captions=[caption])[0] + 1) * 127.5 for caption in captions[9:11]]
+    written = torch.from_numpy(images["0000/000009.png"].copy()).permute(2, 0, 1)
+    assert (written - expected[0]).abs().max() <= 0.51
+    assert (written - expected[1]).abs().max() > 1
+
+
+def test_captioned_images_go_on_where_they_stopped(make_module: MakeModule, tmp_path: Path) -> None:
+    module, whole, parts = make_module(conditioner=Letters()), tmp_path / "whole", tmp_path / "parts"
+    predict(module, whole, tmp_path)
+    predict(module, parts, tmp_path, num_generate=11, batch_size=4)
+    (parts / "0000" / "000002.png").unlink()
+    predict(module, parts, tmp_path)
+    assert texts(whole) == texts(parts)
+    first, second = pictures(whole), pictures(parts)
+    assert first.keys() == second.keys()
+    for name, image in first.items():
+        assert np.abs(image.astype(int) - second[name].astype(int)).max() <= 1
+
+
+def test_images_of_other_prompts_are_not_mixed_in(make_module: MakeModule, tmp_path: Path) -> None:
+    module, prompts, out = make_module(conditioner=Letters()), tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("ein Kätzchen\na star", encoding="utf-8")
+    predict(module, out, tmp_path, num_generate=3, prompts=prompts)
+    assert [texts(out)[f"0000/{i:06d}.txt"] for i in range(3)] == ["ein Kätzchen", "a star", "ein Kätzchen"]
+    for others in (None, prompts):
+        prompts.write_text("ein Kätzchen\na moon", encoding="utf-8")
+        with pytest.raises(ValueError, match=r"other settings \(prompts_blake2b; see"):
+            predict(module, out, tmp_path, num_generate=3, prompts=others)
+
+
+def test_a_model_that_goes_by_classes_knows_no_prompts(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a star")
+    predict(module, out, tmp_path, num_generate=2)
+    predict(module, out, tmp_path, num_generate=3, prompts=prompts)
+    assert texts(out) == {}
+    assert list(pictures(out)) == [f"{i:04d}/{i:06d}.png" for i in range(3)]
+    assert "prompts_blake2b" not in json.loads((out / "settings.json").read_text())
 
 
 def test_grids_at_start_every_n_steps_and_end(module: LatentDiffusionModule, tmp_path: Path) -> None:
