@@ -1,0 +1,259 @@
+"""Every config runs, made small by one overlay, and is built at its full size on no device at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from full_size import stand_ins
+from test_cli import in_folder, last_run, logged
+
+from lpl_lightning import DDPM, LatentDiffusionModule
+from lpl_lightning.cli import LPLCLI, main
+from lpl_lightning.profiling import ProfilingTrainer
+
+CONFIGS = ROOT / "configs"
+NOISES = ["ddpm_epsilon", "ddpm_v", "flow"]
+PAPER = ["imagenet256", "imagenet512", "cc12m256", "cc12m512"]
+LORA = ["sdxl_lora_lpl", "sd3_lora_lpl"]
+OTHERS = ["quickstart", "folder", "denoiser_shapes", "autoencoder_shapes"]
+OVERLAYS = [*NOISES, "lpl", "tiny", "mmdit_805m", "mmdit_2363m"]
+STACKS = [
+    *(["imagenet256", noise, *lpl] for noise in NOISES for lpl in ([], ["lpl"])),
+    *([config, noise, "lpl"] for config, noise in zip(PAPER[1:], NOISES, strict=True)),
+    *([config] for config in PAPER[1:]),
+    ["imagenet512", "mmdit_805m", "lpl"],
+    ["imagenet512", "mmdit_2363m", "flow"],
+    *([config] for config in LORA),
+    *([config] for config in OTHERS),
+    ["folder", "flow", "lpl"],
+]
+
+
+def test_no_config_is_forgotten() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PAPER, *LORA, *OTHERS, *OVERLAYS}
+
+
+def given(stack: list[str]) -> list[str]:
+    return [word for name in stack for word in ("-c", str(CONFIGS / f"{name}.yaml"))]
+
+
+@pytest.mark.parametrize("stack", STACKS, ids="+".join)
+def test_every_config_takes_two_steps_and_draws(stack: list[str], tmp_path: Path) -> None:
+    if stack[0] in LORA:
+        pytest.importorskip("peft")
+    main(["fit", *given([*stack, "tiny"]), "--trainer.enable_progress_bar=false", *in_folder(tmp_path)])
+    (run,) = (tmp_path / "runs").glob("*/version_0")
+    if stack[0] == "autoencoder_shapes":
+        assert (run / "autoencoder" / "config.json").is_file()
+        return
+    assert len(list(run.glob("samples/step-00000002.png"))) == 1
+    assert list(run.glob("checkpoints/*.ckpt"))
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["trainer"]["max_steps"] == 2
+    has_lpl = "lpl" in stack or stack[0] in ("quickstart", *LORA)
+    assert any("LPLCallback" in callback["class_path"] for callback in saved["trainer"]["callbacks"]) == has_lpl
+    if stack[0] in LORA:
+        assert (run / "diffusers" / "pytorch_lora_weights.safetensors").is_file()
+        metrics = logged(run)
+        assert metrics["lpl_weight"][-1] > 0
+
+
+def test_the_paper_post_trains_from_its_own_weights(tmp_path: Path) -> None:
+    """256 px, then 512 px with LPL from the average; the overlay's sizes are the same, the positions are not."""
+    quiet = ["--trainer.enable_progress_bar=false", *in_folder(tmp_path)]
+    main(["fit", *given(["imagenet256", "flow", "tiny"]), *quiet])
+    first = last_run(tmp_path) / "checkpoints" / "last.ckpt"
+    rule = "lpl_lightning.LatentDiffusionModule"
+    overlay = {"stand_ins": {rule: {"weights": str(first), "weights_ema": 0.9999}}}
+    (tmp_path / "post.yaml").write_text(yaml.safe_dump(overlay))
+    tiny = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())
+    tiny["stand_ins"] |= overlay["stand_ins"]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    stack = [*given(["imagenet512", "flow", "lpl"]), "-c", str(tmp_path / "tiny.yaml")]
+    main(["fit", *stack, "--data.image_size=128", *quiet])
+    second = torch.load(last_run(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    before = torch.load(first, weights_only=True)["state_dict"]
+    name = "denoiser.backbone.pos_embed.pos_embed"
+    assert before[name].shape[1] == 16**2
+    assert second[name].shape[1] == 32**2
+    moved = (second["denoiser.backbone.proj_out.weight"] - before["denoiser.backbone.proj_out.weight"]).abs().max()
+    assert 0 < moved < 1e-3  # two steps at 1e-4 from there
+
+
+def build(stack: list[str], tmp_path: Path) -> LatentDiffusionModule:
+    """The module of a config at its full size, on the meta device."""
+    (tmp_path / "full.yaml").write_text(yaml.safe_dump({"stand_ins": stand_ins(tmp_path / "models")}))
+    with torch.device("meta"):
+        cli = LPLCLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=ProfilingTrainer,
+            auto_configure_optimizers=False,
+            run=False,
+            args=[*given(stack), "-c", str(tmp_path / "full.yaml"), "--trainer.precision=32-true"],
+        )
+    assert isinstance(cli.model, LatentDiffusionModule)
+    return cli.model
+
+
+def millions(module: torch.nn.Module, trained: bool = False) -> int:
+    counted = (p.numel() for p in module.parameters() if p.requires_grad or not trained)
+    return round(sum(counted) / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("stack", "backbone"),
+    [
+        (["imagenet256"], 805),
+        (["imagenet512", "ddpm_v"], 805),
+        (["imagenet256", "mmdit_805m", "flow", "lpl"], 805),
+        (["imagenet512", "mmdit_2363m"], 2363),
+        (["cc12m256", "flow"], 806),
+        (["cc12m512", "lpl"], 806),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else str(value),
+)
+def test_the_papers_models_at_full_size(stack: Any, backbone: int, tmp_path: Path) -> None:
+    module = build(stack, tmp_path)
+    assert millions(module.denoiser) == backbone
+    assert {p.device.type for p in module.parameters()} == {"meta"}
+    assert millions(module.autoencoder) == 194
+    assert millions(module.autoencoder, trained=True) == 0
+    side = 512 if "512" in stack[0] else 256
+    module.denoiser.check(module.autoencoder.latent_channels, side // 8, module.conditioner)
+    assert module.sampler.guidance_scale == (2.0 if side == 512 else 1.5)
+    assert module.sampler.num_steps == 50
+    if "ddpm_v" in stack:
+        assert isinstance(module.noise, DDPM)
+        assert module.noise.prediction_type == "v_prediction"
+        assert module.noise.sampling_scheduler().config.rescale_betas_zero_snr
+    if stack[0].startswith("cc12m"):
+        assert millions(module.conditioner) == 123 + 695
+        assert millions(module.conditioner, trained=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "backbone", "text", "lora"),
+    [("sdxl_lora_lpl", 2567, 123 + 695, 23), ("sd3_lora_lpl", 2243, 124 + 695 + 4762, 7)],
+)
+def test_fine_tuned_models_at_full_size(config: str, backbone: int, text: int, lora: int, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    module = build([config], tmp_path)
+    assert millions(module, trained=True) == lora
+    assert millions(module.denoiser) == pytest.approx(backbone + lora, abs=1)
+    assert millions(module.conditioner) == pytest.approx(text, abs=1)
+    module.denoiser.check(module.autoencoder.latent_channels, 128, module.conditioner)
+    assert module.denoiser.dtype == torch.bfloat16
+
+
+def test_stand_ins_are_put_wherever_they_are_named(tmp_path: Path) -> None:
+    overlay = {"stand_ins": {"lpl_lightning.sampling.Sampler": {"num_steps": 7}, "runs": str(tmp_path / "elsewhere")}}
+    (tmp_path / "overlay.yaml").write_text(json.dumps(overlay))
+    args = ["fit", *given(["quickstart"]), "-c", str(tmp_path / "overlay.yaml"), "--trainer.max_steps=0"]
+    main([*args, "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"])
+    (run,) = (tmp_path / "elsewhere" / "quickstart").iterdir()
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["sampler"]["init_args"]["num_steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"lpl_lightning.Sampler": {"steps": 7}}, "steps"),
+        ({"lpl_lightning.Nothing": {"steps": 7}}, "must be the path of a class"),
+        ({"stabilityai/sdxl-vae": {"steps": 7}}, "a string to stand in for a string"),
+    ],
+)
+def test_bad_stand_ins_are_refused(
+    rules: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump({"stand_ins": rules}))
+    with pytest.raises((ValueError, SystemExit)) as raised:
+        main(["fit", *given(["quickstart"]), "-c", str(tmp_path / "overlay.yaml"), *in_folder(tmp_path)])
+    assert message in str(raised.value) + capsys.readouterr().err
+
+
+NOTHING_READ = "no image is read before the parts are known to fit"
+
+
+@pytest.mark.parametrize(
+    ("stack", "options", "message"),
+    [
+        (
+            ["imagenet256", "ddpm_epsilon"],
+            ["--model.noise.rescale_betas_zero_snr=true"],
+            "`rescale_betas_zero_snr`=True cannot go with `prediction_type`='epsilon'",
+        ),
+        (
+            ["imagenet256", "flow"],
+            ["--model.sampler.scheduler=diffusers.DDPMScheduler"],
+            "DDPMScheduler is set for prediction_type='epsilon', but the noise process FlowMatching trains 'flow'",
+        ),
+        (
+            ["imagenet256"],
+            ["--data=lpl_lightning.ImageFolderDataModule", "--data.root={photos}", "--data.captions=sidecar"],
+            "The data have captions and no classes, but ClassTokens goes by class labels",
+        ),
+        (
+            ["cc12m256"],
+            ["--data=lpl_lightning.ImageFolderDataModule", "--data.root={photos}", "--data.captions=null"],
+            "Captions needs data with captions, but ImageFolderDataModule has none",
+        ),
+        (
+            ["cc12m256"],
+            ["--model.conditioner.token_dim=176"],
+            "`token_dim`=176 of the conditioner (Captions) must be 80",
+        ),
+        (
+            ["sdxl_lora_lpl"],
+            ["--model.fine_tuning.targets=[to_q, add_q_proj]"],
+            "`targets`: no layer of UNet2DConditionModel ends in 'add_q_proj'",
+        ),
+        (
+            ["sdxl_lora_lpl"],
+            ["--model.conditioner.size_conditions=false"],
+            "is conditioned on sizes: set `size_conditions: true`",
+        ),
+    ],
+    ids=["epsilon at zero snr", "flow by ddpm", "captions by class", "no captions", "encoder", "targets", "sizes"],
+)
+def test_what_does_not_fit_is_one_error_before_data_are_read(
+    stack: list[str], options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if stack[0] in LORA:
+        pytest.importorskip("peft")
+    (tmp_path / "photos" / "one").mkdir(parents=True)
+    for name in ("a.png", "a.txt", "one/a.png", "one/a.txt"):
+        (tmp_path / "photos" / name).write_text("neither image nor read")
+
+    def never(*_: Any) -> None:
+        raise AssertionError(NOTHING_READ)
+
+    monkeypatch.setattr("lpl_lightning.data.shapes.ShapesDataset.__getitem__", never)
+    monkeypatch.setattr("lpl_lightning.data.folder.unreadable", never)
+    options = [option.format(photos=tmp_path / "photos") for option in options]
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        main(["fit", *given([*stack, "tiny"]), *options, *in_folder(tmp_path)])
+    assert len(str(raised.value)) < 500
+
+
+def test_a_missing_text_encoder_is_named(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(ROOT / "lpl_lightning" / "weights" / "tiny" / "sd3", models)
+    shutil.rmtree(models / "text_encoder_3")
+    tiny = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())
+    tiny["stand_ins"]["stabilityai/stable-diffusion-3.5-medium"] = f"random:{models}"
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    with pytest.raises(FileNotFoundError, match="text encoder .*`subfolder`='text_encoder_3' is not there"):
+        main(["fit", *given(["sd3_lora_lpl"]), "-c", str(tmp_path / "tiny.yaml"), *in_folder(tmp_path)])
