@@ -202,10 +202,20 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
 
     @property
     def latent_size(self) -> int:
-        """Side of the latents: the data's, and without data the one that the backbone was built for."""
+        """Side of the latents: the data's, and without data the one that the backbone was built for.
+
+        Raises:
+            ValueError: There are no data, and the backbone does not say.
+        """
         if self._image_size is not None:
             return self._image_size // self.autoencoder.downscale
-        return int(self.denoiser.backbone.config.sample_size)
+        sample_size = getattr(self.denoiser.backbone.config, "sample_size", None)
+        if not isinstance(sample_size, int):
+            raise ValueError(
+                f"The size of images is not known: there are no data, and a {type(self.denoiser.backbone).__name__} is "
+                "built for no size. Give `image_size`."
+            )
+        return sample_size
 
     @torch.no_grad()
     def generate(
@@ -213,6 +223,7 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         seeds: Sequence[int],
         labels: Tensor | Sequence[int] | None = None,
         captions: Sequence[str] | None = None,
+        image_size: int | None = None,
     ) -> Tensor:
         """Generate images.
 
@@ -220,15 +231,20 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
             seeds: One seed an image; the same seed, condition and weights give the same image in any batch.
             labels: (B,) classes, for a model that goes by them; none for an unconditional one.
             captions: B captions, for a model that goes by them.
+            image_size: Side of the images, in pixels; by default the data's, and without data that which the backbone
+                was built for.
 
         Returns:
             (B, 3, H, W) float32 in [-1, 1], on the module's device.
         """
-        side = self.latent_size * self.autoencoder.downscale
+        if image_size is not None:
+            check_divides(image_size, self.autoencoder.downscale)
+        size = self.latent_size if image_size is None else image_size // self.autoencoder.downscale
+        side = size * self.autoencoder.downscale
         if not seeds:
             return torch.empty(0, 3, side, side, device=self.device)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        shape = (self.autoencoder.latent_channels, self.latent_size, self.latent_size)
+        shape = (self.autoencoder.latent_channels, size, size)
         asked: dict[str, Any] = {"target_size": torch.tensor([side, side])}
         if labels is not None:
             asked["label"] = torch.as_tensor(labels)

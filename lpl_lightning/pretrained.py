@@ -60,7 +60,8 @@ def locate(source: str, argument: str) -> Path | str:
         ):
             if found.exists():
                 return found
-        names = sorted(EMBEDDED + path.stem for path in weights.iterdir() if not path.name.startswith((".", "_")))
+        whole = (path for path in weights.iterdir() if path.suffix == ".safetensors" or (path / "config.json").is_file())
+        names = sorted(EMBEDDED + path.stem for path in whole)
         raise FileNotFoundError(f"`{argument}`={source!r} does not ship with lpl_lightning; these do: {names}.")
     path = Path(source).expanduser()
     if source and path.exists():

@@ -101,6 +101,7 @@ def test_trains_with_lpl_and_samples(noise: str, backbone: str, condition: str, 
     torch.testing.assert_close(images[1:], alone, atol=1e-3, rtol=1e-3)
     other: Tensor = module.generate([1], [5], ["a yellow square"])
     assert not torch.allclose(alone, other, atol=1e-4), "the condition reaches the image"
+    assert module.generate([1], [5], ["a yellow square"], image_size=32).shape[-2:] == (32, 32)
 
 
 def test_the_table_has_every_combination() -> None:

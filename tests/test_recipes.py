@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import ROOT
 from full_size import stand_ins
+from safetensors.torch import load_file
 from test_cli import in_folder, last_run, logged
 
 from lpl_lightning import DDPM, LatentDiffusionModule
@@ -57,12 +58,17 @@ def test_every_config_takes_two_steps_and_draws(stack: list[str], tmp_path: Path
         return
     assert len(list(run.glob("samples/step-00000002.png"))) == 1
     assert list(run.glob("checkpoints/*.ckpt"))
+    weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert not [name for name in weights if name.startswith(("autoencoder.", "conditioner.encoders."))]
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["trainer"]["max_steps"] == 2
     has_lpl = "lpl" in stack or stack[0] in ("quickstart", *LORA)
     assert any("LPLCallback" in callback["class_path"] for callback in saved["trainer"]["callbacks"]) == has_lpl
     if stack[0] in LORA:
-        assert (run / "diffusers" / "pytorch_lora_weights.safetensors").is_file()
+        lora = load_file(run / "diffusers" / "pytorch_lora_weights.safetensors")
+        assert all(tensor.any() for name, tensor in lora.items()), (
+            "two steps have moved each matrix that begins at zero"
+        )
         metrics = logged(run)
         assert metrics["lpl_weight"][-1] > 0
 
