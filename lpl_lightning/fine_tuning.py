@@ -107,7 +107,6 @@ class LoRA(FineTuning):
                         f"`targets`: no layer of {type(backbone).__name__} ends in {target!r}. Its layers end in "
                         f"{_some({name.rsplit('.', 1)[-1] for name in layers if not name[-1].isdigit()})}."
                     )
-        backbone.requires_grad_(False)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=cast(int, self.alpha),

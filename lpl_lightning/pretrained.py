@@ -60,7 +60,9 @@ def locate(source: str, argument: str) -> Path | str:
         ):
             if found.exists():
                 return found
-        whole = (path for path in weights.iterdir() if path.suffix == ".safetensors" or (path / "config.json").is_file())
+        whole = (
+            path for path in weights.iterdir() if path.suffix == ".safetensors" or (path / "config.json").is_file()
+        )
         names = sorted(EMBEDDED + path.stem for path in whole)
         raise FileNotFoundError(f"`{argument}`={source!r} does not ship with lpl_lightning; these do: {names}.")
     path = Path(source).expanduser()
@@ -201,6 +203,6 @@ def resize_positions(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
         if old * old != tensor.shape[1] or new * new != wanted[1]:
             continue
         grid = tensor.float().unflatten(1, (old, old)).movedim(3, 1)
-        grid = nn.functional.interpolate(grid, (new, new), mode="bicubic", antialias=new < old)
+        grid = nn.functional.interpolate(grid, (new, new), mode="bicubic", antialias=True)
         fitted[name] = grid.movedim(1, 3).flatten(1, 2).to(tensor.dtype)
     return fitted

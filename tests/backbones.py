@@ -129,6 +129,7 @@ def sana(**overrides: Any) -> SanaTransformer2DModel:
         "cross_attention_dim": 16,
         "caption_channels": TOKEN_DIM,
         "sample_size": 4,
+        "timestep_scale": 0.5,
     }
     return SanaTransformer2DModel(**(config | overrides))
 

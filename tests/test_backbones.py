@@ -123,11 +123,17 @@ def test_pixart_for_1024_px_is_told_the_size() -> None:
 def test_checkpointed_blocks_have_the_same_gradients(name: str) -> None:
     plain, c = denoiser(name).train(), condition()
     checkpointed = denoiser(name, gradient_checkpointing=True).train()
-    gradients = []
+    gradients, runs = [], []
     for model in (plain, checkpointed):
+        ran: list[str] = []
+        for module in model.backbone.modules():
+            if type(module).__name__.endswith(("TransformerBlock", "ResnetBlock2D")):
+                module.register_forward_pre_hook(lambda module, _, ran=ran: ran.append(type(module).__name__))
         z = Z.clone().requires_grad_()
         model(z, T, c).square().mean().backward()
+        runs.append(len(ran))
         gradients.append([z.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert 0 < runs[0] < runs[1], "blocks are run again in the backward pass"
     assert len(gradients[0]) == len(gradients[1]) > 1
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
@@ -142,6 +148,12 @@ def test_repeated_blocks_alone_are_compiled(name: str) -> None:
     assert "" not in compiled
     assert not [n for n in compiled for outer in compiled if n.startswith(f"{outer}.")]
     assert list(model.state_dict()) == list(denoiser(name).state_dict())
+
+
+def test_of_blocks_inside_blocks_the_outer_ones_are_compiled() -> None:
+    model = denoiser("SD3", compile=["JointTransformerBlock", "Attention"])
+    compiled = [m for m in model.backbone.modules() if m._compiled_call_impl is not None]
+    assert {type(m).__name__ for m in compiled} == {"JointTransformerBlock"}
 
 
 def test_compiled_blocks_compute_the_same() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lpl_lightning.pretrained import check_fit, locate, read_state
+from lpl_lightning.pretrained import check_fit, locate, read_state, resize_positions
 
 
 def test_what_is_named_is_found(tmp_path: Path) -> None:
@@ -73,3 +73,35 @@ def test_a_misfit_says_what_and_how_many() -> None:
     assert "1 weights are missing, such as 'c'" in said
     assert "1 are not of this model, such as 'd'" in said
     assert "such as 'b': expected (3,), got (9,)" in said
+
+
+def grid(side: int) -> torch.Tensor:
+    """Embeddings (1, side * side, 3) that say where they are: row and column in the unit square, and odd or even."""
+    at = (torch.arange(side) + 0.5) / side
+    sign = (-1.0) ** torch.arange(side)
+    rows, columns = torch.meshgrid(at, at, indexing="ij")
+    return torch.stack([rows, columns, sign[:, None] * sign[None]], dim=-1).flatten(0, 1)[None]
+
+
+@pytest.mark.parametrize(("old", "new"), [(8, 16), (8, 12), (16, 8)])
+def test_positions_keep_their_place_at_another_resolution(old: int, new: int) -> None:
+    own = {"net.pos_embed": torch.zeros(1, new**2, 3), "net.weight": torch.zeros(2)}
+    found = {"net.pos_embed": grid(old), "net.weight": torch.ones(2)}
+    fitted = resize_positions(own, found)
+    inner = fitted["net.pos_embed"].view(new, new, 3)[3:-3, 3:-3]
+    expected = grid(new).view(new, new, 3)[3:-3, 3:-3]
+    torch.testing.assert_close(inner[..., :2], expected[..., :2], atol=1e-5, rtol=0)
+    if new < old:
+        assert inner[..., 2].abs().max() < 0.05, "what is too fine for the new grid is averaged, not aliased"
+    assert fitted["net.weight"] is found["net.weight"]
+    assert found["net.pos_embed"].shape[1] == old**2
+
+
+def test_what_is_no_grid_is_left_to_the_check_of_shapes() -> None:
+    for name, shape, wanted in (
+        ("pos_embed", (1, 15, 3), (1, 16, 3)),
+        ("pos_embed", (1, 16, 3), (1, 16, 4)),
+        ("weight", (1, 16, 3), (1, 64, 3)),
+    ):
+        found = {name: torch.zeros(shape)}
+        assert resize_positions({name: torch.zeros(wanted)}, found) == found
