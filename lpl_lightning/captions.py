@@ -77,6 +77,14 @@ class Captions(Conditioner):
         """Where the encoders are."""
         return next(self.encoders.parameters()).device
 
+    def fingerprint(self) -> str:
+        """A hash of all that conditions depend on besides the captions."""
+        settings = [*self._fingerprints(), self.token_dim, self.null_is_zero, self.size_conditions]
+        return blake2b(repr(settings).encode(), digest_size=16).hexdigest()
+
+    def _fingerprints(self) -> list[str]:
+        return [cast(TextEncoder, encoder).fingerprint() for encoder in self.encoders]
+
     def check(self, data: object) -> None:
         """Refuse data without captions, and learn the size of its images for batches that hold none."""
         if getattr(data, "has_captions", None) is False:
@@ -138,7 +146,8 @@ class Captions(Conditioner):
         if "caption" not in batch:
             raise ValueError(
                 f"The batch holds neither 'caption' nor 'text' (it has {sorted(batch)}), which Captions needs. Use a "
-                "data module with captions, such as ImageFolderDataModule with `captions`."
+                "data module with captions, such as ImageFolderDataModule with `captions`; give `generate` its "
+                "`captions`."
             )
         captions = batch["caption"]
         if isinstance(captions, str) or len(captions) != batch_size:
@@ -214,7 +223,7 @@ class Captions(Conditioner):
     def _cached(self, captions: list[str], folder: Path) -> TextEmbedding:
         """Embeddings from files; what has none, or one that cannot be read, is encoded and written."""
         if self._key is None:
-            self._key = " ".join([*(cast(TextEncoder, e).fingerprint() for e in self.encoders), str(self.token_dim)])
+            self._key = " ".join([*self._fingerprints(), str(self.token_dim)])
         names = [blake2b(f"{self._key} {text}".encode(), digest_size=20).hexdigest() for text in captions]
         paths = [folder / f"{name}.safetensors" for name in names]
         found = [_read(path) for path in paths]

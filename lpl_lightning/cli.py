@@ -13,15 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import auto_cli
+import yaml
+from jsonargparse import Namespace, auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from lpl_lightning.arguments import refusal
 from lpl_lightning.callbacks import ImagesPerSecond, ImageWriter
 from lpl_lightning.export import export_checkpoint
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.profiling import ProfilingTrainer
-from lpl_lightning.stand_ins import StandIns, put_stand_ins
+from lpl_lightning.stand_ins import StandIns, merged, put_stand_ins
 
 __all__ = ["LPLCLI", "main"]
 
@@ -63,9 +65,13 @@ class LPLCLI(LightningCLI):
         """Parse, and put the stand-ins in place of what they stand in for."""
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
-        if config.stand_ins:
+        rules = merged([*(_rules(path) for path in config.get("config") or []), config.stand_ins])
+        if rules:
             for part in ("model", "data", "trainer"):
-                put_stand_ins(config[part], config.stand_ins)
+                if isinstance(config.get(part), Namespace):
+                    for said in put_stand_ins(config[part], rules):
+                        rank_zero_info(f"Stand-in: {said}")
+            config.stand_ins = rules
             self.config = parser.parse_object(self.config)
 
     def instantiate_classes(self) -> None:
@@ -84,6 +90,7 @@ class LPLCLI(LightningCLI):
         if (
             isinstance(self.model, LatentDiffusionModule)
             and not self.model.weights
+            and not self.model.denoiser.is_pretrained
             and not self.config.predict.ckpt_path
         ):
             raise ValueError(
@@ -98,6 +105,12 @@ class LPLCLI(LightningCLI):
         sampler's steps, say) would be ignored, and a checkpoint of another model would replace the configured one
         without a word.
         """
+
+
+def _rules(path: Any) -> StandIns:
+    """The stand-ins of one config file; a parser of whole configs keeps those of the last alone."""
+    rules: StandIns = (yaml.safe_load(path.get_content()) or {}).get("stand_ins") or {}
+    return rules
 
 
 def main(args: ArgsType = None) -> None:

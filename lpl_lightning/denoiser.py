@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lpl_lightning.conditioning import ClassTokens, Condition, Conditioner, ConditionShape
 from lpl_lightning.model_loading import PRECISIONS, load_model
+from lpl_lightning.pretrained import is_untrained
 
 __all__ = ["Denoiser"]
 
@@ -50,6 +51,8 @@ class Denoiser(nn.Module, ABC):
     """
 
     backbone: Any
+    is_pretrained: bool
+    """Whether the backbone was loaded with its weights."""
     saved_names: frozenset[str] = frozenset()
     """Names of the weights that a state dict holds, where it does not hold all (LoRA)."""
     family: ClassVar[type[nn.Module]] = nn.Module
@@ -70,10 +73,11 @@ class Denoiser(nn.Module, ABC):
         if dtype not in PRECISIONS:
             raise ValueError(f"`dtype` must be one of {tuple(PRECISIONS)}, got {dtype!r}.")
         precision = PRECISIONS[dtype]
+        self.is_pretrained = isinstance(backbone, str) and not is_untrained(backbone)[0]
         if isinstance(backbone, str):
             backbone = load_model(
                 backbone, subfolder, precision or torch.float32, "backbone", unnamed=self.family.__name__
-            )
+            ).train()
         elif subfolder is not None:
             raise ValueError("`subfolder` says where to load a backbone from, but `backbone` is a module itself.")
         if not isinstance(backbone, self.family):

@@ -21,6 +21,10 @@ class FineTuning(ABC):
     saves_all: bool = True
     """Whether checkpoints hold all of the denoiser's weights, and not only those that are trained."""
 
+    def made(self, names: Iterable[str]) -> bool:
+        """Whether weights of these names are of a denoiser that was prepared so, to be loaded into one that is."""
+        return False
+
     @abstractmethod
     def prepare(self, denoiser: Denoiser) -> None:
         """Freeze, add, or both.
@@ -91,6 +95,10 @@ class LoRA(FineTuning):
         self.alpha = rank if alpha is None else alpha
         self.targets = targets
         self.dropout = dropout
+
+    def made(self, names: Iterable[str]) -> bool:
+        """Whether there are updates among the weights."""
+        return any(".lora_A." in name for name in names)
 
     def prepare(self, denoiser: Denoiser) -> None:
         """Add the updates, in float32, and freeze the rest."""

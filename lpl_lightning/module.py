@@ -11,6 +11,7 @@ with the prediction's target :math:`p^*` and the terms that callbacks add, such 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -87,19 +88,27 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         self.sampler = sampler if sampler is not None else Sampler()
         self.weights = weights
         self.fine_tuning = fine_tuning
-        if weights is not None:
-            # Here rather than in setup, which runs before each evaluation too, and after weight averaging has made
-            # its copy.
-            self.load_weights(weights, weights_ema)
-            if fine_tuning is None or fine_tuning.saves_all:
-                # A checkpoint of this module holds its own weights and asks for no others.
-                self.hparams["weights"] = self.hparams["weights_ema"] = None
-        elif weights_ema is not None:
+        if weights is None and weights_ema is not None:
             raise ValueError(
                 f"`weights_ema`={weights_ema} says which weights of `weights` to take: give `weights` too."
             )
-        if fine_tuning is not None:
-            fine_tuning.prepare(denoiser)
+        # Here rather than in setup, which runs before each evaluation too, and after weights to average are copied.
+        self._start_from(weights, weights_ema)
+
+    def _start_from(self, source: str | None, ema: float | None) -> None:
+        """Load weights and prepare the fine-tuning: after them, or before where they are of one already."""
+        tuning = self.fine_tuning
+        found = None if source is None else read_state(source, ema)
+        is_tuned = tuning is not None and found is not None and tuning.made(found)
+        if tuning is not None and is_tuned:
+            tuning.prepare(self.denoiser)
+        if source is not None and found is not None:
+            self._load(found, source)
+            if is_tuned or tuning is None or tuning.saves_all:
+                # A checkpoint of this module holds its own weights and asks for no others.
+                self.hparams["weights"] = self.hparams["weights_ema"] = None
+        if tuning is not None and not is_tuned:
+            tuning.prepare(self.denoiser)
 
     def prepare_data(self) -> None:
         """Check that the parts and the data fit, before the data module looks at its images."""
@@ -116,6 +125,21 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         self.denoiser.check(self.autoencoder.latent_channels, latent_size, self.conditioner)
         self.conditioner.check(getattr(self.trainer, "datamodule", None))
         self.sampler.check(self.noise)
+        precision = str(self.trainer.precision)
+        coarse = {str(p.dtype) for p in self.parameters() if p.requires_grad and p.dtype.itemsize < 4}
+        if coarse and self.trainer.training and precision not in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"Weights in {', '.join(sorted(coarse))} are to be trained, in which small steps are lost. Leave "
+                f"`dtype` of the denoiser out and set the trainer's `precision` (now {precision}) to bf16-mixed, or "
+                "train LoRA."
+            )
+
+    def on_train_start(self) -> None:
+        """Give each rank random numbers of its own."""
+        if self.trainer.world_size > 1:
+            # All have one seed, with which their samples would have the same times, noise and lost conditions.
+            own = blake2b(f"{torch.initial_seed()} {self.global_rank}".encode(), digest_size=4)
+            torch.manual_seed(int.from_bytes(own.digest(), "big"))
 
     def load_weights(self, source: str, ema: float | None = None) -> None:
         """Load trained weights, of this model with any autoencoder, at any resolution.
@@ -127,10 +151,13 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         Raises:
             ValueError: The weights are of another model.
         """
+        self._load(read_state(source, ema), source)
+
+    def _load(self, found: Mapping[str, Tensor], source: str) -> None:
         own = self.state_dict()
-        found = resize_positions(own, read_state(source, ema))
-        check_fit(own, found, source)
-        self.load_state_dict(found)
+        fitted = resize_positions(own, found)
+        check_fit(own, fitted, source)
+        self.load_state_dict(fitted)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, or of the same model trained for something else, in one sentence."""
@@ -237,9 +264,12 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         Returns:
             (B, 3, H, W) float32 in [-1, 1], on the module's device.
         """
-        if image_size is not None:
+        if image_size is None:
+            size = self.latent_size
+        else:
             check_divides(image_size, self.autoencoder.downscale)
-        size = self.latent_size if image_size is None else image_size // self.autoencoder.downscale
+            size = image_size // self.autoencoder.downscale
+            self.denoiser.check(self.autoencoder.latent_channels, size, self.conditioner)
         side = size * self.autoencoder.downscale
         if not seeds:
             return torch.empty(0, 3, side, side, device=self.device)

@@ -10,46 +10,67 @@ without naming the config's keys::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import Namespace
 
-__all__ = ["StandIns", "put_stand_ins"]
+__all__ = ["StandIns", "merged", "put_stand_ins"]
 
 StandIns = dict[str, str | dict[str, Any] | None]
 """By hub id (or any other string of the config) what is written in its place; by class path the arguments that are laid
 over those given."""
 
 
-def put_stand_ins(config: Namespace, stand_ins: Mapping[str, str | dict[str, Any] | None]) -> None:
-    """Put stand-ins in a config, wherever it names what they stand in for.
+def merged(rules: Iterable[StandIns]) -> StandIns:
+    """One set of rules, in which later ones are laid over those before: arguments of a class one by one."""
+    found: StandIns = {}
+    for more in rules:
+        for name, value in more.items():
+            known = found.get(name)
+            found[name] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+    return found
+
+
+def put_stand_ins(config: Namespace, stand_ins: StandIns) -> list[str]:
+    """Put stand-ins in a config, wherever it names what they stand in for, whatever it says there.
 
     Args:
         config: A parsed config that nothing is built of yet. Changed in place.
         stand_ins: What to put; names that the config does not have are passed over.
+
+    Returns:
+        What has been replaced, a line each.
 
     Raises:
         ValueError: Arguments are given for what is no class.
     """
     strings = {name: value for name, value in stand_ins.items() if not isinstance(value, dict)}
     classes = {_class(name): value for name, value in stand_ins.items() if isinstance(value, dict)}
+    said: dict[str, None] = {}
 
     def put(value: Any) -> Any:
-        if isinstance(value, str):
-            return strings.get(value, value)
+        if isinstance(value, str) and value in strings:
+            said[f"{strings[value]} for {value}"] = None
+            return strings[value]
         if isinstance(value, list):
             return [put(item) for item in value]
+        if isinstance(value, dict):
+            return {key: put(item) for key, item in value.items()}
         if isinstance(value, Namespace):
             for key, item in vars(value).items():
                 setattr(value, key, put(item))
-            if isinstance(path := vars(value).get("class_path"), str):
-                for key, item in classes.get(_class(path), {}).items():
-                    setattr(value.init_args, key, item)
+            if isinstance(path := vars(value).get("class_path"), str) and (given := classes.get(_class(path))):
+                own = vars(value).setdefault("init_args", cast(Any, Namespace)())
+                if changed := [f"{key} {item}" for key, item in given.items() if vars(own).get(key) != item]:
+                    said[f"{path.rsplit('.', 1)[-1]} with {', '.join(changed)}"] = None
+                for key, item in given.items():
+                    setattr(own, key, item)
         return value
 
     put(config)
+    return list(said)
 
 
 def _class(path: str) -> Any:

@@ -199,7 +199,9 @@ def test_a_pipelines_folder_gives_the_backbone_alone(name: str, tmp_path: Path) 
     assert loaded.dtype == torch.bfloat16
     for key, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor.to(loaded.state_dict()[key].dtype))
+    assert loaded.backbone.training, "as a module that is built is"
     drawn = type(model)(f"random:{tmp_path}", subfolder=folder)
+    assert (model.is_pretrained, loaded.is_pretrained, drawn.is_pretrained) == (False, True, False)
     public = [{k: v for k, v in m.backbone.config.items() if not k.startswith("_")} for m in (drawn, loaded)]
     assert public[0] == public[1]
     own = model.state_dict()

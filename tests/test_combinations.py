@@ -102,6 +102,9 @@ def test_trains_with_lpl_and_samples(noise: str, backbone: str, condition: str, 
     other: Tensor = module.generate([1], [5], ["a yellow square"])
     assert not torch.allclose(alone, other, atol=1e-4), "the condition reaches the image"
     assert module.generate([1], [5], ["a yellow square"], image_size=32).shape[-2:] == (32, 32)
+    if model.patch > 1:
+        with pytest.raises(ValueError, match=f"no multiple of {model.patch}"):
+            module.generate([1], [5], ["a yellow square"], image_size=20)
 
 
 def test_the_table_has_every_combination() -> None:

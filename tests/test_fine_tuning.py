@@ -128,6 +128,25 @@ def test_a_lora_starts_from_the_weights_of_a_run(tmp_path: Path) -> None:
     assert tuned.hparams["weights"] == str(tmp_path / "base.safetensors"), "its checkpoints do not hold them"
 
 
+def test_a_lora_goes_on_from_a_lora(tmp_path: Path) -> None:
+    """Trained without LPL, and then with it, on the same updates."""
+    first = module(fine_tuning=LoRA(rank=2))
+    run = trainer(tmp_path)
+    run.fit(first, data())
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    second = module(fine_tuning=LoRA(rank=2), weights=str(tmp_path / "first.ckpt"))
+    assert all(torch.equal(tensor, first.state_dict()[name]) for name, tensor in second.state_dict().items())
+    with pytest.raises(ValueError, match="of another model: .* another shape"):
+        module(fine_tuning=LoRA(rank=3), weights=str(tmp_path / "first.ckpt"))
+
+
+def test_weights_in_16_bits_are_not_trained_by_accident(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Weights in torch.bfloat16 are to be trained.*now 32-true.*or train LoRA"):
+        trainer(tmp_path).fit(module(denoiser=denoiser("SD3", dtype="bfloat16")), data())
+    trainer(tmp_path).fit(module(denoiser=denoiser("SD3", dtype="bfloat16"), fine_tuning=LoRA()), data())
+    trainer(tmp_path).validate(module(denoiser=denoiser("SD3", dtype="bfloat16")), data(), verbose=False)
+
+
 def test_targets_that_match_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no layer of UNet2DConditionModel ends in 'add_q_proj'.*to_k"):
         LoRA(targets=["to_q", "add_q_proj"]).prepare(denoiser("UNet (SDXL)"))

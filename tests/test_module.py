@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -346,3 +348,13 @@ def test_a_frozen_model_has_nothing_to_train(make_module: MakeModule) -> None:
     module.requires_grad_(False)
     with pytest.raises(ValueError, match="Nothing to train"):
         module.configure_optimizers()
+
+
+def test_ranks_draw_their_own_times_and_noise(tmp_path: Path) -> None:
+    """Two real processes, seeded alike as a config seeds them."""
+    script = Path(__file__).with_name("distinct_ranks.py")
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name in ("t", "noise"):
+        assert not (first[name] == second[name]).any(), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -26,13 +25,13 @@ NOISES = ["ddpm_epsilon", "ddpm_v", "flow"]
 PAPER = ["imagenet256", "imagenet512", "cc12m256", "cc12m512"]
 LORA = ["sdxl_lora_lpl", "sd3_lora_lpl"]
 OTHERS = ["quickstart", "folder", "denoiser_shapes", "autoencoder_shapes"]
-OVERLAYS = [*NOISES, "lpl", "tiny", "mmdit_805m", "mmdit_2363m"]
+OVERLAYS = [*NOISES, "lpl", "tiny", "sdxl_vae", "mmdit_805m", "mmdit_2363m"]
 STACKS = [
     *(["imagenet256", noise, *lpl] for noise in NOISES for lpl in ([], ["lpl"])),
     *([config, noise, "lpl"] for config, noise in zip(PAPER[1:], NOISES, strict=True)),
     *([config] for config in PAPER[1:]),
     ["imagenet512", "mmdit_805m", "lpl"],
-    ["imagenet512", "mmdit_2363m", "flow"],
+    ["imagenet512", "mmdit_2363m", "flow", "sdxl_vae"],
     *([config] for config in LORA),
     *([config] for config in OTHERS),
     ["folder", "flow", "lpl"],
@@ -74,25 +73,26 @@ def test_every_config_takes_two_steps_and_draws(stack: list[str], tmp_path: Path
 
 
 def test_the_paper_post_trains_from_its_own_weights(tmp_path: Path) -> None:
-    """256 px, then 512 px with LPL from the average; the overlay's sizes are the same, the positions are not."""
+    """256 px, then 512 px with LPL from the weights as trained, and from their average, with other random numbers."""
     quiet = ["--trainer.enable_progress_bar=false", *in_folder(tmp_path)]
-    main(["fit", *given(["imagenet256", "flow", "tiny"]), *quiet])
-    first = last_run(tmp_path) / "checkpoints" / "last.ckpt"
-    rule = "lpl_lightning.LatentDiffusionModule"
-    overlay = {"stand_ins": {rule: {"weights": str(first), "weights_ema": 0.9999}}}
-    (tmp_path / "post.yaml").write_text(yaml.safe_dump(overlay))
-    tiny = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())
-    tiny["stand_ins"] |= overlay["stand_ins"]
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
-    stack = [*given(["imagenet512", "flow", "lpl"]), "-c", str(tmp_path / "tiny.yaml")]
-    main(["fit", *stack, "--data.image_size=128", *quiet])
-    second = torch.load(last_run(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    before = torch.load(first, weights_only=True)["state_dict"]
-    name = "denoiser.backbone.pos_embed.pos_embed"
-    assert before[name].shape[1] == 16**2
-    assert second[name].shape[1] == 32**2
-    moved = (second["denoiser.backbone.proj_out.weight"] - before["denoiser.backbone.proj_out.weight"]).abs().max()
-    assert 0 < moved < 1e-3  # two steps at 1e-4 from there
+    main(["fit", *given(["imagenet256", "flow", "tiny"]), *quiet, "--model.optimizer.lr=0.01"])
+    source = last_run(tmp_path) / "checkpoints" / "last.ckpt"
+    first = torch.load(source, weights_only=True)
+    name, grid = "denoiser.backbone.proj_out.weight", "denoiser.backbone.pos_embed.pos_embed"
+    for ema, expected in ((None, first["current_model_state"]), (0.9999, first["state_dict"])):
+        rule = {"lpl_lightning.LatentDiffusionModule": {"weights": str(source), "weights_ema": ema}}
+        (tmp_path / "start.yaml").write_text(yaml.safe_dump({"stand_ins": rule}))
+        stack = [*given(["imagenet512", "flow", "lpl", "tiny"]), "-c", str(tmp_path / "start.yaml")]
+        main(["fit", *stack, "--data.image_size=128", "--seed_everything=5", *quiet])
+        last = last_run(tmp_path) / "checkpoints" / "last.ckpt"
+        second = torch.load(last, weights_only=True)
+        assert expected[grid].shape[1] == 16**2
+        assert second["state_dict"][grid].shape[1] == 32**2
+        moved = (second["current_model_state"][name] - expected[name]).abs().max()
+        assert 0 < moved < 3e-4, "two steps at 1e-4 from there"
+        assert second["callbacks"]["EMA"]["decay"] == 0.99975
+    apart = (first["current_model_state"][name] - first["state_dict"][name]).abs().max()
+    assert apart > 1e-3, "the two are told apart by where training went on from"
 
 
 def build(stack: list[str], tmp_path: Path) -> LatentDiffusionModule:
@@ -126,7 +126,7 @@ def millions(module: torch.nn.Module, trained: bool = False) -> int:
         (["imagenet256", "mmdit_805m", "flow", "lpl"], 805),
         (["imagenet512", "mmdit_2363m"], 2363),
         (["cc12m256", "flow"], 806),
-        (["cc12m512", "lpl"], 806),
+        (["cc12m512", "lpl", "sdxl_vae"], 806),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else str(value),
 )
@@ -134,7 +134,7 @@ def test_the_papers_models_at_full_size(stack: Any, backbone: int, tmp_path: Pat
     module = build(stack, tmp_path)
     assert millions(module.denoiser) == backbone
     assert {p.device.type for p in module.parameters()} == {"meta"}
-    assert millions(module.autoencoder) == 194
+    assert millions(module.autoencoder) == (84 if "sdxl_vae" in stack else 194)
     assert millions(module.autoencoder, trained=True) == 0
     side = 512 if "512" in stack[0] else 256
     module.denoiser.check(module.autoencoder.latent_channels, side // 8, module.conditioner)
@@ -163,14 +163,25 @@ def test_fine_tuned_models_at_full_size(config: str, backbone: int, text: int, l
     assert module.denoiser.dtype == torch.bfloat16
 
 
-def test_stand_ins_are_put_wherever_they_are_named(tmp_path: Path) -> None:
-    overlay = {"stand_ins": {"lpl_lightning.sampling.Sampler": {"num_steps": 7}, "runs": str(tmp_path / "elsewhere")}}
-    (tmp_path / "overlay.yaml").write_text(json.dumps(overlay))
-    args = ["fit", *given(["quickstart"]), "-c", str(tmp_path / "overlay.yaml"), "--trainer.max_steps=0"]
-    main([*args, "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"])
+def test_stand_ins_of_all_files_are_put_wherever_they_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where a class is named without arguments, and over what the command line says."""
+    first = {"lpl_lightning.sampling.Sampler": {"num_steps": 7}, "runs": str(tmp_path / "elsewhere")}
+    second = {"lpl_lightning.sampling.Sampler": {"guidance_scale": 1.0}, "lpl_lightning.FlowMatching": {"shift": 3.0}}
+    for name, rules in (("first", first), ("second", second)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"stand_ins": rules}))
+    files = [word for name in ("first", "second") for word in ("-c", str(tmp_path / f"{name}.yaml"))]
+    args = ["fit", *given(["quickstart"]), *files, "--trainer.max_steps=0", "--model.sampler.num_steps=9"]
+    with caplog.at_level("INFO"):
+        main([*args, "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"])
     (run,) = (tmp_path / "elsewhere" / "quickstart").iterdir()
-    saved = yaml.safe_load((run / "config.yaml").read_text())
-    assert saved["model"]["init_args"]["sampler"]["init_args"]["num_steps"] == 7
+    parts = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
+    assert parts["sampler"]["init_args"]["num_steps"] == 7
+    assert parts["sampler"]["init_args"]["guidance_scale"] == 1.0
+    assert parts["noise"]["init_args"]["shift"] == 3.0
+    for said in ("Sampler with num_steps 7, guidance_scale 1.0", f"{tmp_path / 'elsewhere'} for runs"):
+        assert f"Stand-in: {said}" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torchvision.utils import make_grid
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.callbacks.run_folder import run_folder
+from lpl_lightning.captions import Captions
 from lpl_lightning.data.base import ImageDataModule, SampleRequests
 from lpl_lightning.module import LatentDiffusionModule
 
@@ -113,7 +114,8 @@ class SampleGrid(Callback):
         for start in range(0, self.num_images, self.batch_size):
             part = asked[start : start + self.batch_size]
             captions = [r["caption"] for r in part if "caption" in r] or None
-            images.append(pl_module.generate([r["seed"] for r in part], [r["label"] for r in part], captions))
+            with trainer.precision_plugin.forward_context():  # as in `lpl predict`
+                images.append(pl_module.generate([r["seed"] for r in part], [r["label"] for r in part], captions))
         for module, training in modes.items():
             module.training = training
         grid = make_grid(to_uint8(torch.cat(images)), nrow=self.columns)
@@ -179,15 +181,17 @@ class ImageWriter(BasePredictionWriter):
 
     @staticmethod
     def _settings(trainer: pl.Trainer, pl_module: LatentDiffusionModule) -> dict[str, Any]:
-        sampler = pl_module.sampler
+        sampler, conditioner = pl_module.sampler, pl_module.conditioner
         scheduler = sampler.scheduler if sampler.scheduler is not None else pl_module.noise.sampling_scheduler()
         digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in pl_module.state_dict().items():
+        # All that makes an image, also frozen weights, which a state dict may leave out.
+        for name, tensor in (*pl_module.denoiser.named_parameters(), *pl_module.conditioner.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         data = getattr(trainer, "datamodule", None)
         settings = {
             "weights_blake2b": digest.hexdigest(),
+            **({"text": conditioner.fingerprint()} if isinstance(conditioner, Captions) else {}),
             "autoencoder": _described(pl_module.autoencoder.model),
             "scheduler": _described(scheduler),
             "num_steps": sampler.num_steps,

@@ -96,7 +96,7 @@ def test_predict_goes_on_where_it_stopped_with_the_same_images(module: LatentDif
         made.extend(seeds)
         return generate(seeds, labels, captions)
 
-    module.generate = watched  # type: ignore[method-assign]
+    module.generate = watched  # type: ignore[method-assign, assignment]
     predict(module, parts, tmp_path)
     assert made == [2, *range(11, 20)]
     assert untouched.stat().st_mtime_ns == before
