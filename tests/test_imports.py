@@ -32,6 +32,7 @@ ORDER = [
     "text_loading",
     "text_encoders",
     "captions",
+    "metrics",
     "denoiser",
     "backbones",
     "fine_tuning",
