@@ -48,6 +48,12 @@ def put_stand_ins(config: Namespace, stand_ins: StandIns) -> list[str]:
     """
     strings = {name: value for name, value in stand_ins.items() if not isinstance(value, dict)}
     classes = {_class(name): value for name, value in stand_ins.items() if isinstance(value, dict)}
+    if None in classes:
+        (name, *_) = (name for name, value in stand_ins.items() if isinstance(value, dict) and _class(name) is None)
+        raise ValueError(
+            f"`stand_ins`: {name!r} has arguments, so it must be the path of a class, which it is not. Give a string "
+            "to stand in for a string."
+        )
     said: dict[str, None] = {}
 
     def put(value: Any) -> Any:
@@ -74,12 +80,9 @@ def put_stand_ins(config: Namespace, stand_ins: StandIns) -> list[str]:
 
 
 def _class(path: str) -> Any:
-    """What a class path names, so that a class is known under each of its paths."""
+    """What a class path names, so that a class is known under each of its paths; None if nothing."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"`stand_ins`: {path!r} has arguments, so it must be the path of a class, which it is not ({error}). Give "
-            "a string to stand in for a string."
-        ) from error
+    except (ImportError, AttributeError, ValueError):
+        return None

@@ -16,7 +16,7 @@ from full_size import stand_ins
 from safetensors.torch import load_file
 from test_cli import in_folder, last_run, logged
 
-from lpl_lightning import DDPM, LatentDiffusionModule
+from lpl_lightning import DDPM, LatentDiffusionModule, UNetDenoiser
 from lpl_lightning.cli import LPLCLI, main
 from lpl_lightning.profiling import ProfilingTrainer
 
@@ -93,6 +93,17 @@ def test_the_paper_post_trains_from_its_own_weights(tmp_path: Path) -> None:
         assert second["callbacks"]["EMA"]["decay"] == 0.99975
     apart = (first["current_model_state"][name] - first["state_dict"][name]).abs().max()
     assert apart > 1e-3, "the two are told apart by where training went on from"
+
+
+def test_a_pretrained_backbone_is_drawn_from_without_a_checkpoint(tmp_path: Path) -> None:
+    """The base that a LoRA is compared with; one with random weights is refused as before."""
+    UNetDenoiser("random:embedded:tiny/sdxl", subfolder="unet").backbone.save_pretrained(tmp_path / "base" / "unet")
+    tiny = [*given(["sdxl_lora_lpl", "tiny"]), "--data.num_generate=1", f"--writer.dirname={tmp_path / 'out'}"]
+    tiny += ["--trainer.enable_progress_bar=false", *in_folder(tmp_path)]
+    with pytest.raises(ValueError, match="`lpl predict` needs trained weights"):
+        main(["predict", *tiny])
+    main(["predict", *tiny, f"--model.denoiser.backbone={tmp_path / 'base'}"])
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 1
 
 
 def build(stack: list[str], tmp_path: Path) -> LatentDiffusionModule:

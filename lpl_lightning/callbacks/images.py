@@ -185,7 +185,9 @@ class ImageWriter(BasePredictionWriter):
         scheduler = sampler.scheduler if sampler.scheduler is not None else pl_module.noise.sampling_scheduler()
         digest = hashlib.blake2b(digest_size=16)
         # All that makes an image, also frozen weights, which a state dict may leave out.
-        for name, tensor in (*pl_module.denoiser.named_parameters(), *pl_module.conditioner.state_dict().items()):
+        denoiser = pl_module.denoiser
+        weights = (*denoiser.named_parameters(), *denoiser.named_buffers(), *conditioner.state_dict().items())
+        for name, tensor in weights:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         data = getattr(trainer, "datamodule", None)

@@ -14,7 +14,7 @@ from test_mixin import Foreign
 from test_module import trainer
 from torch import Tensor, nn
 
-from lpl_lightning import ClassTokens, ImageWriter, LatentDiffusionModule, SampleGrid, Sampler, ShapesDataModule
+from lpl_lightning import ClassTokens, ImageWriter, LatentDiffusionModule, LoRA, SampleGrid, Sampler, ShapesDataModule
 from lpl_lightning.conditioning import Condition, Conditioner, ConditionShape
 
 MakeModule = Callable[..., LatentDiffusionModule]
@@ -120,6 +120,21 @@ def test_images_of_other_weights_are_not_mixed_in(module: LatentDiffusionModule,
     predict(module, tmp_path / "out", tmp_path, num_generate=2)
     with torch.no_grad():
         next(module.denoiser.parameters()).add_(0.1)
+    with pytest.raises(ValueError, match=r"other settings \(weights_blake2b; see"):
+        predict(module, tmp_path / "out", tmp_path)
+
+
+def test_images_of_the_same_lora_on_another_base_are_not_mixed_in(
+    module: LatentDiffusionModule, tmp_path: Path
+) -> None:
+    """What is frozen is in no state dict, and makes the images all the same."""
+    pytest.importorskip("peft")
+    LoRA(rank=2).prepare(module.denoiser)
+    predict(module, tmp_path / "out", tmp_path, num_generate=2)
+    saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with torch.no_grad():
+        module.denoiser.backbone.proj_out.bias.add_(0.1)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())
     with pytest.raises(ValueError, match=r"other settings \(weights_blake2b; see"):
         predict(module, tmp_path / "out", tmp_path)
 
