@@ -12,6 +12,7 @@ from lpl_lightning.backbones import (
 )
 from lpl_lightning.callbacks import (
     EMA,
+    Evaluation,
     ImagesPerSecond,
     ImageWriter,
     LPLCallback,
@@ -46,6 +47,7 @@ __all__ = [
     "ClassTokens",
     "Denoiser",
     "DiTDenoiser",
+    "Evaluation",
     "FlowMatching",
     "FluxDenoiser",
     "Freeze",

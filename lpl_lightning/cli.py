@@ -1,15 +1,18 @@
 """The ``lpl`` command: one LightningCLI over any module and any data.
 
-``lpl fit | validate | test | predict | profile -c CONFIG.yaml [-c OVERLAY.yaml ...] [--key value ...]``. Files given
-later are laid over those before them; ``callbacks+:`` in one appends to the list of the last. Commands that need no
-trainer (``WITHOUT_TRAINER``), such as ``lpl export --ckpt CKPT --out DIR``, are functions with their arguments.
+``lpl fit | validate | test | predict | sweep | profile -c CONFIG.yaml [-c OVERLAY.yaml ...] [--key value ...]``. Files
+given later are laid over those before them; ``callbacks+:`` in one appends to the list of the last. Commands that need
+no trainer (``WITHOUT_TRAINER``), such as ``lpl export --ckpt CKPT --out DIR``, are functions with their arguments.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,28 +22,32 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 
 from lpl_lightning.arguments import refusal
-from lpl_lightning.callbacks import ImagesPerSecond, ImageWriter
+from lpl_lightning.callbacks import Evaluation, ImagesPerSecond, ImageWriter
+from lpl_lightning.evaluation import evaluate_folder
 from lpl_lightning.export import export_checkpoint
 from lpl_lightning.module import LatentDiffusionModule
-from lpl_lightning.profiling import ProfilingTrainer
 from lpl_lightning.stand_ins import StandIns, merged, put_stand_ins
+from lpl_lightning.sweep import SweepingTrainer
 
 __all__ = ["LPLCLI", "main"]
 
-WITHOUT_TRAINER: dict[str, Callable[..., object]] = {"export": export_checkpoint}
+WITHOUT_TRAINER: dict[str, Callable[..., object]] = {"export": export_checkpoint, "evaluate": evaluate_folder}
 """Commands that need no trainer, by name."""
+
+LEADING = {"evaluate": "images"}
+"""The argument of such a command that what stands before its options is for."""
 
 
 class LPLCLI(LightningCLI):
     """LightningCLI with what every run of this package has: images per second, and files from ``predict``.
 
-    Beside Lightning's commands there is ``profile``; see ``ProfilingTrainer``.
+    Beside Lightning's commands there are ``profile`` and ``sweep``; see ``SweepingTrainer``.
     """
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The commands, and which arguments of the trainer's methods are no options of theirs."""
-        return LightningCLI.subcommands() | {"profile": {"model", "datamodule"}}
+        return LightningCLI.subcommands() | {"profile": {"model", "datamodule"}, "sweep": {"model", "datamodule"}}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -54,6 +61,7 @@ class LPLCLI(LightningCLI):
         """Add the callbacks that are always there, under keys of their own."""
         parser.add_lightning_class_args(ImagesPerSecond, "throughput")
         parser.add_lightning_class_args(ImageWriter, "writer")
+        parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_argument(
             "--stand_ins",
             type=StandIns,
@@ -75,26 +83,27 @@ class LPLCLI(LightningCLI):
             self.config = parser.parse_object(self.config)
 
     def instantiate_classes(self) -> None:
-        """Build the parts. What a part refuses is the error; the parser's list of all that it tried is its cause."""
-        try:
+        """Build the parts, with errors that say what a part refuses."""
+        with _plain_refusals():
             super().instantiate_classes()
-        except ValueError as error:
-            said = refusal(error)
-            if said is error:
-                raise
-            kind = type(said) if type(said) in (FileNotFoundError, ModuleNotFoundError) else ValueError
-            raise kind(str(said)) from error
 
     def before_predict(self) -> None:
         """Refuse to generate from a model that nothing has trained."""
+        self._refuse_untrained("predict")
+
+    def before_sweep(self) -> None:
+        """The same."""
+        self._refuse_untrained("sweep")
+
+    def _refuse_untrained(self, command: str) -> None:
         if (
             isinstance(self.model, LatentDiffusionModule)
             and not self.model.weights
             and not self.model.denoiser.is_pretrained
-            and not self.config.predict.ckpt_path
+            and not self.config[command].ckpt_path
         ):
             raise ValueError(
-                "`lpl predict` needs trained weights: give `--ckpt_path` a checkpoint, or `--model.weights` a "
+                f"`lpl {command}` needs trained weights: give `--ckpt_path` a checkpoint, or `--model.weights` a "
                 "checkpoint or .safetensors file."
             )
 
@@ -107,10 +116,32 @@ class LPLCLI(LightningCLI):
         """
 
 
+@contextmanager
+def _plain_refusals() -> Iterator[None]:
+    """What a part refuses is the error; the parser's list of all that it tried is its cause."""
+    try:
+        yield
+    except ValueError as error:
+        said = refusal(error)
+        if said is error:
+            raise
+        kind = type(said) if type(said) in (FileNotFoundError, ModuleNotFoundError) else ValueError
+        raise kind(str(said)) from error
+
+
 def _rules(path: Any) -> StandIns:
     """The stand-ins of one config file; a parser of whole configs keeps those of the last alone."""
     rules: StandIns = (yaml.safe_load(path.get_content()) or {}).get("stand_ins") or {}
     return rules
+
+
+def _named(command: str, args: list[str]) -> list[str]:
+    """Arguments of a command with what stands before its options under its name: one value, or a list."""
+    leading = list(takewhile(lambda arg: not arg.startswith("-"), args))
+    if not leading or command not in LEADING:
+        return args
+    value = leading[0] if len(leading) == 1 else json.dumps(leading)
+    return [f"--{LEADING[command]}", value, *args[len(leading) :]]
 
 
 def main(args: ArgsType = None) -> None:
@@ -121,7 +152,9 @@ def main(args: ArgsType = None) -> None:
     """
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list) and given and given[0] in WITHOUT_TRAINER:
-        auto_cli(WITHOUT_TRAINER[given[0]], args=given[1:], as_positional=False, prog=f"lpl {given[0]}")
+        name, *rest = given
+        with _plain_refusals():
+            auto_cli(WITHOUT_TRAINER[name], args=_named(name, rest), as_positional=False, prog=f"lpl {name}")
         return
     # Lightning warns of every module in eval mode, which a frozen autoencoder is on purpose.
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training")
@@ -130,7 +163,7 @@ def main(args: ArgsType = None) -> None:
         pl.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        trainer_class=ProfilingTrainer,
+        trainer_class=SweepingTrainer,
         auto_configure_optimizers=False,
         # A resumed or repeated run may write into a folder that has a config already.
         save_config_kwargs={"overwrite": True},

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 __all__ = [
     "EMBEDDED",
+    "FURTHER_AVERAGES",
     "RANDOM",
+    "averaged_by",
     "check_fit",
     "chosen_state",
     "is_untrained",
@@ -30,6 +32,9 @@ EMBEDDED = "embedded:"
 
 RANDOM = "random:"
 """Prefix of a folder or hub id whose configs are taken and whose weights are not: they are drawn at random."""
+
+FURTHER_AVERAGES = "lpl_lightning_averages"
+"""Where a checkpoint holds averages of the trained weights of further decays, by decay."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -139,14 +144,23 @@ def chosen_state(checkpoint: Mapping[str, Any], source: str, ema: float | None) 
         ValueError: It holds no average, or one of another decay.
     """
     averaged: dict[str, Tensor] = checkpoint["state_dict"]
+    trained: dict[str, Tensor] = checkpoint.get("current_model_state", averaged)
     if ema is None:
-        trained: dict[str, Tensor] = checkpoint.get("current_model_state", averaged)
         return trained
+    further = {float(decay): averages for decay, averages in checkpoint.get(FURTHER_AVERAGES, {}).items()}
+    if ema in further:
+        return trained | further[ema]
     decays = {state["decay"] for state in checkpoint.get("callbacks", {}).values() if "decay" in state}
     if "current_model_state" not in checkpoint or (decays and ema not in decays):
-        there = f"has those of decay {sorted(decays)}" if decays else "has none"
+        there = f"has those of decay {sorted(decays | set(further))}" if decays else "has none"
         raise ValueError(f"`ema`={ema}: {source} {there}. Leave it out to have the weights as they were trained.")
     return averaged
+
+
+def averaged_by(checkpoint: Mapping[str, Any]) -> float | None:
+    """Decay of the moving average that a checkpoint's ``state_dict`` is; None where it is none, or does not say."""
+    decays = [state["decay"] for state in checkpoint.get("callbacks", {}).values() if "decay" in state]
+    return decays[0] if decays and "current_model_state" in checkpoint else None
 
 
 def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:

@@ -1,6 +1,7 @@
 """Lightning callbacks: the loss, images, averages, rates and what a run leaves behind."""
 
 from lpl_lightning.callbacks.ema import EMA
+from lpl_lightning.callbacks.evaluation import Evaluation
 from lpl_lightning.callbacks.images import ImageWriter, SampleGrid
 from lpl_lightning.callbacks.lpl import LPLCallback
 from lpl_lightning.callbacks.saving import SaveAutoencoder, SaveDiffusers, SaveWeights
@@ -8,6 +9,7 @@ from lpl_lightning.callbacks.throughput import ImagesPerSecond
 
 __all__ = [
     "EMA",
+    "Evaluation",
     "ImageWriter",
     "ImagesPerSecond",
     "LPLCallback",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -15,21 +12,21 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.callbacks.run_folder import run_folder
-from lpl_lightning.captions import Captions
 from lpl_lightning.data.base import ImageDataModule, SampleRequests
+from lpl_lightning.evaluation.generated import (
+    GeneratedFolder,
+    generation_settings,
+    goes_by_captions,
+    to_uint8,
+    write_png,
+)
 from lpl_lightning.module import LatentDiffusionModule
 
 __all__ = ["ImageWriter", "SampleGrid"]
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Map images in [-1, 1] to uint8 in [0, 255] on the CPU, rounding to the nearest."""
-    return images.add(1).mul(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
 class SampleGrid(Callback):
@@ -122,7 +119,7 @@ class SampleGrid(Callback):
         # Sharded models need every rank to sample; only one writes.
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_png(grid, path)
+            write_png(grid, path)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_image("samples", grid, step)
@@ -154,7 +151,7 @@ class ImageWriter(BasePredictionWriter):
 
     def __init__(self, dirname: str = "generated") -> None:
         super().__init__(write_interval="batch")
-        self.folder = Path(dirname)
+        self.generated = GeneratedFolder(Path(dirname))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Do not gather the images in memory."""
@@ -165,57 +162,16 @@ class ImageWriter(BasePredictionWriter):
         """Refuse a folder whose images were made with other weights or settings."""
         if not isinstance(pl_module, LatentDiffusionModule):
             return
-        settings = self._settings(trainer, pl_module)
-        record = self.folder / "settings.json"
-        if record.exists():
-            known = json.loads(record.read_text())
-            if known != settings:
-                differ = sorted(key for key in settings | known if settings.get(key) != known.get(key))
-                raise ValueError(
-                    f"{self.folder} holds images made with other settings ({', '.join(differ)}; see {record}). "
-                    "Give another folder with --writer.dirname, or delete it."
-                )
-        elif trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(settings, indent=1))
-
-    @staticmethod
-    def _settings(trainer: pl.Trainer, pl_module: LatentDiffusionModule) -> dict[str, Any]:
-        sampler, conditioner = pl_module.sampler, pl_module.conditioner
-        scheduler = sampler.scheduler if sampler.scheduler is not None else pl_module.noise.sampling_scheduler()
-        digest = hashlib.blake2b(digest_size=16)
-        # All that makes an image, also frozen weights, which a state dict may leave out.
-        denoiser = pl_module.denoiser
-        weights = (*denoiser.named_parameters(), *denoiser.named_buffers(), *conditioner.state_dict().items())
-        for name, tensor in weights:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         data = getattr(trainer, "datamodule", None)
-        settings = {
-            "weights_blake2b": digest.hexdigest(),
-            **({"text": conditioner.fingerprint()} if isinstance(conditioner, Captions) else {}),
-            "autoencoder": _described(pl_module.autoencoder.model),
-            "scheduler": _described(scheduler),
-            "num_steps": sampler.num_steps,
-            "guidance_scale": sampler.guidance_scale,
-            "guidance_interval": sampler.guidance_interval,
-            "precision": sampler.precision,
-            "generate_seed": getattr(data, "generate_seed", None),
-            "image_size": getattr(data, "image_size", None),
-            "num_classes": getattr(data, "num_classes", None),
-        }
-        if _goes_by_captions(pl_module):
-            # All captions that the requests go round, so that a folder can be made in parts.
-            requests = getattr(trainer.predict_dataloaders, "dataset", None)
-            prompts = json.dumps(list(getattr(requests, "captions", ())))
-            settings["prompts_blake2b"] = hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest()
-        # As it comes back from the file, where tuples are lists.
-        restored: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-        return restored
-
-    def path(self, index: int, label: int) -> Path:
-        """Where image ``index`` lies."""
-        return self.folder / f"{label:04d}" / f"{index:06d}.png"
+        settings = generation_settings(
+            pl_module,
+            getattr(data, "generate_seed", None),
+            getattr(data, "image_size", None),
+            getattr(data, "num_classes", None),
+            getattr(getattr(trainer.predict_dataloaders, "dataset", None), "captions", ()),
+        )
+        remedy = "Give another folder with --writer.dirname, or delete it."
+        self.generated.claim(settings, remedy, write=trainer.is_global_zero)
 
     def on_predict_batch_start(
         self,
@@ -231,7 +187,7 @@ class ImageWriter(BasePredictionWriter):
         if not getattr(pl_module.conditioner, "num_classes", None):
             batch["label"] = torch.zeros_like(batch["label"])
         todo = [
-            not self.path(index, label).exists()
+            not self.generated.path(index, label).exists()
             for index, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
         ]
         for key, values in batch.items():
@@ -253,35 +209,13 @@ class ImageWriter(BasePredictionWriter):
         """Write a batch of images and, for a model that goes by them, their captions."""
         if not isinstance(pl_module, LatentDiffusionModule):
             return
-        captions = batch.get("caption") if _goes_by_captions(pl_module) else None
+        captions = batch.get("caption") if goes_by_captions(pl_module) else None
         for i, (image, index, label) in enumerate(
             zip(to_uint8(prediction), batch["index"].tolist(), batch["label"].tolist(), strict=True)
         ):
-            path = self.path(index, label)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if captions is not None:
-                # Before the image, which tells a later run that there is nothing left to do.
-                path.with_suffix(".txt").write_text(captions[i], encoding="utf-8", newline="\n")
-            _write_png(image, path)
+            self.generated.write(image, index, label, None if captions is None else captions[i])
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where the images are."""
         if isinstance(pl_module, LatentDiffusionModule):
-            rank_zero_info(f"Images: {self.folder}")
-
-
-def _goes_by_captions(pl_module: LatentDiffusionModule) -> bool:
-    return getattr(pl_module.conditioner, "num_classes", None) is None
-
-
-def _described(part: Any) -> dict[str, Any]:
-    """Class and config of a part of diffusers, without its private keys, whose order differs between processes."""
-    public = {key: value for key, value in part.config.items() if not key.startswith("_")}
-    return {"class": type(part).__name__, **public}
-
-
-def _write_png(image: Tensor, path: Path) -> None:
-    """Write (3, H, W) uint8; the file appears whole or not at all."""
-    part = path.with_suffix(".part")
-    to_pil_image(image).save(part, format="PNG")
-    os.replace(part, path)
+            rank_zero_info(f"Images: {self.generated.folder}")

@@ -61,6 +61,18 @@ class InceptionFeatures(FeatureExtractor):
         """Resize, normalize and call the network, all by its own code."""
         return cast(Tensor, self.model(prepared))
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits of the Inception Score from the 2,048 features of FID, in one run of the network.
+
+        Args:
+            features: (B, 2048), of ``layer="2048"``.
+
+        Returns:
+            (B, 1008): the last layer without its bias, as the score is defined on (Salimans et al., 2016).
+        """
+        last: Any = self.model.get_submodule("fc")
+        return cast(Tensor, features.to(last.weight) @ last.weight.T)
+
     def provenance(self) -> dict[str, str | int | bool]:
         """What the features depend on, with the resizing that the network does."""
         how = "bilinear, stretch" if self.antialias else "bilinear of TensorFlow 1, stretch"

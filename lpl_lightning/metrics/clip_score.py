@@ -73,11 +73,20 @@ class CLIPScore(DoubleMetric):
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, images: Tensor, captions: Sequence[str]) -> None:
-        """Take a batch of pairs.
+        """Take a batch of pairs; arguments and errors are those of ``pairs``."""
+        scores = self.pairs(images, captions)
+        self.score += scores.sum()
+        self.count += len(scores)
+
+    def pairs(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Score pairs one by one.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
             captions: B strings.
+
+        Returns:
+            (B,) float64, from 0 to w.
 
         Raises:
             ValueError: The images are not such, or the captions are not as many.
@@ -88,8 +97,8 @@ class CLIPScore(DoubleMetric):
         if len(captions) != len(images):
             raise ValueError(f"`captions` must be one an image, {len(images)}, got {len(captions)}.")
         cosine = self.towers(self.preparation(images.to(self.device)), self.tokens(captions))
-        self.score += cosine.double().clamp(min=0).sum()
-        self.count += len(images)
+        scores: Tensor = self.weight * cosine.double().clamp(min=0)
+        return scores
 
     def compute(self) -> Tensor:
         """The mean, float64.
@@ -99,7 +108,7 @@ class CLIPScore(DoubleMetric):
         """
         if not self.count:
             raise ValueError("CLIPScore: there is no pair of image and caption to average over. Call `update` first.")
-        return self.weight * self.score / self.count
+        return self.score / self.count
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """Tokens of B captions, (B, L), the last of a caption that is cut being the end of the text."""

@@ -42,7 +42,7 @@ from lpl_lightning.metrics.pair_distances import (
     upper_bounds,
 )
 
-__all__ = ["PRDC", "Overlap", "nearest_distances", "prdc"]
+__all__ = ["PRDC", "Neighbours", "Overlap", "nearest_distances", "neighbours", "prdc"]
 
 BLOCK_BYTES = 2**29
 
@@ -54,6 +54,33 @@ class Overlap(NamedTuple):
     recall: float
     density: float
     coverage: float
+
+
+class Neighbours(NamedTuple):
+    """Of which balls each sample is a member; the overlap is a mean of each.
+
+    Attributes:
+        holding: How many balls of real samples hold each generated one, (M,).
+        covered: Whether the ball of each real sample holds a generated one, (N,).
+        recalled: Whether a ball of a generated sample holds each real one, (N,).
+        k: Which neighbour the balls reach to.
+    """
+
+    holding: Tensor
+    covered: Tensor
+    recalled: Tensor
+    k: int
+
+    @property
+    def overlap(self) -> Overlap:
+        """Precision, recall, density and coverage."""
+        generated, real = len(self.holding), len(self.covered)
+        return Overlap(
+            precision=int((self.holding > 0).sum()) / generated,
+            recall=int(self.recalled.sum()) / real,
+            density=int(self.holding.sum()) / (self.k * generated),
+            coverage=int(self.covered.sum()) / real,
+        )
 
 
 class PRDC(Metric):
@@ -179,6 +206,17 @@ def prdc(
     Raises:
         ValueError: k, N or M is too small, dimensions differ, or a feature is not finite.
     """
+    return neighbours(real, generated, k, block_bytes, passes).overlap
+
+
+def neighbours(
+    real: Tensor,
+    generated: Tensor,
+    k: int = 5,
+    block_bytes: int = BLOCK_BYTES,
+    passes: Sequence[torch.dtype] | None = None,
+) -> Neighbours:
+    """What ``prdc`` counts, of each sample; arguments and errors are its."""
     _check(k, real=real, generated=generated)
     x, y = common_points(real, generated)
     side, types = block_side(block_bytes), product_types(x.features.device, passes)
@@ -186,13 +224,7 @@ def prdc(
     edge = 1 - 4 * real.shape[1] * torch.finfo(torch.float64).eps
     x_balls = nearest_squares(x, k, side, types) * edge
     y_balls = nearest_squares(y, k, side, types) * edge
-    holding, covered, recalled = _membership(x, y, x_balls, y_balls, side, types)
-    return Overlap(
-        precision=int((holding > 0).sum()) / len(y),
-        recall=int(recalled.sum()) / len(x),
-        density=int(holding.sum()) / (k * len(y)),
-        coverage=int(covered.sum()) / len(x),
-    )
+    return Neighbours(*_membership(x, y, x_balls, y_balls, side, types), k)
 
 
 def _check_features(name: str, features: Tensor) -> None:

@@ -107,13 +107,22 @@ class Reconstruction(DoubleMetric):
         self.add_state("sums", torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
-    @torch.no_grad()
     def update(self, reconstructed: Tensor, images: Tensor) -> None:
-        """Add images.
+        """Add images; arguments and errors are those of ``each``."""
+        values = self.each(reconstructed, images)
+        self.sums += values.sum(dim=1)
+        self.count += values.shape[1]
+
+    @torch.no_grad()
+    def each(self, reconstructed: Tensor, images: Tensor) -> Tensor:
+        """Compare images one by one.
 
         Args:
             reconstructed: (B, 3, H, W), about [-1, 1].
             images: What they are of, (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            (2 or 3, B) float64: PSNR in dB, SSIM and, if asked for, LPIPS, as ``names`` says.
 
         Raises:
             ValueError: Shapes that differ, images smaller than SSIM's window, values that are not finite, or images
@@ -147,8 +156,7 @@ class Reconstruction(DoubleMetric):
             ]
             if self.lpips is not None:
                 values.append(self.lpips(reconstructed, images))
-        self.sums += torch.stack([value.double().sum() for value in values])
-        self.count += len(images)
+        return torch.stack([value.double() for value in values])
 
     def compute(self) -> dict[str, Tensor]:
         """Means over all images so far: ``psnr``, ``ssim`` and, if asked for, ``lpips``.

@@ -1,24 +1,26 @@
 """Statistics of a reference set: computed once, kept in a file, and refused by what they do not fit.
 
-The file is safetensors with the mean and covariance; its metadata says, as JSON, what the features are of.
+The file is safetensors with the mean and covariance; its metadata says, as JSON, what the features are of. Those that
+other libraries write as .npz do not say it: ``read_npz`` takes them on the caller's word.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
+from lpl_lightning.arguments import at_least
 from lpl_lightning.metrics.gaussian import Gaussian
+from lpl_lightning.metrics.tensor_files import read_tensors, write_tensors
 
 __all__ = ["ReferenceStatistics"]
 
@@ -70,12 +72,9 @@ class ReferenceStatistics:
         """Write the file, whole or not at all."""
         said = {"count": self.count, "extractor": dict(self.extractor), "images": dict(self.images), "hash": self.hash}
         tensors = {"mean": self.mean, "covariance": self.covariance}
-        tensors = {name: tensor.detach().cpu().double().contiguous() for name, tensor in tensors.items()}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-        save_file(tensors, unfinished, metadata={"format": _FORMAT, "statistics": json.dumps(said, sort_keys=True)})
-        unfinished.replace(path)
+        tensors = {name: tensor.double() for name, tensor in tensors.items()}
+        metadata = {"format": _FORMAT, "statistics": json.dumps(said, sort_keys=True)}
+        write_tensors(Path(path), tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> ReferenceStatistics:
@@ -88,9 +87,7 @@ class ReferenceStatistics:
         if not Path(path).is_file():
             raise FileNotFoundError(f"There are no reference statistics at {path}: compute and save them first.")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            metadata, tensors = read_tensors(Path(path))
             if metadata.get("format") != _FORMAT or set(tensors) != {"mean", "covariance"}:
                 raise ValueError(f"it holds {sorted(tensors)} in the format {metadata.get('format')!r}")
             said = json.loads(metadata["statistics"])
@@ -100,6 +97,62 @@ class ReferenceStatistics:
         except (SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"{path} holds no reference statistics as this version writes them: {error}.") from error
         return found
+
+    @classmethod
+    def read_npz(
+        cls, path: str | Path, extractor: Provenance, count: int, images: Provenance | None = None
+    ) -> ReferenceStatistics:
+        """Read an .npz file with ``mu`` and ``sigma``, as pytorch-fid, clean-fid and guided-diffusion (ADM) write it.
+
+        It does not say what its features are of: the caller vouches for the arguments. All three divide the covariance
+        by n - 1, as is done here. Other arrays in it, such as ADM's ``mu_s`` and ``sigma_s``, are passed over.
+
+        Args:
+            path: The file.
+            extractor: What the extractor that made the features says of itself (``FeatureExtractor.provenance``).
+            count: Number of images.
+            images: What the images are; by default the file's name.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is something else, is damaged, or holds other features than ``extractor`` gives.
+        """
+        at_least(2, count=count)
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"`path`: there is no {path}. Give an .npz file with `mu` and `sigma`.")
+        wanted = f"`path`: {path} must be an .npz file with `mu` (D,) and `sigma` (D, D)"
+        try:
+            with path.open("rb") as opened:
+                file = np.load(opened, allow_pickle=False)  # pickled arrays could run code
+                if isinstance(file, np.ndarray):
+                    raise ValueError("it is an .npy file of one array")
+                if lacking := [name for name in ("mu", "sigma") if name not in file]:
+                    raise ValueError(f"it lacks {' and '.join(lacking)}, and has {', '.join(file.files) or 'nothing'}")
+                mu, sigma = file["mu"], file["sigma"]
+        except Exception as error:  # readers of archives and of arrays do not agree on a type
+            raise ValueError(f"{wanted}, as pytorch-fid and others write it: {error}.") from error
+        got = f"got `mu` {mu.shape} {mu.dtype}, `sigma` {sigma.shape} {sigma.dtype}"
+        if (
+            mu.dtype.kind != "f"
+            or sigma.dtype.kind != "f"
+            or mu.ndim != 1
+            or not mu.size
+            or sigma.shape != 2 * mu.shape
+        ):
+            raise ValueError(f"{wanted} of floating point, {got}.")
+        if len(mu) != (features := extractor.get("features", len(mu))):
+            raise ValueError(f"{wanted} of D = {features}, the features of `extractor`, {got}.")
+        mean, covariance = (torch.from_numpy(values.astype(np.float64)) for values in (mu, sigma))
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError(f"{wanted}, all finite, got NaN or infinity. Compute it anew.")
+        unequal = float((covariance - covariance.T).abs().max())
+        if unequal > 1e-5 * float(covariance.abs().max()) or covariance.diagonal().min() < 0:
+            raise ValueError(
+                f"{wanted}, a covariance, which is symmetric with a diagonal of 0 or more; got up to {unequal:.3g} "
+                f"between sides and {float(covariance.diagonal().min()):.3g} on the diagonal. Compute it anew."
+            )
+        return cls(mean, covariance, count, dict(extractor), dict(images or {"name": path.name}))
 
     def check(self, provenance: Provenance) -> None:
         """Refuse features of another extractor.

@@ -92,3 +92,28 @@ def test_a_checkpoint_at_the_end_holds_both_and_resumes(tmp_path: Path) -> None:
     fit.validate(trained, data(), verbose=False)
     torch.testing.assert_close(watch.validated[-1], average)
     torch.testing.assert_close(key(trained), average)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_further_decays(tmp_path: Path) -> None:
+    """Each is the average by hand, also in a run that went on from a checkpoint."""
+    trained, watch = module(), Watch(tmp_path / "a.ckpt")
+    begin = key(trained)
+    ema = EMA(decay=0.5, also=[0.9, 0.0])
+    trainer(tmp_path, max_steps=3, callbacks=[ema, watch], limit_val_batches=0).fit(trained, data())
+    source, steps = str(tmp_path / "a.ckpt"), watch.steps
+    for decay in (0.5, 0.9, 0.0):
+        torch.testing.assert_close(key(module(weights=source, weights_ema=decay)), averaged(begin, steps, decay))
+    with pytest.raises(ValueError, match=r"has those of decay \[0.0, 0.5, 0.9\]"):
+        module(weights=source, weights_ema=0.7)
+
+    later = Watch()
+    longer = trainer(tmp_path, max_steps=5, callbacks=[EMA(decay=0.5, also=[0.9]), later], limit_val_batches=0)
+    longer.fit(module(), data(), ckpt_path=source, weights_only=True)
+    longer.save_checkpoint(tmp_path / "b.ckpt")
+    whole = averaged(begin, steps + later.steps, 0.9)
+    assert len(later.steps) == 2
+    torch.testing.assert_close(key(module(weights=str(tmp_path / "b.ckpt"), weights_ema=0.9)), whole)
+    for wrong, said in (([0.5], "each once"), ([0.9, 0.9], "each once"), ([1.0], "`also` must lie")):
+        with pytest.raises(ValueError, match=said):
+            EMA(decay=0.5, also=wrong)

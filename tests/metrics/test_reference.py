@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -80,3 +82,76 @@ def test_statistics_that_are_none_are_refused(reference: ReferenceStatistics) ->
         ReferenceStatistics(reference.mean, reference.covariance[:2], 20, SAYS)
     with pytest.raises(ValueError, match="must be finite"):
         ReferenceStatistics(reference.mean * torch.nan, reference.covariance, 20, SAYS)
+
+
+def npz(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+FEATURES = np.random.default_rng(0).normal(3, 2, (40, 5))
+MU, SIGMA = FEATURES.mean(axis=0), np.cov(FEATURES, rowvar=False)  # as pytorch-fid, clean-fid and ADM compute them
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(np.float64, 1e-12), (np.float32, 1e-5), (">f8", 1e-12)])
+@pytest.mark.parametrize("more", [{}, {"mu_s": np.zeros(7), "sigma_s": np.eye(7), "arr_0": np.zeros((2, 4, 4, 3))}])
+def test_statistics_of_other_libraries_are_read(tmp_path: Path, dtype: Any, atol: float, more: dict[str, Any]) -> None:
+    path = npz(tmp_path / "photos.npz", mu=MU.astype(dtype), sigma=SIGMA.astype(dtype), **more)
+    found = ReferenceStatistics.read_npz(path, SAYS | {"features": 5}, 40)
+    assert (found.count, found.extractor, found.images) == (40, SAYS | {"features": 5}, {"name": "photos.npz"})
+    statistics = GaussianStatistics(5)
+    statistics.update(torch.from_numpy(FEATURES))
+    own = statistics.compute()
+    torch.testing.assert_close(found.mean, own.mean, rtol=0, atol=atol)
+    torch.testing.assert_close(found.covariance, own.covariance, rtol=0, atol=atol)
+    assert ReferenceStatistics.read_npz(path, SAYS, 40, {"name": "mine"}).images == {"name": "mine"}
+    found.save(tmp_path / "own.safetensors")
+    assert ReferenceStatistics.load(tmp_path / "own.safetensors").hash == found.hash
+
+
+ODD = SIGMA.copy()
+ODD[0, 1] += 0.1
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"mean": MU}, "it lacks mu and sigma, and has mean"),
+        ({"mu": MU, "cov": SIGMA}, "it lacks sigma, and has mu, cov"),
+        ({}, "it lacks mu and sigma, and has nothing"),
+        ({"mu": MU[:4], "sigma": SIGMA}, r"floating point, got `mu` \(4,\) float64, `sigma` \(5, 5\) float64"),
+        ({"mu": MU[None], "sigma": SIGMA}, r"got `mu` \(1, 5\)"),
+        ({"mu": MU, "sigma": SIGMA[0]}, r"`sigma` \(5,\)"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"floating point, got `mu` \(0,\)"),
+        ({"mu": np.float64(1), "sigma": np.float64(1)}, r"floating point, got `mu` \(\)"),
+        ({"mu": MU.astype(int), "sigma": SIGMA}, "got `mu` .* int64"),
+        ({"mu": MU, "sigma": SIGMA.astype(complex)}, "complex128"),
+        ({"mu": MU[:3], "sigma": SIGMA[:3, :3]}, "of D = 5, the features of `extractor`"),
+        ({"mu": MU * np.nan, "sigma": SIGMA}, "all finite, got NaN or infinity"),
+        ({"mu": MU, "sigma": SIGMA + np.inf}, "all finite, got NaN or infinity"),
+        ({"mu": MU, "sigma": ODD}, "symmetric .*got up to 0.1 between sides"),
+        ({"mu": MU, "sigma": -SIGMA}, "got up to 0 between sides and -.* on the diagonal"),
+        ({"mu": np.array([{}], dtype=object), "sigma": SIGMA}, "allow_pickle=False"),
+    ],
+)
+def test_npz_files_of_something_else_are_refused(tmp_path: Path, arrays: dict[str, Any], said: str) -> None:
+    path = npz(tmp_path / "photos.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"`path`: .*photos\.npz must be an \.npz file .*{said}"):
+        ReferenceStatistics.read_npz(path, {"features": 5}, 40)
+
+
+def test_damaged_npz_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "photos.npz"
+    with pytest.raises(FileNotFoundError, match=r"`path`: there is no .*photos\.npz"):
+        ReferenceStatistics.read_npz(path, SAYS, 40)
+    np.savez_compressed(path, mu=np.random.default_rng(0).normal(size=500), sigma=np.eye(500))
+    whole = path.read_bytes()
+    np.save(tmp_path / "one.npy", MU)
+    # At these bytes NumPy, zipfile, zlib and tokenize raise errors of their own.
+    flipped = [whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1 :] for i in (0, 28, 35, 189, 1000)]
+    for content in (b"", b"no archive", whole[:-50], *flipped, (tmp_path / "one.npy").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"photos\.npz must be an \.npz file .*as pytorch-fid and others write it"):
+            ReferenceStatistics.read_npz(path, SAYS, 40)
+    with pytest.raises(ValueError, match="`count` must be 2 or more, got 1"):
+        ReferenceStatistics.read_npz(npz(path, mu=MU, sigma=SIGMA), SAYS, 1)

@@ -58,6 +58,38 @@ def test_open_clip_says_what_it_is(tmp_path: Path) -> None:
         OpenCLIPFeatures(f"local-dir:{tmp_path / 'wide'}")
 
 
+def change(folder: Path, **settings: Any) -> str:
+    """Rewrite settings of a tower; returns what loads it with weights drawn anew."""
+    file = folder / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["vision_cfg"] |= settings
+    file.write_text(json.dumps(config))
+    return f"random:local-dir:{folder}"
+
+
+def test_towers_that_give_tokens_too_will_do(tmp_path: Path) -> None:
+    """As CoCa's does."""
+    save_tower(tmp_path / "tower")
+    extractor = OpenCLIPFeatures(change(tmp_path / "tower", output_tokens=True))
+    images = photos(2, 16, 16)
+    with torch.no_grad():
+        pooled, tokens = extractor.model(extractor.preparation(images))
+    assert tokens.ndim == 3
+    torch.testing.assert_close(extractor(images), pooled)
+    assert extractor.provenance()["model"] == "random:local-dir:tower"
+
+
+def test_towers_that_lack_something_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "tower"
+    save_tower(folder)
+    (folder / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="`model_name`='local-dir:.*Without network: give the weights' file"):
+        OpenCLIPFeatures(f"local-dir:{folder}")
+    oblong = change(folder, image_size=[16, 24])
+    with pytest.raises(ValueError, match=r"`model_name` must be of a model of square images.*\(16, 24\), 'shortest'"):
+        OpenCLIPFeatures(oblong)
+
+
 def test_transformers_gives_what_its_model_gives(tmp_path: Path) -> None:
     model: Any = tiny_dino().eval()
     model.save_pretrained(tmp_path)
@@ -71,11 +103,34 @@ def test_transformers_gives_what_its_model_gives(tmp_path: Path) -> None:
         assert extractor.dim == 16
         torch.testing.assert_close(extractor(images), value, rtol=1e-4, atol=1e-5)
         assert extractor.provenance()["model"] == f"Dinov2Model {output}"
+        assert extractor.provenance()["library"] == f"transformers {transformers.__version__}"
     own = TransformersFeatures(model, size=28)
     assert own.provenance() == TransformersFeatures(str(tmp_path), size=28).provenance()
     random = TransformersFeatures(f"random:{tmp_path}", size=28)
     assert random.provenance()["weights"] != own.provenance()["weights"]
     assert TransformersFeatures(str(tmp_path), size=42)(images).shape == (3, 16)
+
+
+def test_the_pooler_is_not_the_first_token() -> None:
+    """DINOv2's pooler gives the first token as it is, others change it."""
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32
+    )
+    model = transformers.ViTModel(config).eval()
+    images = photos(2, 32, 32)
+    extractor = TransformersFeatures(model, "cls", size=32)
+    with torch.no_grad():
+        found = model(pixel_values=extractor.preparation(images))
+    torch.testing.assert_close(extractor(images), found.last_hidden_state[:, 0])
+    torch.testing.assert_close(TransformersFeatures(model, size=32)(images), found.pooler_output)
+
+
+def test_images_are_resized_bicubic_unless_one_says_otherwise() -> None:
+    model = tiny_dino()
+    plain = TransformersFeatures(model, size=28).preparation
+    assert (plain.resize, plain.antialias, plain.fit) == ("bicubic", True, "crop")
+    other = TransformersFeatures(model, size=28, resize="bilinear", antialias=False).preparation
+    assert (other.resize, other.antialias) == ("bilinear", False)
 
 
 def test_the_preprocessors_settings_are_taken(tmp_path: Path) -> None:

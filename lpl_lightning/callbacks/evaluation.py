@@ -1,0 +1,266 @@
+"""Evaluation of what a model generates: in ``lpl test``, and during training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lpl_lightning.arguments import at_least
+from lpl_lightning.callbacks.ema import averaged
+from lpl_lightning.callbacks.run_folder import run_folder
+from lpl_lightning.data.base import ImageDataModule, SampleRequests
+from lpl_lightning.data.captions import read_prompts
+from lpl_lightning.evaluation.cache import ReferenceCache, default_folder
+from lpl_lightning.evaluation.evaluator import Evaluator
+from lpl_lightning.evaluation.generated import (
+    GeneratedFolder,
+    RequestedImages,
+    generate,
+    generation_settings,
+    goes_by_captions,
+    goes_by_labels,
+)
+from lpl_lightning.evaluation.image_files import ImageFiles
+from lpl_lightning.evaluation.measure import Sets
+from lpl_lightning.evaluation.report import Report
+from lpl_lightning.evaluation.suite import Suite
+from lpl_lightning.metrics.features import weights_hash
+from lpl_lightning.module import LatentDiffusionModule
+from lpl_lightning.pretrained import averaged_by, read_checkpoint
+
+__all__ = ["Evaluation"]
+
+
+class Evaluation(Callback):
+    """Generates images, measures them against real ones, and writes a report.
+
+    In ``lpl test``, where it always stands by, it does so at the end. With ``every_n_steps`` it does so during training
+    instead: the values are logged as ``eval_NAME``, which ``ModelCheckpoint`` may monitor. Where an ``EMA`` callback
+    averages weights, the average is evaluated.
+
+    A report lies in ``evaluation/NAME`` of the run's folder: of the checkpoint's run, if there is a checkpoint, or else
+    of this one. NAME is the checkpoint's or step's with a hash of all that makes the images, which lie beside it in
+    ``images``. Images that are there are not made again, so that an evaluation goes on where it was stopped.
+
+    Args:
+        num_images: How many images are generated, going round the classes or captions.
+        suite: What is measured; by default what needs no downloaded weights. ``configs/metrics/paper.yaml`` is one
+            with FID.
+        reference: Folder of the real images, brought to the data's size; by default those of the data's test set.
+        convert: Read images of ``reference`` that are not RGB of 8 bits as training does; by default they are refused.
+        reconstruct: Whether the autoencoder's reconstructions of the real images are measured too.
+        every_n_steps: Optimizer steps of training between evaluations; None evaluates in ``lpl test``.
+        seed: Image ``i`` is drawn from seed ``seed + i``.
+        prompts: Text file of captions, one a line, for models that go by them; by default those of the data's
+            validation images.
+        batch_size: Images generated, or passed through networks, at once by a process.
+        num_workers: Processes that read images, for each process that evaluates.
+        dirname: Folder of the report, in place of the above.
+        cache: Whether to keep what was computed of the real images for the next time, in the user's folder for caches.
+
+    Attributes:
+        report: The last one.
+        folder: Where it lies.
+        origin: Checkpoint that the model's weights were taken from by hand, and the decay of the average, if it is one.
+    """
+
+    def __init__(
+        self,
+        num_images: int = 10_000,
+        suite: Suite | None = None,
+        reference: str | None = None,
+        convert: bool = False,
+        reconstruct: bool = True,
+        every_n_steps: int | None = None,
+        seed: int = 0,
+        prompts: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        dirname: str | None = None,
+        cache: bool = True,
+    ) -> None:
+        at_least(1, num_images=num_images, batch_size=batch_size)
+        at_least(0, num_workers=num_workers)
+        if every_n_steps is not None:
+            at_least(1, every_n_steps=every_n_steps)
+        self.num_images, self.reference, self.convert = num_images, reference, convert
+        self.suite = Suite() if suite is None else suite
+        self.reconstruct, self.every_n_steps, self.seed, self.prompts = reconstruct, every_n_steps, seed, prompts
+        self.batch_size, self.num_workers, self.dirname = batch_size, num_workers, dirname
+        self.cache = ReferenceCache(default_folder() if cache else None)
+        self.report: Report | None = None
+        self.folder: Path | None = None
+        self.origin: tuple[Path, float | None] | None = None
+        self._evaluator: Evaluator | None = None
+        self._sets: Sets | None = None
+        self._last_step = -1
+
+    @property
+    def state_key(self) -> str:
+        """Its own for each way of evaluating."""
+        return self._generate_state_key(every_n_steps=self.every_n_steps, dirname=self.dirname)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what cannot be evaluated, before anything is trained."""
+        self._last_step = trainer.global_step
+        if self.every_n_steps is not None and run_folder(trainer) is not None:
+            if not isinstance(pl_module, LatentDiffusionModule):
+                raise ValueError(
+                    f"Evaluation generates with a LatentDiffusionModule, got {type(pl_module).__name__}; take it out "
+                    "of trainer.callbacks."
+                )
+            self._check(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluate every n optimizer steps."""
+        step = trainer.global_step
+        if self.every_n_steps is None or step == self._last_step or step % self.every_n_steps:
+            return
+        self._last_step = step
+        with averaged(trainer, pl_module) as decay:
+            report = self._evaluate(trainer, pl_module, f"step-{step:08d}", {"global_step": step, "ema": decay})
+        if report is not None:
+            values = {f"eval_{name}": value.value for name, value in report.values.items()}
+            for logger in trainer.loggers:  # now, whatever `log_every_n_steps` says
+                logger.log_metrics(values, step=step)
+            pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what cannot be evaluated, before the test loss is computed."""
+        if self._tests(trainer, pl_module):
+            self._check(trainer, cast(LatentDiffusionModule, pl_module))
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluate."""
+        if not self._tests(trainer, pl_module):
+            return
+        source, decay = (trainer.ckpt_path, None) if self.origin is None else self.origin
+        made: dict[str, Any] = {"weights": getattr(pl_module, "weights", None)}
+        if source is not None:
+            checkpoint = read_checkpoint(str(source), "ckpt_path")
+            decay = averaged_by(checkpoint) if self.origin is None else decay
+            made = {"checkpoint": str(source), "global_step": checkpoint.get("global_step"), "ema": decay}
+        report = self._evaluate(trainer, pl_module, "weights" if source is None else Path(source).stem, made)
+        if report is not None:
+            pl_module.log_dict({f"test_{name}": value.value for name, value in report.values.items()})
+
+    def _tests(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        is_asked = self.every_n_steps is None and run_folder(trainer) is not None
+        return is_asked and isinstance(pl_module, LatentDiffusionModule)
+
+    def _check(self, trainer: pl.Trainer, module: LatentDiffusionModule) -> None:
+        """Refuse sets that cannot be measured, and captions that are not there."""
+        requests = self._requests(trainer, module)
+        side = module.latent_size * module.autoencoder.downscale
+        dataset, _, _, _ = self._real(trainer, side)
+        autoencoder = None
+        if self.reconstruct:
+            model = module.autoencoder.model
+            autoencoder = f"{type(model).__name__} {weights_hash(model)}"
+        self._sets = Sets(side, len(dataset), len(requests), goes_by_captions(module), autoencoder)
+        self.suite.check(self._sets)
+
+    def _requests(self, trainer: pl.Trainer, module: LatentDiffusionModule) -> SampleRequests:
+        num_classes = getattr(module.conditioner, "num_classes", None)
+        if num_classes is not None:
+            return SampleRequests(self.num_images, num_classes, self.seed)
+        data = getattr(trainer, "datamodule", None)
+        captions: Sequence[str] = ()
+        if self.prompts is not None:
+            captions = read_prompts(Path(self.prompts).expanduser())
+        elif isinstance(data, ImageDataModule):
+            captions = tuple(data.validation_captions())
+        if not captions:
+            raise ValueError("The model goes by captions, but the data give none: give Evaluation `prompts`, a file.")
+        return SampleRequests(self.num_images, seed=self.seed, captions=captions)
+
+    def _real(self, trainer: pl.Trainer, side: int) -> tuple[Any, dict[str, Any], str | None, Any]:
+        """The real images, what to say of them, a key of theirs, and how they become batches."""
+        if self.reference is not None:
+            files = ImageFiles(self.reference, "reference", side, self.convert)
+            return files, {"name": self.reference, **files.provenance()}, files.quick_key(), None
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, ImageDataModule):
+            return data.dataset("test"), {"name": f"test images of {type(data).__name__}"}, None, None
+        loaded = trainer.test_dataloaders if trainer.testing else None
+        dataset = getattr(loaded, "dataset", None)
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                "Evaluation found no set of test images to measure generated ones against: give it `reference`, a "
+                "folder of real images."
+            )
+        return dataset, {"name": f"test images, {type(dataset).__name__}"}, None, getattr(loaded, "collate_fn", None)
+
+    def _evaluate(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, made: dict[str, Any]
+    ) -> Report | None:
+        if run_folder(trainer) is None or not isinstance(pl_module, LatentDiffusionModule) or self._sets is None:
+            return None
+        with isolate_rng():
+            requests = self._requests(trainer, pl_module)
+            settings = generation_settings(
+                pl_module, self.seed, self._sets.image_size, requests.num_classes, requests.captions
+            )
+            self.folder = folder = trainer.strategy.broadcast(self._folder(trainer, name, settings))
+            images = GeneratedFolder(folder / "images")
+            remedy = "Give another folder as `dirname`, or delete it."
+            images.claim(settings, remedy, write=trainer.is_global_zero)
+            generate(
+                pl_module,
+                requests,
+                images,
+                self.batch_size,
+                trainer.global_rank,
+                trainer.world_size,
+                trainer.strategy.barrier,
+                trainer.precision_plugin.forward_context,
+                progress=trainer.is_global_zero,
+            )
+            evaluator = self._with_real(trainer, pl_module, self._sets)
+            generated = RequestedImages(images, requests, goes_by_labels(pl_module))
+            report = evaluator.measure(generated, folder.name, {"folder": "images"})
+        report.generation = {**made, "seed": self.seed, "trainer_precision": str(trainer.precision), **settings}
+        if trainer.is_global_zero:
+            evaluator.write(report, folder)
+            rank_zero_info(f"Evaluation: {folder / 'report.md'}")
+        self.report = report
+        return report
+
+    def _with_real(self, trainer: pl.Trainer, module: LatentDiffusionModule, sets: Sets) -> Evaluator:
+        """The evaluator with the real images measured, which is done once."""
+        if self._evaluator is None or self._evaluator.sets != sets:
+            dataset, about, key, collate = self._real(trainer, sets.image_size)
+            self._evaluator = Evaluator(
+                self.suite,
+                module.device,
+                self.cache,
+                self.batch_size,
+                self.num_workers,
+                trainer.global_rank,
+                trainer.world_size,
+            )
+            autoencoder = module.autoencoder if self.reconstruct else None
+            self._evaluator.take_real(dataset, sets, about, key, autoencoder, collate)
+        return self._evaluator
+
+    def _folder(self, trainer: pl.Trainer, name: str, settings: dict[str, Any]) -> Path:
+        if self.dirname is not None:
+            return Path(self.dirname).expanduser()
+        run = run_folder(trainer)
+        assert run is not None  # else nothing is evaluated
+        source = None if not trainer.testing else trainer.ckpt_path if self.origin is None else self.origin[0]
+        if source is not None:
+            run = Path(source).absolute().parent
+            run = run.parent if run.name == "checkpoints" else run
+        digest = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
+        return run / "evaluation" / f"{name}-{digest}"

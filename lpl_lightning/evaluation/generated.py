@@ -1,0 +1,233 @@
+"""Folders of generated images: what lies where, what made them, and making those that are missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+from tqdm.auto import tqdm
+
+from lpl_lightning.captions import Captions
+from lpl_lightning.data.base import SampleRequests
+from lpl_lightning.evaluation.image_files import ImageFiles
+from lpl_lightning.module import LatentDiffusionModule
+
+__all__ = [
+    "GeneratedFolder",
+    "RequestedImages",
+    "generate",
+    "generation_settings",
+    "goes_by_captions",
+    "goes_by_labels",
+    "to_uint8",
+    "write_png",
+]
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Map images in [-1, 1] to uint8 in [0, 255] on the CPU, rounding to the nearest."""
+    return images.add(1).mul(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
+def write_png(image: Tensor, path: Path) -> None:
+    """Write (3, H, W) uint8; the file appears whole or not at all."""
+    part = path.with_suffix(".part")
+    to_pil_image(image).save(part, format="PNG")
+    os.replace(part, path)
+
+
+def goes_by_captions(module: LatentDiffusionModule) -> bool:
+    """Whether images are made of captions rather than of labels or of nothing."""
+    return getattr(module.conditioner, "num_classes", None) is None
+
+
+def goes_by_labels(module: LatentDiffusionModule) -> bool:
+    """Whether images are made of labels, and lie in folders by them."""
+    return bool(getattr(module.conditioner, "num_classes", None))
+
+
+def generation_settings(
+    module: LatentDiffusionModule,
+    seed: int | None,
+    image_size: int | None,
+    num_classes: int | None,
+    prompts: Sequence[str],
+) -> dict[str, Any]:
+    """All that makes generated images what they are, as JSON holds it.
+
+    Args:
+        module: What generates them.
+        seed: Seed of the first image.
+        image_size: Side in pixels.
+        num_classes: Classes that the images go round.
+        prompts: All captions that the images go round, so that a folder can be made in parts.
+    """
+    sampler, conditioner = module.sampler, module.conditioner
+    scheduler = sampler.scheduler if sampler.scheduler is not None else module.noise.sampling_scheduler()
+    digest = hashlib.blake2b(digest_size=16)
+    # All that makes an image, also frozen weights, which a state dict may leave out.
+    denoiser = module.denoiser
+    weights = (*denoiser.named_parameters(), *denoiser.named_buffers(), *conditioner.state_dict().items())
+    for name, tensor in weights:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    settings = {
+        "weights_blake2b": digest.hexdigest(),
+        **({"text": conditioner.fingerprint()} if isinstance(conditioner, Captions) else {}),
+        "autoencoder": described(module.autoencoder.model),
+        "scheduler": described(scheduler),
+        "num_steps": sampler.num_steps,
+        "guidance_scale": sampler.guidance_scale,
+        "guidance_interval": sampler.guidance_interval,
+        "precision": sampler.precision,
+        "generate_seed": seed,
+        "image_size": image_size,
+        "num_classes": num_classes,
+    }
+    if goes_by_captions(module):
+        settings["prompts_blake2b"] = hashlib.blake2b(json.dumps(list(prompts)).encode(), digest_size=16).hexdigest()
+    # As it comes back from the file, where tuples are lists.
+    restored: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return restored
+
+
+def described(part: Any) -> dict[str, Any]:
+    """Class and config of a part of diffusers, without its private keys, whose order differs between processes."""
+    public = {key: value for key, value in part.config.items() if not key.startswith("_")}
+    return {"class": type(part).__name__, **public}
+
+
+class GeneratedFolder:
+    """A folder of generated images, one sub-folder a class; ``settings.json`` in it says what made them.
+
+    Image ``i`` is ``FOLDER/CLASS/i.png``, all in class 0 where the model knows no classes. For a model that goes by
+    captions, its caption lies beside it in ``i.txt``, as UTF-8.
+
+    Args:
+        folder: Where it is, or will be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def claim(self, settings: Mapping[str, Any], remedy: str, write: bool) -> None:
+        """Note what will make the images, or see that it is what made those that are there.
+
+        Args:
+            settings: What ``generation_settings`` gave.
+            remedy: What to do where it is not, for the error.
+            write: Whether this process writes the note.
+
+        Raises:
+            ValueError: The folder holds images made with other settings.
+        """
+        record = self.folder / "settings.json"
+        if record.exists():
+            known = json.loads(record.read_text())
+            if known != settings:
+                differ = sorted(key for key in settings | known if settings.get(key) != known.get(key))
+                raise ValueError(
+                    f"{self.folder} holds images made with other settings ({', '.join(differ)}; see {record}). {remedy}"
+                )
+        elif write:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(settings, indent=1))
+
+    def path(self, index: int, label: int) -> Path:
+        """Where image ``index`` lies."""
+        return self.folder / f"{label:04d}" / f"{index:06d}.png"
+
+    def write(self, image: Tensor, index: int, label: int, caption: str | None = None) -> None:
+        """Write an image (3, H, W) uint8 and, if there is one, its caption."""
+        path = self.path(index, label)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if caption is not None:
+            # Before the image, which tells a later run that there is nothing left to do.
+            path.with_suffix(".txt").write_text(caption, encoding="utf-8", newline="\n")
+        write_png(image, path)
+
+
+def generate(
+    module: LatentDiffusionModule,
+    requests: SampleRequests,
+    folder: GeneratedFolder,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], object] = lambda: None,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    progress: bool = True,
+) -> None:
+    """Generate the images that a folder lacks.
+
+    An image depends on its own seed, label and caption alone: neither on the batch or process that it is made in nor on
+    what was there already.
+
+    Args:
+        module: What generates them; its training mode is put back.
+        requests: Images asked for.
+        folder: Where to.
+        batch_size: Images generated at once.
+        rank: Number of this process, which makes every ``world_size``-th of the missing images.
+        world_size: Number of processes, which must see one file system.
+        barrier: Waits for all processes.
+        precision: Makes the context that images are generated in, such as a trainer's autocast.
+        progress: Whether to show a progress bar.
+    """
+    by_label = goes_by_labels(module)
+    captions = goes_by_captions(module)
+
+    def place(number: int) -> Path:
+        return folder.path(number, requests[number]["label"] if by_label else 0)
+
+    missing = [number for number in range(len(requests)) if not place(number).exists()]
+    barrier()  # all have seen the same before any writes
+    own = missing[rank::world_size]
+    rounds = math.ceil(len(missing) / (world_size * batch_size))
+    done = len(requests) - len(missing)
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with tqdm(total=len(requests), initial=done, desc="Images", disable=not progress) as bar:
+            for number in range(rounds):
+                # A sharded model runs on all processes or on none: who has nothing left makes an image once more.
+                batch = own[number * batch_size : (number + 1) * batch_size]
+                asked = [requests[image] for image in batch or missing[:1]]
+                labels = [request["label"] if by_label else 0 for request in asked]
+                texts = [request["caption"] for request in asked if "caption" in request] if captions else None
+                with torch.no_grad(), precision():
+                    images = to_uint8(module.generate([request["seed"] for request in asked], labels, texts))
+                for position in range(len(batch)):
+                    caption = texts[position] if texts else None
+                    folder.write(images[position], batch[position], labels[position], caption)
+                done += min(len(asked) * world_size, len(requests) - done)
+                bar.update(done - bar.n)
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    barrier()
+
+
+class RequestedImages(ImageFiles):
+    """The images that requests ask for, in their order; their folder may hold more.
+
+    Args:
+        folder: Where they lie.
+        requests: What was asked for.
+        by_label: Whether they lie in folders by their label.
+    """
+
+    def __init__(self, folder: GeneratedFolder, requests: SampleRequests, by_label: bool) -> None:
+        super().__init__(folder.folder, "images")
+        asked = [requests[number] for number in range(len(requests))]
+        self.paths = [str(folder.path(one["index"], one["label"] if by_label else 0)) for one in asked]
+        self.captions = [one["caption"] for one in asked if "caption" in one] or None

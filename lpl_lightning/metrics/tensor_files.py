@@ -1,0 +1,55 @@
+"""Safetensors files that several processes may write and read at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+__all__ = ["read_tensors", "write_tensors"]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file, which appears whole or not at all, in a folder that is made if need be.
+
+    Raises:
+        OSError: It cannot be written.
+        SafetensorError: The same, found by the library.
+    """
+    # Copies, since safetensors refuses tensors that share memory.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+        save_file(copies, unfinished, metadata=None if metadata is None else dict(metadata))
+        unfinished.chmod(mode)  # which safetensors sets to the owner's alone
+        unfinished.replace(path)
+    finally:
+        with suppress(OSError):  # it is there only where something failed
+            unfinished.unlink()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read a file's metadata and tensors, by opening it once.
+
+    ``safe_open`` opens it for the tensors again, which may then be those of a file that has just taken its place.
+
+    Raises:
+        OSError: It cannot be read.
+        SafetensorError: It is something else, or damaged.
+        ValueError: The same.
+    """
+    content = path.read_bytes()
+    tensors = load(content)
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]).get("__metadata__", {}), tensors

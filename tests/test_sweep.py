@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluations import Weights, data, evaluation, values
+from test_mixin import Foreign
+
+from lpl_lightning import EMA, ClassTokens, LatentDiffusionModule
+from lpl_lightning.cli import main
+from lpl_lightning.evaluation import Report
+from lpl_lightning.sweep import SweepingTrainer
+
+MakeModule = Callable[..., LatentDiffusionModule]
+
+
+def trainer(folder: Path, **options: Any) -> SweepingTrainer:
+    settings: dict[str, Any] = {
+        "default_root_dir": folder,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return SweepingTrainer(**(settings | options))
+
+
+@pytest.fixture
+def module(make_module: MakeModule) -> LatentDiffusionModule:
+    torch.manual_seed(0)
+    return make_module(
+        conditioner=ClassTokens(8, token_dim=8, pooled_dim=8),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    )
+
+
+def test_each_setting_is_what_a_test_with_it_finds(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    swept = trainer(tmp_path / "sweep", callbacks=[evaluation()])
+    found = swept.sweep(module, data(), num_steps=[3, 1])
+    assert module.sampler.num_steps == 2
+    assert swept.limit_test_batches == 1.0
+    for steps, report in zip((3, 1), found.reports, strict=True):
+        module.sampler.num_steps = steps
+        callback = evaluation()
+        trainer(tmp_path / "test", callbacks=[callback]).test(module, data(), verbose=False)
+        assert callback.report is not None
+        assert values(report) == values(callback.report)
+        assert report.generation["num_steps"] == steps
+    assert values(found.reports[0]) != values(found.reports[1])
+    folder = tmp_path / "sweep" / "evaluation"
+    with (folder / "sweep_num_steps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["num_steps"] for row in rows] == ["3", "1"]
+    for row, report in zip(rows, found.reports, strict=True):
+        assert {name: float(row[name]) for name in values(report)} == values(report)
+    written = json.loads((folder / "sweep_num_steps.json").read_text())
+    assert [entry["setting"] for entry in written["reports"]] == [3, 1]
+    assert "| 3 |" in (folder / "sweep_num_steps.md").read_text()
+    pytest.importorskip("matplotlib")
+    assert (folder / "sweep_num_steps.png").stat().st_size > 10_000
+
+
+def test_guidance_in_folders_of_ones_own(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    swept = trainer(tmp_path, callbacks=[evaluation(dirname=str(tmp_path / "mine"))])
+    found = swept.sweep(module, data(), guidance_scale=[1, 2.5])
+    assert module.sampler.guidance_scale == 1.5
+    for name, report in zip(("guidance_scale-1", "guidance_scale-2.5"), found.reports, strict=True):
+        assert values(Report.read(tmp_path / "mine" / name)) == values(report)
+    assert (tmp_path / "mine" / "sweep_guidance_scale.md").is_file()
+
+
+def test_averages_of_a_checkpoint(module: LatentDiffusionModule, make_module: MakeModule, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=4, callbacks=[EMA(decay=0.5, also=[0.9]), Weights()], limit_val_batches=0)
+    run.fit(module, data())
+    path = str(tmp_path / "last.ckpt")
+    run.save_checkpoint(path)
+    found = trainer(tmp_path, callbacks=[evaluation()]).sweep(module, data(), path, ema=[None, 0.5, 0.9])
+    assert [report.generation["ema"] for report in found.reports] == [None, 0.5, 0.9]
+    assert {report.generation["checkpoint"] for report in found.reports} == {path}
+    assert len({report.images["hash"] for report in found.reports}) == 3
+    for decay, report in zip((None, 0.5, 0.9), found.reports, strict=True):
+        module.load_weights(path, decay)
+        callback = evaluation(dirname=str(tmp_path / f"by_hand_{decay}"))
+        trainer(tmp_path, callbacks=[callback]).test(module, data(), verbose=False)
+        assert callback.report is not None
+        assert callback.report.images["hash"] == report.images["hash"]
+    assert (tmp_path / "evaluation" / "sweep_ema.md").read_text().count("| as trained |") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "One of `num_steps`, `guidance_scale`, `ema` must be a list, got none"),
+        ({"num_steps": [1], "guidance_scale": [2.0]}, "must be a list, got {'num_steps': .1., 'guidance_scale'"),
+        ({"num_steps": []}, "must be a list"),
+        ({"num_steps": [3, 0]}, r"`num_steps\[1\]` must be 1 or more"),
+        ({"num_steps": [3, 3]}, "`num_steps` must hold each setting once"),
+        ({"ema": [0.9]}, "`ema` needs `ckpt_path`"),
+    ],
+)
+def test_wrong_settings_are_refused(
+    options: dict[str, Any], said: str, module: LatentDiffusionModule, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path, callbacks=[evaluation()]).sweep(module, data(), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_swept_is_refused(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`model` must be a LatentDiffusionModule, got Foreign"):
+        trainer(tmp_path).sweep(Foreign(), data(), num_steps=[1])
+    with pytest.raises(ValueError, match="no `fast_dev_run`"):
+        trainer(tmp_path, fast_dev_run=True).sweep(module, data(), num_steps=[1])
+    with pytest.raises(ValueError, match="several Evaluations"):
+        trainer(tmp_path, callbacks=[evaluation(), evaluation(dirname="a")]).sweep(module, data(), num_steps=[1])
+    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data())
+    plain = trainer(tmp_path)
+    plain.strategy.connect(module)
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="has none"):
+        trainer(tmp_path).sweep(module, data(), str(tmp_path / "plain.ckpt"), ema=[0.9])
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the embedded model, few steps and images."""
+    config = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+    options = ["--trainer.logger", "false", "--trainer.default_root_dir", str(tmp_path), "--data.val_images", "60"]
+    evaluated = ["--evaluation.num_images", "50", "--evaluation.cache", "false", "--evaluation.reconstruct", "false"]
+    main(["sweep", "-c", config, *options, *evaluated, "--num_steps", "[1, 2]"])
+    assert "Sweep of `num_steps`" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`lpl sweep` needs trained weights"):
+        main(["sweep", "-c", config, *options, "--num_steps", "[1]", "--model.weights", "null"])
