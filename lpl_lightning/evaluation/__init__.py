@@ -1,5 +1,6 @@
 """Evaluation of generated images: all metrics of two sets, with provenance, reports, comparisons and sweeps."""
 
+from lpl_lightning.evaluation.comparison import compare
 from lpl_lightning.evaluation.evaluator import Evaluator
 from lpl_lightning.evaluation.feature_metrics import FeatureMetrics
 from lpl_lightning.evaluation.folders import evaluate_folder
@@ -26,5 +27,6 @@ __all__ = [
     "Suite",
     "Value",
     "WaveletMetrics",
+    "compare",
     "evaluate_folder",
 ]

@@ -19,10 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["REPORT", "SAMPLES", "Provenance", "Report", "Resampling", "Value", "formatted", "write_whole"]
+__all__ = ["REPORT", "SAMPLES", "VALIDATION", "Provenance", "Report", "Resampling", "Value", "formatted", "write_whole"]
 
 REPORT = "report.json"
 SAMPLES = "samples.safetensors"
+VALIDATION = "validation"
+"""Folder, in a run's, of what ``lpl validate`` has found."""
 
 _FORMAT = "lpl_lightning evaluation 1"
 
