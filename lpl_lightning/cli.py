@@ -22,8 +22,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 
 from lpl_lightning.arguments import refusal
-from lpl_lightning.callbacks import Evaluation, ImagesPerSecond, ImageWriter
-from lpl_lightning.evaluation import evaluate_folder
+from lpl_lightning.callbacks import Evaluation, ImagesPerSecond, ImageWriter, LossByNoise
+from lpl_lightning.evaluation import compare, evaluate_folder
 from lpl_lightning.export import export_checkpoint
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.stand_ins import StandIns, merged, put_stand_ins
@@ -31,11 +31,12 @@ from lpl_lightning.sweep import SweepingTrainer
 
 __all__ = ["LPLCLI", "main"]
 
-WITHOUT_TRAINER: dict[str, Callable[..., object]] = {"export": export_checkpoint, "evaluate": evaluate_folder}
+WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
+    "export": export_checkpoint,
+    "evaluate": evaluate_folder,
+    "compare": compare,
+}
 """Commands that need no trainer, by name."""
-
-LEADING = {"evaluate": "images"}
-"""The argument of such a command that what stands before its options is for."""
 
 
 class LPLCLI(LightningCLI):
@@ -62,6 +63,9 @@ class LPLCLI(LightningCLI):
         parser.add_lightning_class_args(ImagesPerSecond, "throughput")
         parser.add_lightning_class_args(ImageWriter, "writer")
         parser.add_lightning_class_args(Evaluation, "evaluation")
+        parser.add_lightning_class_args(Evaluation, "validation")
+        parser.add_lightning_class_args(LossByNoise, "loss_by_noise")
+        parser.set_defaults({"validation.stage": "validate", "validation.num_images": 64})
         parser.add_argument(
             "--stand_ins",
             type=StandIns,
@@ -136,12 +140,14 @@ def _rules(path: Any) -> StandIns:
 
 
 def _named(command: str, args: list[str]) -> list[str]:
-    """Arguments of a command with what stands before its options under its name: one value, or a list."""
+    """Arguments of a command, with what stands before its options by name: a folder to evaluate, runs to compare."""
     leading = list(takewhile(lambda arg: not arg.startswith("-"), args))
-    if not leading or command not in LEADING:
-        return args
-    value = leading[0] if len(leading) == 1 else json.dumps(leading)
-    return [f"--{LEADING[command]}", value, *args[len(leading) :]]
+    rest = args[len(leading) :]
+    if command == "compare" and leading:
+        return ["--runs", json.dumps(leading), *rest]
+    if command == "evaluate" and len(leading) == 1:
+        return ["--images", *leading, *rest]
+    return args
 
 
 def main(args: ArgsType = None) -> None:

@@ -76,6 +76,10 @@ class NoiseProcess(ABC):
         """Signal and noise scale at times t; same shape as t, float32."""
 
     @abstractmethod
+    def time_at(self, noise_to_signal: Tensor) -> Tensor:
+        """Times (N,) float32 at which sigma / alpha is, or is nearest to, given ratios (N,) above 0."""
+
+    @abstractmethod
     def target(self, noisy: NoisyLatents) -> Tensor:
         """What the denoiser should predict, (B, C, h, w)."""
 
@@ -107,10 +111,19 @@ class NoiseProcess(ABC):
                 f"`t` must hold one time for each of the {len(z0)} latents, got shape {tuple(times.shape)}."
             )
         drawn = torch.randn_like(z0) if generator is None else torch.randn(z0.shape, generator=generator)
-        noise = drawn.to(z0.device)
-        alpha, sigma = self.alpha_sigma(times)
+        return self.noised(z0, drawn.to(z0.device), times)
+
+    def noised(self, z0: Tensor, noise: Tensor, t: Tensor) -> NoisyLatents:
+        """Add noise to a batch of clean latents.
+
+        Args:
+            z0: Clean latents (B, C, h, w), float32.
+            noise: Standard normal noise (B, C, h, w).
+            t: Times (B,) float32, on the CPU.
+        """
+        alpha, sigma = self.alpha_sigma(t)
         column = (-1, *[1] * (z0.ndim - 1))
-        on_device = [x.to(z0.device, non_blocking=True) for x in (times, alpha, sigma)]
+        on_device = [x.to(z0.device, non_blocking=True) for x in (t, alpha, sigma)]
         alpha_z, sigma_z = on_device[1].reshape(column), on_device[2].reshape(column)
         return NoisyLatents(
             z0=z0,
@@ -193,6 +206,12 @@ class DDPM(NoiseProcess):
         step = t.long().cpu()
         return self._alpha[step].to(t.device), self._sigma[step].to(t.device)
 
+    def time_at(self, noise_to_signal: Tensor) -> Tensor:
+        """The step whose ratio is nearest, in its logarithm."""
+        ratios: Tensor = (self._sigma / self._alpha).log()
+        off = (noise_to_signal.cpu().float().log()[:, None] - ratios).abs()
+        return off.argmin(dim=1).float().to(noise_to_signal.device)
+
     def target(self, noisy: NoisyLatents) -> Tensor:
         """The noise, the velocity or the clean latent."""
         match self.prediction_type:
@@ -263,6 +282,10 @@ class FlowMatching(NoiseProcess):
         sigma = t.float() / self.num_train_timesteps
         return 1 - sigma, sigma
 
+    def time_at(self, noise_to_signal: Tensor) -> Tensor:
+        """Times in (0, 1000)."""
+        return self.num_train_timesteps * noise_to_signal.float() / (1 + noise_to_signal.float())
+
     def target(self, noisy: NoisyLatents) -> Tensor:
         """The velocity from the clean latent to the noise."""
         return noisy.noise - noisy.z0
@@ -307,6 +330,10 @@ class EDM(NoiseProcess):
         level = torch.exp(4 * t.float())
         norm = torch.hypot(level, torch.full_like(level, self.sigma_data))
         return 1 / norm, level / norm
+
+    def time_at(self, noise_to_signal: Tensor) -> Tensor:
+        """Times, since the ratio is the level itself."""
+        return noise_to_signal.float().log() / 4
 
     def target(self, noisy: NoisyLatents) -> Tensor:
         """The network's output F of which the clean latent is ``c_skip x + c_out F``."""

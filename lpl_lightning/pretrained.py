@@ -147,7 +147,9 @@ def chosen_state(checkpoint: Mapping[str, Any], source: str, ema: float | None) 
     trained: dict[str, Tensor] = checkpoint.get("current_model_state", averaged)
     if ema is None:
         return trained
-    further = {float(decay): averages for decay, averages in checkpoint.get(FURTHER_AVERAGES, {}).items()}
+    further: dict[float, dict[str, Tensor]] = {
+        float(decay): averages for decay, averages in checkpoint.get(FURTHER_AVERAGES, {}).items()
+    }
     if ema in further:
         return trained | further[ema]
     decays = {state["decay"] for state in checkpoint.get("callbacks", {}).values() if "decay" in state}

@@ -189,9 +189,9 @@ class SweepingTrainer(ProfilingTrainer):
     def _evaluation(self) -> Evaluation:
         callbacks: list[Any] = cast(Any, self).callbacks
         known = [callback for callback in callbacks if isinstance(callback, Evaluation)]
-        known = [callback for callback in known if callback.every_n_steps is None]
+        known = [callback for callback in known if callback.every_n_steps is None and callback.stage == "test"]
         if len(known) > 1:
-            raise ValueError("`trainer.callbacks` holds several Evaluations without `every_n_steps`: leave one.")
+            raise ValueError("`trainer.callbacks` holds several Evaluations of `lpl test`: leave one.")
         if not known:
             known = [Evaluation()]
             callbacks += known

@@ -31,7 +31,8 @@ def suite() -> Suite:
 
 
 def evaluation(**options: Any) -> Evaluation:
-    return Evaluation(**({"num_images": 24, "suite": suite(), "cache": False, "batch_size": 5} | options))
+    settings: dict[str, Any] = {"num_images": 24, "suite": suite(), "cache": False, "batch_size": 5} | options
+    return Evaluation(**settings)
 
 
 def data() -> ShapesDataModule:
@@ -47,6 +48,8 @@ class Weights(Callback):
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
+        self.training: list[bool] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.training.append(all(part.training for part in pl_module.denoiser.modules()))
         self.steps.append(pl_module.denoiser.backbone.proj_out.weight.detach().clone())

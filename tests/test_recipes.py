@@ -18,6 +18,7 @@ from test_cli import in_folder, last_run, logged
 
 from lpl_lightning import DDPM, LatentDiffusionModule, UNetDenoiser
 from lpl_lightning.cli import LPLCLI, main
+from lpl_lightning.evaluation import Report
 from lpl_lightning.profiling import ProfilingTrainer
 
 CONFIGS = ROOT / "configs"
@@ -70,6 +71,30 @@ def test_every_config_takes_two_steps_and_draws(stack: list[str], tmp_path: Path
         )
         metrics = logged(run)
         assert metrics["lpl_weight"][-1] > 0
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("stack", [["imagenet256", "flow", "lpl"], ["cc12m256", "ddpm_v"]], ids="+".join)
+def test_what_was_trained_is_evaluated(stack: list[str], tmp_path: Path) -> None:
+    """By ``lpl test`` into the run's folder, by labels and by captions; and quickly by ``lpl validate``."""
+    options = ["--trainer.enable_progress_bar=false", "--evaluation.cache=false", "--validation.cache=false"]
+    quiet = [*given([*stack, "tiny"]), *options, *in_folder(tmp_path)]
+    main(["fit", *quiet])
+    run = last_run(tmp_path)
+    ckpt = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    main(["test", *quiet, *ckpt])
+    (folder,) = (run / "evaluation").iterdir()
+    report = Report.read(folder)
+    assert report.generation["global_step"] == 2
+    assert report.generation["ema"] == (0.99975 if "lpl" in stack else 0.9999)
+    assert {"spectrum_log_difference", "reconstruction_psnr"} < report.values.keys()
+    captions = [path.read_text() for path in sorted(folder.rglob("*.txt"))]
+    assert len(captions) == (4 if stack[0] == "cc12m256" else 0)
+    main(["validate", *quiet, *ckpt])
+    (quick,) = (path for path in (run / "validation").iterdir() if path.is_dir())
+    assert (run / "validation" / "loss_by_noise_last.csv").is_file()
+    assert Report.read(quick).images["count"] == 2
+    assert Report.read(folder).images["count"] == 4
 
 
 def test_the_paper_post_trains_from_its_own_weights(tmp_path: Path) -> None:

@@ -41,10 +41,10 @@ def module(make_module: MakeModule) -> LatentDiffusionModule:
 
 
 def test_each_setting_is_what_a_test_with_it_finds(module: LatentDiffusionModule, tmp_path: Path) -> None:
-    swept = trainer(tmp_path / "sweep", callbacks=[evaluation()])
+    swept = trainer(tmp_path / "sweep", callbacks=[evaluation()], limit_test_batches=2)
     found = swept.sweep(module, data(), num_steps=[3, 1])
     assert module.sampler.num_steps == 2
-    assert swept.limit_test_batches == 1.0
+    assert swept.limit_test_batches == 2
     for steps, report in zip((3, 1), found.reports, strict=True):
         module.sampler.num_steps = steps
         callback = evaluation()
@@ -117,14 +117,15 @@ def test_what_cannot_be_swept_is_refused(module: LatentDiffusionModule, tmp_path
         trainer(tmp_path).sweep(Foreign(), data(), num_steps=[1])
     with pytest.raises(ValueError, match="no `fast_dev_run`"):
         trainer(tmp_path, fast_dev_run=True).sweep(module, data(), num_steps=[1])
-    with pytest.raises(ValueError, match="several Evaluations"):
+    with pytest.raises(ValueError, match="several Evaluations of `lpl test`"):
         trainer(tmp_path, callbacks=[evaluation(), evaluation(dirname="a")]).sweep(module, data(), num_steps=[1])
     trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data())
     plain = trainer(tmp_path)
     plain.strategy.connect(module)
     plain.save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.raises(ValueError, match="has none"):
-        trainer(tmp_path).sweep(module, data(), str(tmp_path / "plain.ckpt"), ema=[0.9])
+        trainer(tmp_path).sweep(module, data(), str(tmp_path / "plain.ckpt"), ema=[None, 0.9])
+    assert not list(tmp_path.rglob("*.png")), "before anything is generated"
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from lpl_lightning.callbacks.ema import EMA
 from lpl_lightning.callbacks.evaluation import Evaluation
 from lpl_lightning.callbacks.images import ImageWriter, SampleGrid
+from lpl_lightning.callbacks.loss_by_noise import LossByNoise
 from lpl_lightning.callbacks.lpl import LPLCallback
 from lpl_lightning.callbacks.saving import SaveAutoencoder, SaveDiffusers, SaveWeights
 from lpl_lightning.callbacks.throughput import ImagesPerSecond
@@ -13,6 +14,7 @@ __all__ = [
     "ImageWriter",
     "ImagesPerSecond",
     "LPLCallback",
+    "LossByNoise",
     "SampleGrid",
     "SaveAutoencoder",
     "SaveDiffusers",

@@ -102,7 +102,9 @@ class EMA(EMAWeightAveraging):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on with the averages of a checkpoint."""
+        """Go on with the averages of a checkpoint; outside of training its ``state_dict`` is the average already."""
+        if self._average_model is None:
+            return
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         place = self._device or pl_module.device
         self._further = {

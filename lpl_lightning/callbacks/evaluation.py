@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.callbacks.ema import averaged
-from lpl_lightning.callbacks.run_folder import run_folder
+from lpl_lightning.callbacks.run_folder import loaded_run_folder, run_folder
 from lpl_lightning.data.base import ImageDataModule, SampleRequests
 from lpl_lightning.data.captions import read_prompts
 from lpl_lightning.evaluation.cache import ReferenceCache, default_folder
@@ -29,8 +29,9 @@ from lpl_lightning.evaluation.generated import (
     goes_by_labels,
 )
 from lpl_lightning.evaluation.image_files import ImageFiles
+from lpl_lightning.evaluation.image_metrics import ReconstructionMetrics, SpectrumMetrics
 from lpl_lightning.evaluation.measure import Sets
-from lpl_lightning.evaluation.report import Report
+from lpl_lightning.evaluation.report import VALIDATION, Report
 from lpl_lightning.evaluation.suite import Suite
 from lpl_lightning.metrics.features import weights_hash
 from lpl_lightning.module import LatentDiffusionModule
@@ -42,22 +43,25 @@ __all__ = ["Evaluation"]
 class Evaluation(Callback):
     """Generates images, measures them against real ones, and writes a report.
 
-    In ``lpl test``, where it always stands by, it does so at the end. With ``every_n_steps`` it does so during training
-    instead: the values are logged as ``eval_NAME``, which ``ModelCheckpoint`` may monitor. Where an ``EMA`` callback
-    averages weights, the average is evaluated.
+    In ``lpl test``, where it always stands by, it does so at the end, and likewise in ``lpl validate``, with few images
+    and cheap metrics. With ``every_n_steps`` it does so during training instead: the values are logged as
+    ``eval_NAME``, which ``ModelCheckpoint`` may monitor. Where an ``EMA`` callback averages weights, the average is
+    evaluated.
 
-    A report lies in ``evaluation/NAME`` of the run's folder: of the checkpoint's run, if there is a checkpoint, or else
-    of this one. NAME is the checkpoint's or step's with a hash of all that makes the images, which lie beside it in
-    ``images``. Images that are there are not made again, so that an evaluation goes on where it was stopped.
+    A report lies in ``evaluation/NAME``, or ``validation/NAME``, of the run's folder: of the checkpoint's run, if there
+    is a checkpoint, or else of this one. NAME is the checkpoint's or step's with a hash of all that makes the images,
+    which lie beside it in ``images``. Images that are there are not made again, so that an evaluation goes on where it
+    was stopped; processes must see one file system.
 
     Args:
-        num_images: How many images are generated, going round the classes or captions.
-        suite: What is measured; by default what needs no downloaded weights. ``configs/metrics/paper.yaml`` is one
-            with FID.
-        reference: Folder of the real images, brought to the data's size; by default those of the data's test set.
+        num_images: How many images are generated, going round the classes or captions; 0 evaluates nothing.
+        suite: What is measured; by default what needs no downloaded weights, and in validation what a few images
+            suffice for. ``configs/metrics/paper.yaml`` is one with FID.
+        reference: Folder of the real images, brought to the data's size; by default those of the data's test set, or
+            in validation of its validation set.
         convert: Read images of ``reference`` that are not RGB of 8 bits as training does; by default they are refused.
         reconstruct: Whether the autoencoder's reconstructions of the real images are measured too.
-        every_n_steps: Optimizer steps of training between evaluations; None evaluates in ``lpl test``.
+        every_n_steps: Optimizer steps of training between evaluations; None evaluates in ``stage``.
         seed: Image ``i`` is drawn from seed ``seed + i``.
         prompts: Text file of captions, one a line, for models that go by them; by default those of the data's
             validation images.
@@ -65,6 +69,7 @@ class Evaluation(Callback):
         num_workers: Processes that read images, for each process that evaluates.
         dirname: Folder of the report, in place of the above.
         cache: Whether to keep what was computed of the real images for the next time, in the user's folder for caches.
+        stage: The command that evaluates.
 
     Attributes:
         report: The last one.
@@ -86,13 +91,18 @@ class Evaluation(Callback):
         num_workers: int = 0,
         dirname: str | None = None,
         cache: bool = True,
+        stage: Literal["test", "validate"] = "test",
     ) -> None:
-        at_least(1, num_images=num_images, batch_size=batch_size)
-        at_least(0, num_workers=num_workers)
+        at_least(1, batch_size=batch_size)
+        at_least(0, num_images=num_images, num_workers=num_workers)
+        if stage not in ("test", "validate"):
+            raise ValueError(f"`stage` must be test or validate, got {stage!r}.")
         if every_n_steps is not None:
             at_least(1, every_n_steps=every_n_steps)
         self.num_images, self.reference, self.convert = num_images, reference, convert
-        self.suite = Suite() if suite is None else suite
+        self.stage = stage
+        cheap = [SpectrumMetrics(), ReconstructionMetrics()]
+        self.suite = suite if suite is not None else Suite() if stage == "test" else Suite([*cheap])
         self.reconstruct, self.every_n_steps, self.seed, self.prompts = reconstruct, every_n_steps, seed, prompts
         self.batch_size, self.num_workers, self.dirname = batch_size, num_workers, dirname
         self.cache = ReferenceCache(default_folder() if cache else None)
@@ -100,13 +110,14 @@ class Evaluation(Callback):
         self.folder: Path | None = None
         self.origin: tuple[Path, float | None] | None = None
         self._evaluator: Evaluator | None = None
+        self._measured: Any = None  # data that the evaluator has seen
         self._sets: Sets | None = None
         self._last_step = -1
 
     @property
     def state_key(self) -> str:
         """Its own for each way of evaluating."""
-        return self._generate_state_key(every_n_steps=self.every_n_steps, dirname=self.dirname)
+        return self._generate_state_key(stage=self.stage, every_n_steps=self.every_n_steps, dirname=self.dirname)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot be evaluated, before anything is trained."""
@@ -137,13 +148,31 @@ class Evaluation(Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot be evaluated, before the test loss is computed."""
-        if self._tests(trainer, pl_module):
+        if self._is_due("test", trainer, pl_module):
             self._check(trainer, cast(LatentDiffusionModule, pl_module))
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluate."""
-        if not self._tests(trainer, pl_module):
-            return
+        """Evaluate after the test loss."""
+        if self._is_due("test", trainer, pl_module):
+            self._evaluate_loaded(trainer, pl_module, "test")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what cannot be evaluated, before the validation loss is computed."""
+        if self._is_due("validate", trainer, pl_module):
+            self._check(trainer, cast(LatentDiffusionModule, pl_module))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluate after the validation loss."""
+        if self._is_due("validate", trainer, pl_module):
+            self._evaluate_loaded(trainer, pl_module, "val")
+
+    def _is_due(self, stage: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        is_asked = self.every_n_steps is None and self.num_images > 0 and self.stage == stage
+        is_run = trainer.state.fn == stage and run_folder(trainer) is not None
+        return is_asked and is_run and isinstance(pl_module, LatentDiffusionModule)
+
+    def _evaluate_loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> None:
+        """Evaluate weights as they were given to the trainer."""
         source, decay = (trainer.ckpt_path, None) if self.origin is None else self.origin
         made: dict[str, Any] = {"weights": getattr(pl_module, "weights", None)}
         if source is not None:
@@ -152,11 +181,7 @@ class Evaluation(Callback):
             made = {"checkpoint": str(source), "global_step": checkpoint.get("global_step"), "ema": decay}
         report = self._evaluate(trainer, pl_module, "weights" if source is None else Path(source).stem, made)
         if report is not None:
-            pl_module.log_dict({f"test_{name}": value.value for name, value in report.values.items()})
-
-    def _tests(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        is_asked = self.every_n_steps is None and run_folder(trainer) is not None
-        return is_asked and isinstance(pl_module, LatentDiffusionModule)
+            pl_module.log_dict({f"{prefix}_{name}": value.value for name, value in report.values.items()})
 
     def _check(self, trainer: pl.Trainer, module: LatentDiffusionModule) -> None:
         """Refuse sets that cannot be measured, and captions that are not there."""
@@ -191,15 +216,16 @@ class Evaluation(Callback):
             return files, {"name": self.reference, **files.provenance()}, files.quick_key(), None
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ImageDataModule):
-            return data.dataset("test"), {"name": f"test images of {type(data).__name__}"}, None, None
-        loaded = trainer.test_dataloaders if trainer.testing else None
+            split: Literal["val", "test"] = "val" if trainer.validating else "test"
+            return data.dataset(split), {"name": f"{split} images of {type(data).__name__}"}, None, None
+        loaded = trainer.val_dataloaders if trainer.validating else trainer.test_dataloaders
         dataset = getattr(loaded, "dataset", None)
         if not hasattr(dataset, "__len__"):
             raise ValueError(
-                "Evaluation found no set of test images to measure generated ones against: give it `reference`, a "
-                "folder of real images."
+                "Evaluation found no set of images to measure generated ones against: give it `reference`, a folder of "
+                "real images."
             )
-        return dataset, {"name": f"test images, {type(dataset).__name__}"}, None, getattr(loaded, "collate_fn", None)
+        return dataset, {"name": f"images of {type(dataset).__name__}"}, None, getattr(loaded, "collate_fn", None)
 
     def _evaluate(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, made: dict[str, Any]
@@ -238,7 +264,10 @@ class Evaluation(Callback):
 
     def _with_real(self, trainer: pl.Trainer, module: LatentDiffusionModule, sets: Sets) -> Evaluator:
         """The evaluator with the real images measured, which is done once."""
-        if self._evaluator is None or self._evaluator.sets != sets:
+        loaded = trainer.val_dataloaders if trainer.validating else trainer.test_dataloaders
+        real = getattr(trainer, "datamodule", None) or loaded
+        if self._evaluator is None or self._evaluator.sets != sets or self._measured is not real:
+            self._measured = real
             dataset, about, key, collate = self._real(trainer, sets.image_size)
             self._evaluator = Evaluator(
                 self.suite,
@@ -256,11 +285,8 @@ class Evaluation(Callback):
     def _folder(self, trainer: pl.Trainer, name: str, settings: dict[str, Any]) -> Path:
         if self.dirname is not None:
             return Path(self.dirname).expanduser()
-        run = run_folder(trainer)
+        source = None if trainer.training else trainer.ckpt_path if self.origin is None else self.origin[0]
+        run = loaded_run_folder(trainer, source)
         assert run is not None  # else nothing is evaluated
-        source = None if not trainer.testing else trainer.ckpt_path if self.origin is None else self.origin[0]
-        if source is not None:
-            run = Path(source).absolute().parent
-            run = run.parent if run.name == "checkpoints" else run
         digest = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
-        return run / "evaluation" / f"{name}-{digest}"
+        return run / (VALIDATION if trainer.validating else "evaluation") / f"{name}-{digest}"

@@ -93,6 +93,11 @@ class LPLCallback(Callback):
         return self._weight if self._weight is not None else self._calibration.weight
 
     @property
+    def loss(self) -> LatentPerceptualLoss | None:
+        """The loss, while it is attached."""
+        return self._loss
+
+    @property
     def calibrating(self) -> bool:
         """Whether the weight is still to be found."""
         return self.weight is None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lpl_lightning.evaluation.measure import Measure, Sets
 from lpl_lightning.evaluation.report import Report
 from lpl_lightning.evaluation.suite import Suite, versions
 
-__all__ = ["Evaluator"]
+__all__ = ["Evaluator", "posterior_mean"]
 
 Collate = Callable[[list[Any]], Any]
 
@@ -78,7 +79,7 @@ class Evaluator:
             ValueError: A measure cannot be computed of the sets, or what the cache holds is of other images.
         """
         if (sets.autoencoder is None) != (autoencoder is None):
-            raise ValueError(f"`autoencoder` must be what `sets` says, {sets.autoencoder!r}, and None with that.")
+            raise ValueError("`autoencoder` must be given where `sets` says that it is measured, and only there.")
         self.sets = sets
         self.suite.begin(sets, self.device)
         images = loader(dataset, self.batch_size, self.num_workers, self.rank, self.world_size, collate_fn)
@@ -187,12 +188,18 @@ def _merged(own: PixelHash) -> str:
     return total.hexdigest()
 
 
+@contextmanager
+def posterior_mean(autoencoder: Autoencoder) -> Iterator[None]:
+    """Let an autoencoder encode images to the mean of its posterior for a while, in place of a sample."""
+    sampled, autoencoder.sample_posterior = autoencoder.sample_posterior, False
+    try:
+        yield
+    finally:
+        autoencoder.sample_posterior = sampled
+
+
 @torch.no_grad()
 def _reconstructed(autoencoder: Autoencoder, images: Tensor) -> Tensor:
     """What the autoencoder gives back of images, from the mean of its posterior."""
-    sampled = autoencoder.sample_posterior
-    autoencoder.sample_posterior = False
-    try:
+    with posterior_mean(autoencoder):
         return autoencoder.decode(autoencoder.encode(images)).float().clamp(-1, 1)
-    finally:
-        autoencoder.sample_posterior = sampled

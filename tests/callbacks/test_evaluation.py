@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from lpl_lightning.evaluation import (
     Suite,
     evaluate_folder,
 )
+from lpl_lightning.evaluation.measure import Role
 from lpl_lightning.metrics import ModuleFeatures
 
 MakeModule = Callable[..., LatentDiffusionModule]
@@ -45,15 +46,24 @@ def module(make_module: MakeModule) -> LatentDiffusionModule:
     return make_module(conditioner=ClassTokens(8, token_dim=8, pooled_dim=8))
 
 
-def measured(module: LatentDiffusionModule, tmp_path: Path, callback: Evaluation) -> Report:
-    trainer(tmp_path, callbacks=[callback]).test(module, data(), verbose=False)
+def measured(module: LatentDiffusionModule, tmp_path: Path, callback: Evaluation, images: Any = None) -> Report:
+    trainer(tmp_path, callbacks=[callback]).test(module, images or data(), verbose=False)
     assert callback.report is not None
     return callback.report
 
 
 def read_image(path: Path) -> Tensor:
     with Image.open(path) as image:
-        return pil_to_tensor(image)
+        found: Tensor = pil_to_tensor(image)
+        return found
+
+
+def photographed(folder: Path) -> Path:
+    """The test images as files."""
+    folder.mkdir()
+    for i in range(20):
+        save_image((data().dataset("test")[i]["image"] + 1) / 2, folder / f"{i}.png")
+    return folder
 
 
 def assert_close(found: Report, expected: Report, rtol: float = 1e-5) -> None:
@@ -69,10 +79,7 @@ def test_a_test_equals_lpl_evaluate_of_the_same_images(module: LatentDiffusionMo
     folder = next((tmp_path / "lightning_logs").glob("*/evaluation/weights-*"))
     assert callback.folder == folder
     report = Report.read(folder)
-    real = tmp_path / "real"
-    real.mkdir()
-    for i, item in enumerate(data().dataset("test")[j] for j in range(20)):
-        save_image((item["image"] + 1) / 2, real / f"{i}.png")
+    real = photographed(tmp_path / "real")
     other = evaluate_folder(str(folder / "images"), str(real), suite(), str(tmp_path / "out"), cache=False)
     assert_close(report, other)
     assert report.images["hash"] == other.images["hash"]
@@ -135,6 +142,8 @@ def test_images_that_are_there_are_not_made_again(module: LatentDiffusionModule,
         first,
         1e-2,
     )
+    with pytest.raises(ValueError, match=r"made with other settings \(generate_seed;"):
+        measured(module, tmp_path, evaluation(dirname=str(tmp_path / "out"), seed=1))
     module.sampler = Sampler(num_steps=3)
     with pytest.raises(
         ValueError, match=r"made with other settings \(guidance_scale, num_steps; .* Give another folder"
@@ -186,7 +195,13 @@ def test_during_training(make_module: MakeModule, tmp_path: Path) -> None:
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         )
         torch.manual_seed(1)
-        weights = Weights()
+        weights, generate = Weights(), module.generate
+
+        def watched(*asked: Any) -> Tensor:
+            assert not any(part.training for part in module.modules())
+            return generate(*asked)
+
+        module.generate = watched  # type: ignore[method-assign, assignment]
         run = trainer(
             tmp_path / name,
             max_steps=4,
@@ -201,10 +216,12 @@ def test_during_training(make_module: MakeModule, tmp_path: Path) -> None:
         return run, weights, module
 
     best = ModelCheckpoint(monitor="eval_frechet_wavelet", every_n_train_steps=2, save_top_k=-1, filename="{step}")
-    callback = evaluation(every_n_steps=2)
+    # Resizing draws random numbers, which are not those of the training.
+    callback = evaluation(every_n_steps=2, reference=str(photographed(tmp_path / "real")))
     watched, weights, _ = run("with", callback, best)
     _, plain, _ = run("without", ModelCheckpoint(every_n_train_steps=2, save_top_k=-1, filename="{step}"))
     assert all(torch.equal(one, other) for one, other in zip(weights.steps, plain.steps, strict=True))
+    assert all(weights.training)
     folders = sorted((tmp_path / "with" / "version_0" / "evaluation").iterdir())
     assert [folder.name[:13] for folder in folders] == ["step-00000002", "step-00000004"]
     last = Report.read(folders[-1])
@@ -254,7 +271,7 @@ def test_what_cannot_be_measured_is_refused_at_once(
         trainer(tmp_path, callbacks=[evaluation(every_n_steps=1)], limit_val_batches=0).fit(
             Foreign(), data().train_dataloader()
         )
-    for wrong in ({"num_images": 0}, {"batch_size": 0}, {"every_n_steps": 0}, {"num_workers": -1}):
+    for wrong in ({"num_images": -1}, {"batch_size": 0}, {"every_n_steps": 0}, {"num_workers": -1}):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):
             evaluation(**wrong)
 
@@ -266,9 +283,23 @@ def test_other_peoples_modules_and_trial_runs_pass_by(module: LatentDiffusionMod
     assert not list(tmp_path.iterdir())
 
 
+class Listening(SpectrumMetrics):
+    """Keeps the captions of the generated images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: dict[int, str] = {}
+
+    def update(self, images: Tensor, role: Role, index: Tensor, captions: Sequence[str] | None = None) -> None:
+        super().update(images, role, index, captions)
+        if role == "generated":
+            self.heard |= dict(zip(index.tolist(), captions or [], strict=True))
+
+
 def test_captions_go_round(make_module: MakeModule, tmp_path: Path) -> None:
-    module = make_module(conditioner=Letters())
-    report = measured(module, tmp_path, evaluation(suite=Suite([SpectrumMetrics()]), num_images=6))
+    module, listening = make_module(conditioner=Letters()), Listening()
+    report = measured(module, tmp_path, evaluation(suite=Suite([listening]), num_images=6))
+    assert listening.heard == dict(enumerate(data().sample_captions(6)))
     first = next((tmp_path / "evaluation").glob("*/images/0000/000000.txt"))
     assert first.read_text() == data().sample_captions(1)[0]
     prompts = tmp_path / "prompts.txt"
@@ -290,7 +321,7 @@ def test_a_loader_without_a_data_module(module: LatentDiffusionModule, tmp_path:
     assert_close(callback.report, expected)
     assert callback.report.reference["hash"] == expected.reference["hash"]
     stream: Any = [next(iter(loader))]
-    with pytest.raises(ValueError, match="found no set of test images .* give it `reference`"):
+    with pytest.raises(ValueError, match="found no set of images .* give it `reference`"):
         trainer(tmp_path, callbacks=[evaluation()]).test(module, iter_only(stream), verbose=False)
 
 
@@ -306,10 +337,7 @@ def test_a_folder_as_reference_and_the_cache(
     module: LatentDiffusionModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real = tmp_path / "real"
-    real.mkdir()
-    for i in range(20):
-        save_image((data().dataset("test")[i]["image"] + 1) / 2, real / f"{i}.png")
+    real = photographed(tmp_path / "real")
     expected = measured(module, tmp_path, evaluation())
     for _ in range(2):  # the second from what the first has kept
         report = measured(module, tmp_path, evaluation(reference=str(real), cache=True))
@@ -330,3 +358,44 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert one.reference["hash"] == two.reference["hash"]
     assert_close(two, one)
     assert json.loads(json.dumps(one.generation)) == two.generation
+
+
+def test_in_validation(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    """What a test of the validation images finds; a test passes it by, and it passes by a validation of training."""
+    callback, other = evaluation(stage="validate", suite=None, num_images=6), evaluation(dirname=str(tmp_path / "test"))
+    run = trainer(tmp_path, callbacks=[callback, other], max_steps=4)
+    run.fit(module, data())
+    assert "val_loss" in run.callback_metrics
+    assert callback.report is None
+    (logged,) = run.validate(module, data(), verbose=False)
+    report = callback.report
+    assert report is not None
+    assert other.report is None
+    assert logged["val_reconstruction_psnr"] == pytest.approx(values(report)["reconstruction_psnr"], rel=1e-5)
+    assert (report.images["count"], report.reference["count"]) == (6, 20)
+    assert report.reference["name"] == "val images of ShapesDataModule"
+    assert "val_loss" in logged
+    callback.report = None
+    run.test(module, data(), verbose=False)
+    assert callback.report is None
+    assert other.report is not None
+    assert other.report.reference["hash"] != report.reference["hash"]
+    nothing = evaluation(num_images=0)
+    trainer(tmp_path, callbacks=[nothing]).test(module, data(), verbose=False)
+    assert nothing.report is None
+    with pytest.raises(ValueError, match="`stage` must be test or validate"):
+        evaluation(stage="fit")
+
+
+def test_other_images_are_measured_anew(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    callback, others = evaluation(), data()
+    run = trainer(tmp_path, callbacks=[callback])
+    reports = []
+    for images in (data(), others, others):
+        others.seed = 5
+        run.test(module, images, verbose=False)
+        assert callback.report is not None
+        reports.append(callback.report)
+    first, second, third = (report.reference["hash"] for report in reports)
+    assert first != second == third
+    assert_close(reports[1], measured(module, tmp_path / "alone", evaluation(), others))
