@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
@@ -36,6 +36,9 @@ LEVELS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 _FORMAT = "lpl_lightning loss by noise 1"
 
+_Level = dict[str, Any]
+"""Place, means and standard errors of a level, by name; None for what is not there."""
+
 
 class LossByNoise(Callback):
     r"""Validation losses by noise level, each image at each level, in ``lpl validate``.
@@ -47,9 +50,9 @@ class LossByNoise(Callback):
 
     Per level there are ``loss_diffusion`` (weighted as in training), ``prediction_mse`` (not weighted),
     ``estimate_mse`` (mean square of z0_hat - z0, in scaled latents) and, with an ``LPLCallback``, ``loss_lpl``
-    (without its weight; 0 where gated), as means over images with their standard errors. They are logged as
-    ``val_NAME_at_RATIO``, and written to ``validation/loss_by_noise_CHECKPOINT`` of the run's folder, or of the
-    checkpoint's run, as .json, .csv and, with matplotlib, .png.
+    (without its weight; 0 where gated), as means over images with their standard errors, of which one image has none.
+    They are logged as ``val_NAME_at_RATIO``, and written to ``validation/loss_by_noise_CHECKPOINT`` of the run's
+    folder, or of the checkpoint's run, as .json, .csv and, with matplotlib, .png.
 
     Args:
         noise_to_signal: The levels.
@@ -115,22 +118,23 @@ class LossByNoise(Callback):
             return
         _, rows = self._rows.all()
         values = rows.double().unflatten(1, (len(self.levels), len(self._names)))
-        means, errors = values.mean(dim=0), values.std(dim=0) / len(values) ** 0.5
+        means = values.mean(dim=0)
+        errors: list[list[float | None]] = [[None] * len(self._names)] * len(self.levels)
+        if len(values) > 1:
+            errors = (values.std(dim=0) / len(values) ** 0.5).tolist()
         times = pl_module.noise.time_at(torch.tensor(self.levels))
         alpha, sigma = pl_module.noise.alpha_sigma(times)
-        levels = []
+        levels: list[_Level] = []
         for i, level in enumerate(self.levels):
             ratio = float(sigma[i] / alpha[i])
             place = {"level": level, "noise_to_signal": ratio, "log_snr": float(2 * (alpha[i] / sigma[i]).log())}
             own = dict(zip(self._names, means[i].tolist(), strict=True))
-            spread = {f"{name}_se": error for name, error in zip(self._names, errors[i].tolist(), strict=True)}
+            spread = {f"{name}_se": error for name, error in zip(self._names, errors[i], strict=True)}
             levels.append({**place, "t": float(times[i]), **own, **spread})
             pl_module.log_dict({f"val_{name}_at_{level:g}": value for name, value in own.items()})
         self._write(trainer, pl_module, levels, len(rows))
 
-    def _write(
-        self, trainer: pl.Trainer, module: LatentDiffusionModule, levels: list[dict[str, float]], images: int
-    ) -> None:
+    def _write(self, trainer: pl.Trainer, module: LatentDiffusionModule, levels: list[_Level], images: int) -> None:
         source = trainer.ckpt_path if trainer.state.fn == "validate" else None
         run = loaded_run_folder(trainer, source)  # all processes must ask
         if run is None or not trainer.is_global_zero:
@@ -167,7 +171,7 @@ def read_loss_by_noise(path: str | Path) -> dict[str, Any]:
 
     Returns:
         ``levels``: per level its ratio ``noise_to_signal``, ``log_snr``, time ``t`` and the means, each NAME with its
-        standard error ``NAME_se``; ``names`` of the means; ``made``: what they were made with.
+        standard error ``NAME_se``, None of one image; ``names`` of the means; ``made``: what they were made with.
 
     Raises:
         FileNotFoundError: There is none.
@@ -201,15 +205,19 @@ def _own_numbers(images: Tensor) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests], device=images.device)
 
 
-def _markdown(names: Sequence[str], levels: Sequence[Mapping[str, float]]) -> str:
+def _markdown(names: Sequence[str], levels: Sequence[_Level]) -> str:
     lines = ["| " + " | ".join(["sigma / alpha", *names]) + " |", "|---" * (1 + len(names)) + "|"]
     for level in levels:
-        cells = [f"{formatted(level[name])} ± {formatted(level[f'{name}_se'])}" for name in names]
+        cells = [formatted(level[name]) + _spread(level[f"{name}_se"]) for name in names]
         lines.append("| " + " | ".join([formatted(level["noise_to_signal"]), *cells]) + " |")
     return "\n".join(lines)
 
 
-def _plot(names: Sequence[str], levels: Sequence[Mapping[str, float]], path: Path) -> None:
+def _spread(error: float | None) -> str:
+    return "" if error is None else f" ± {formatted(error)}"
+
+
+def _plot(names: Sequence[str], levels: Sequence[_Level], path: Path) -> None:
     try:
         figures: Any = import_module("matplotlib.figure")
     except ModuleNotFoundError:
@@ -218,7 +226,8 @@ def _plot(names: Sequence[str], levels: Sequence[Mapping[str, float]], path: Pat
     figure = figures.Figure(figsize=(4 * len(names), 3.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
         ratios = [level["noise_to_signal"] for level in levels]
-        spread = [level[f"{name}_se"] for level in levels]
+        errors = [level[f"{name}_se"] for level in levels]
+        spread = None if None in errors else errors
         axes.errorbar(ratios, [level[name] for level in levels], spread, marker="o")
         axes.set_xscale("log")
         axes.set_xlabel("sigma / alpha")

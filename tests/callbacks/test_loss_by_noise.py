@@ -158,6 +158,24 @@ def test_files_and_logs(module: LatentDiffusionModule, tmp_path: Path, capsys: p
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_one_image_has_no_standard_error(
+    module: LatentDiffusionModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice the same photo is one image."""
+    images = data()
+    photo = images.dataset("val")[3]
+    images.val_dataloader = lambda: DataLoader(cast(Any, [photo, photo]), batch_size=2)  # type: ignore[method-assign]
+    trainer(tmp_path, callbacks=[LossByNoise([0.5])], limit_val_batches=1).validate(module, images, verbose=False)
+    path = next(tmp_path.rglob("loss_by_noise_weights.json"))
+    found = read_loss_by_noise(path)
+    assert found["made"]["images"] == 1
+    (level,) = found["levels"]
+    assert level["prediction_mse"] > 0
+    assert level["prediction_mse_se"] is None
+    assert ",," in path.with_suffix(".csv").read_text()
+    assert "±" not in capsys.readouterr().out
+
+
 def test_in_training(make_module: MakeModule, tmp_path: Path) -> None:
     """Of the averaged weights, and nothing of the training changes."""
 
