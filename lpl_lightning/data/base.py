@@ -1,4 +1,4 @@
-"""What the image data modules share: loaders, and requests for images to generate."""
+"""What the image data modules share: loaders, what becomes of bad images, and requests for images to generate."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lpl_lightning.arguments import at_least
+from lpl_lightning.data.batches import EpochPlan, Shuffled, TrainingLoader
 from lpl_lightning.data.captions import read_prompts
+from lpl_lightning.data.faults import Faults
 
 __all__ = ["ImageDataModule", "SampleRequests"]
 
 Split = Literal["train", "val", "test"]
+
+REPORT = "bad_data.jsonl"
+"""File, in the folder of a run, that says which images it left out and why."""
 
 
 class Request(TypedDict):
@@ -68,6 +73,9 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     ``lpl predict`` asks it for images to generate: ``num_generate`` of them, balanced over the classes and going round
     the prompts. A subclass whose items have a ``caption`` overrides ``has_captions`` and ``validation_captions``.
 
+    Training batches depend on the seed, the epoch and their number alone, and a run that goes on from a checkpoint gets
+    the batches that it had not seen (``batches.TrainingLoader``). The seed is torch's, as ``seed_everything`` sets it.
+
     Args:
         image_size: Side of the images, in pixels.
         batch_size: Images per batch and process.
@@ -75,6 +83,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         num_generate: How many images ``lpl predict`` generates.
         generate_seed: Generated image ``i`` is drawn from seed ``generate_seed + i``.
         prompts: Text file of the captions of generated images, one a line; None takes those of the validation images.
+        faults: What becomes of images that cannot be read. Without a file of its own, its report is
+            ``bad_data.jsonl`` in the run's folder.
     """
 
     def __init__(
@@ -85,6 +95,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         num_generate: int,
         generate_seed: int,
         prompts: str | Path | None = None,
+        faults: Faults | None = None,
     ) -> None:
         super().__init__()
         at_least(1, image_size=image_size, batch_size=batch_size)
@@ -95,6 +106,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         self.num_generate = num_generate
         self.generate_seed = generate_seed
         self.prompts = None if prompts is None else Path(prompts).expanduser().absolute()
+        self.faults = Faults() if faults is None else faults
+        self._order_seed: int | None = None
 
     @property
     @abstractmethod
@@ -123,33 +136,53 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
         """The images of one split."""
 
-    def _loader(self, split: Split) -> DataLoader[dict[str, Any]]:
-        dataset = self.dataset(split)
+    def plan(self, dataset: Dataset[dict[str, Any]], batch_size: int) -> EpochPlan:
+        """Which items make the training batches of an epoch.
+
+        Args:
+            dataset: The training images.
+            batch_size: Images in a batch of all processes together.
+        """
         assert isinstance(dataset, Sized)
-        train = split == "train"
-        ranks = self.trainer.world_size if self.trainer is not None else 1
+        return Shuffled(len(dataset), batch_size)
+
+    def _write_faults_into_run(self) -> None:
+        """Let the report of bad images lie in the run's folder; all processes must call this."""
+        trainer = self.trainer
+        if trainer is not None and self.faults.report is None and not getattr(trainer, "fast_dev_run", False):
+            self.faults.report = Path(trainer.log_dir or trainer.default_root_dir) / REPORT
+
+    def _eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         return DataLoader(
-            dataset,
+            self.dataset(split),
             batch_size=self.batch_size,
-            shuffle=train,
-            # A partial batch would weigh its samples more; a set smaller than a batch must still yield one.
-            drop_last=train and len(dataset) // ranks >= self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Shuffled training batches."""
-        return self._loader("train")
+        """Shuffled training batches; the same ones in order where the trainer is to overfit some."""
+        self._write_faults_into_run()
+        if getattr(self.trainer, "overfit_batches", 0):
+            return self._eval_loader("train")
+        dataset, trainer = self.dataset("train"), self.trainer
+        rank, ranks = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        if self._order_seed is None:
+            own = torch.initial_seed() % 2**63
+            self._order_seed = own if trainer is None else int(trainer.strategy.broadcast(own))
+        plan = self.plan(dataset, self.batch_size * ranks)
+        return TrainingLoader(dataset, plan, self._order_seed, rank, ranks, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Validation batches, in order."""
-        return self._loader("val")
+        self._write_faults_into_run()
+        return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Test batches, in order."""
-        return self._loader("test")
+        self._write_faults_into_run()
+        return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Request]:
         """Requests for ``num_generate`` images: ``index``, ``label`` and ``seed``, each (B,) int64.

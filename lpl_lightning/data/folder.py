@@ -15,8 +15,7 @@ Without a folder of their own, validation images are held out of ``root``: those
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -28,8 +27,9 @@ from torch.utils.data import Dataset
 from lpl_lightning.data.base import ImageDataModule, Split
 from lpl_lightning.data.captions import CaptionSource, MissingCaptions, read_metadata, read_sidecars
 from lpl_lightning.data.crops import Crop, Interpolation, SquareCrop
+from lpl_lightning.data.faults import Faults, OnError, Unreadable, first_readable
 from lpl_lightning.data.listing import images_below, path_hash, scan, some
-from lpl_lightning.data.reading import load_rgb, reason, unreadable
+from lpl_lightning.data.reading import read_rgb, unreadable
 
 __all__ = ["ImageFolderDataModule", "ImageFolderDataset"]
 
@@ -55,6 +55,11 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
         interpolation: How to resize.
         captions: Captions of each image, at least one; None leaves out the items' ``caption``.
         draw_caption: Give one of an image's captions, drawn anew each time; otherwise its first.
+        faults: What becomes of images that cannot be read; one that is skipped is replaced by the next. None refuses
+            them.
+
+    Raises:
+        Unreadable: An image cannot be read, and is not skipped.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
         interpolation: Interpolation = "bicubic",
         captions: Sequence[Sequence[str]] | None = None,
         draw_caption: bool = False,
+        faults: Faults | None = None,
     ) -> None:
         if captions is not None and len(captions) != len(files):
             raise ValueError(f"`captions` must be those of {len(files)} files, got {len(captions)}.")
@@ -73,27 +79,17 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
         self.transform = SquareCrop(image_size, crop, horizontal_flip, interpolation)
         self.captions = captions
         self.draw_caption = draw_caption
+        self.faults = Faults("raise") if faults is None else faults
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return first_readable(self._item, index, len(self), self.faults)
+
+    def _item(self, index: int) -> dict[str, Any]:
         path, label = self.files[index]
-        try:
-            try:
-                image = load_rgb(path)
-            except Warning:
-                # Pillow's remark on an odd file, where warnings are errors: no reason to end a run. The
-                # filters are left alone otherwise: a change to them makes Python repeat warnings once shown.
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    image = load_rgb(path)
-        except Exception as error:
-            raise ValueError(
-                f"{path} cannot be read ({reason(error)}). Remove or mend it, or set `verify: true` on "
-                f"ImageFolderDataModule to pass over unreadable files from the start."
-            ) from error
-        item: dict[str, Any] = {**self.transform(image)}
+        item: dict[str, Any] = {**self.transform(read_rgb(path))}
         if label is not None:
             item["label"] = label
         if self.captions is not None:
@@ -117,8 +113,13 @@ class ImageFolderDataModule(ImageDataModule):
         crop: Which square of a training image: the centre, or one drawn anew each time; else the centre.
         horizontal_flip: Mirror half of the training images, drawn anew each time.
         interpolation: How to resize; always anti-aliased.
-        verify: Decode every image once before the first step and leave out, with a warning, those that cannot
-            be; False saves that time, and an unreadable image ends the run when it is met.
+        verify: Decode every image once before the first step; False saves that time, and images that cannot be read
+            are found when they are met.
+        on_error: What becomes of those: ``skip`` leaves them out, with a warning, or puts the next image in the place
+            of one that is met in training; ``raise`` ends the run with an error that names the first.
+        max_bad_share: Share of images that cannot be read, in [0, 1], above which the run ends all the same.
+        report: File that names the images left out, a JSON object a line; by default ``bad_data.jsonl`` in the run's
+            folder.
         captions: Where the captions are: ``sidecar``, in text files beside the images, or ``metadata``, in
             ``metadata.jsonl`` or ``metadata.csv``. All are held in memory from the first step on. Of several
             captions of a training image one is drawn anew each time; else its first is taken. None reads no
@@ -145,6 +146,9 @@ class ImageFolderDataModule(ImageDataModule):
         horizontal_flip: bool = False,
         interpolation: Interpolation = "bicubic",
         verify: bool = True,
+        on_error: OnError = "skip",
+        max_bad_share: float = 0.1,
+        report: str | Path | None = None,
         captions: CaptionSource | None = None,
         caption_column: str | list[str] = "text",
         missing_captions: MissingCaptions = "raise",
@@ -152,7 +156,8 @@ class ImageFolderDataModule(ImageDataModule):
         generate_seed: int = 0,
         prompts: str | Path | None = None,
     ) -> None:
-        super().__init__(image_size, batch_size, num_workers, num_generate, generate_seed, prompts)
+        faults = Faults(on_error, max_bad_share, None if report is None else Path(report).expanduser().absolute())
+        super().__init__(image_size, batch_size, num_workers, num_generate, generate_seed, prompts, faults)
         if not 0 < val_fraction < 1:
             raise ValueError(
                 f"`val_fraction` must be in (0, 1), got {val_fraction}; to hold out none, give `val_root`."
@@ -200,6 +205,7 @@ class ImageFolderDataModule(ImageDataModule):
                     f"`{argument}` must hold images with captions, but none of the {len(bare)} in {folder} has one. "
                     f"Write some, or give another folder."
                 )
+            self._report(dict.fromkeys(bare, "no caption"))
             rank_zero_info(f"Left out {len(bare)} images of {folder} that have no caption: {some(bare)}.")
         if bare and self.missing_captions == "empty":
             captions |= dict.fromkeys(bare, ("",))
@@ -248,9 +254,10 @@ class ImageFolderDataModule(ImageDataModule):
 
         Raises:
             FileNotFoundError: If a folder, or the table of its captions, does not exist.
-            ValueError: If a folder's layout is wrong, it holds no image that can be read, or captions are wrong or
-                missing.
+            ValueError: If a folder's layout is wrong, it holds no image that can be read or too many that cannot, or
+                captions are wrong or missing.
         """
+        self._write_faults_into_run()
         _ = self.class_names  # Also "predict", which reads no image, asks for the labels that `root` defines.
         self._prepare(STAGE_SPLITS.get(stage, ("train", "val", "test")))
 
@@ -294,6 +301,8 @@ class ImageFolderDataModule(ImageDataModule):
         if self.verify and paths:
             rank_zero_info(f"Decoding {len(paths):,} images once to verify them; `verify: false` skips this.")
         bad = unreadable(paths) if self.verify else {}
+        if bad and self.faults.on_error == "raise":
+            raise Unreadable(*next(iter(bad.items())))
         reasons = some(f"{path} ({reason})" for path, reason in bad.items())
         kept = {split: [pair for pair in pairs if pair[0] not in bad] for split, pairs in files.items()}
         if empty := [split for split, pairs in kept.items() if not pairs]:
@@ -302,6 +311,8 @@ class ImageFolderDataModule(ImageDataModule):
                 f"{len(files[empty[0]])} is: {reasons}. Mend or replace them, or give another folder."
             )
         if bad:
+            self._report(bad)
+            self.faults.check_share(len(bad), len(paths), bad)
             rank_zero_warn(
                 f"Left out {len(bad)} of {len(paths)} images that cannot be read: {reasons}. "
                 f"Mend or remove them to be rid of this warning."
@@ -311,8 +322,13 @@ class ImageFolderDataModule(ImageDataModule):
             crop, flip = (self.crop, self.horizontal_flip) if train else ("center", False)
             captions = [self._captions[path] for path, _ in pairs] if self.has_captions else None
             self._datasets[split] = ImageFolderDataset(
-                pairs, self.image_size, crop, flip, self.interpolation, captions, draw_caption=train
+                pairs, self.image_size, crop, flip, self.interpolation, captions, train, self.faults
             )
+
+    def _report(self, bad: Mapping[str, str]) -> None:
+        """Write bad images down, once for all processes."""
+        if self.trainer is None or self.trainer.is_global_zero:
+            self.faults.write(bad)
 
     def _check_captions(self, paths: Sequence[str]) -> None:
         if self.has_captions and (bare := [path for path in paths if path not in self._captions]):

@@ -1,7 +1,9 @@
-"""Reading image files of any mode as RGB, and finding those that cannot be read."""
+"""Reading images of any mode as RGB, from files or from memory, and finding those that cannot be read."""
 
 from __future__ import annotations
 
+import functools
+import io
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +11,36 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["load_rgb", "reason", "unreadable"]
+from lpl_lightning.data.faults import Unreadable
+
+__all__ = ["load_rgb", "read_rgb", "reason", "unreadable"]
 
 CHUNK = 64  # images per task: a task for each of a million images would itself fill the memory
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""Pillow's names of what is read, whatever a file is called. It knows more, such as EPS, which runs a program."""
 
-def load_rgb(path: str) -> Image.Image:
-    """Decode an image upright and as RGB: 16-bit grey scaled to 8 bits, transparent parts over white."""
-    with Image.open(path) as image:
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def load_rgb(source: str | bytes) -> Image.Image:
+    """Decode an image upright and as RGB: 16-bit grey scaled to 8 bits, transparent parts over white.
+
+    Args:
+        source: Path of a file, or what is in one.
+
+    Raises:
+        ValueError: It has several frames, or values whose range is not known.
+        Exception: Whatever Pillow's decoders say of a file that they cannot read.
+    """
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
+        # Cameras write a preview beside a photo as a second picture (MPO), which is no animation.
+        if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+            raise ValueError(f"it has {frames} frames; save the one that is meant by itself")
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
             values = np.asarray(image).astype(np.float64)
@@ -27,6 +51,31 @@ def load_rgb(path: str) -> Image.Image:
             rgba = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         return image.convert("RGB")
+
+
+def read_rgb(source: str | bytes, name: str | None = None) -> Image.Image:
+    """``load_rgb`` with one error for all that may be wrong.
+
+    Args:
+        source: Path of a file, or what is in one.
+        name: What the image is called in the error; by default its path.
+
+    Raises:
+        Unreadable: It cannot be read.
+    """
+    try:
+        if isinstance(source, bytes) and not source:
+            raise ValueError("it is empty")
+        try:
+            return load_rgb(source)
+        except Warning:
+            # Pillow's remark on an odd file, where warnings are errors: no reason to end a run. The filters are left
+            # alone otherwise: a change to them makes Python repeat warnings once shown.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return load_rgb(source)
+    except Exception as error:  # Pillow's decoders do not agree on a type.
+        raise Unreadable(name or str(source), reason(error)) from error
 
 
 def reason(error: Exception) -> str:

@@ -187,7 +187,7 @@ def test_captions_of_unreadable_images_go_with_them(tmp_path: Path) -> None:
     write(tmp_path / "b.png", "not an image")
     for name in "abc":
         write(tmp_path / f"{name}.txt", name)
-    data = open_module(tmp_path, "sidecar", val_root=tmp_path)
+    data = open_module(tmp_path, "sidecar", val_root=tmp_path, max_bad_share=0.5)
     with pytest.warns(UserWarning, match=r"Left out 1 of 3 images"):
         data.setup("fit")
     train = data.dataset("train")

@@ -471,7 +471,7 @@ def small_bombs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unreadable_files_are_left_out_with_one_warning(tmp_path: Path) -> None:
     reasons = spoil(tmp_path / "cat")
     folder_of(tmp_path, "cat/good1.png", "dog/good2.png")
-    data = open_module(tmp_path, val_root=tmp_path)
+    data = open_module(tmp_path, val_root=tmp_path, max_bad_share=0.8)
     with pytest.warns(UserWarning, match="cannot be read") as caught:
         data.setup("fit")
     assert len(caught) == 1
@@ -489,12 +489,12 @@ def test_unreadable_files_are_left_out_with_one_warning(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_bombs")
 def test_a_read_of_an_unreadable_file_names_it_and_the_remedy(tmp_path: Path) -> None:
     reasons = spoil(tmp_path)
-    data = open_module(tmp_path, val_root=tmp_path, verify=False)
+    data = open_module(tmp_path, val_root=tmp_path, verify=False, on_error="raise")
     data.setup("fit")
     train = data.dataset("train")
     assert len(train) == 8
     for i, (name, reason) in enumerate(reasons.items()):
-        with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*{reason}.*`verify: true`"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*{reason}.*set `on_error` to skip"):
             train[i]
 
 
@@ -525,7 +525,7 @@ def test_every_one_of_many_images_is_verified(tmp_path: Path) -> None:
     good = save(tmp_path / "000.png").read_bytes()
     for i in range(150):
         (tmp_path / f"{i:03d}.png").write_bytes(good if i % 50 == 0 else b"")
-    data = open_module(tmp_path, val_root=tmp_path)
+    data = open_module(tmp_path, val_root=tmp_path, max_bad_share=0.98)
     with pytest.warns(UserWarning, match=r"Left out 147 of 150 images"):
         data.setup("fit")
     assert names(data, "train") == ["000.png", "050.png", "100.png"]

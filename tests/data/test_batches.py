@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lpl_lightning.data import ImageDataModule
+from lpl_lightning.data.base import Split
+from lpl_lightning.data.batches import Shuffled, TrainingLoader, drawing
+
+Item = TypeVar("Item")
+
+
+class Draws(Dataset[dict[str, Tensor]]):
+    """Items that hold their position and what they drew."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"image": torch.full((3, 1, 1), float(index)), "drawn": torch.rand(())}
+
+
+def loader(
+    count: int = 23, batch_size: int = 4, seed: int = 5, rank: int = 0, ranks: int = 1, workers: int = 0
+) -> TrainingLoader:
+    return TrainingLoader(Draws(count), Shuffled(count, batch_size * ranks), seed, rank, ranks, workers)
+
+
+def said(batch: dict[str, Tensor]) -> list[tuple[int, float]]:
+    return list(zip(batch["image"][:, 0, 0, 0].int().tolist(), batch["drawn"].tolist(), strict=True))
+
+
+def joined(lists: Iterable[list[Item]]) -> list[Item]:
+    return list(chain.from_iterable(lists))
+
+
+def epochs(loading: TrainingLoader, count: int) -> list[list[list[tuple[int, float]]]]:
+    return [[said(batch) for batch in loading] for _ in range(count)]
+
+
+def test_batches_come_from_seed_and_epoch_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = epochs(loader(), 3)
+    assert torch.equal(torch.get_rng_state(), before), "what training draws is left alone"
+    torch.manual_seed(2)
+    assert epochs(loader(), 3) == first
+    assert epochs(loader(seed=6), 3) != first
+    assert first[0] != first[1]
+    for batches in first:
+        positions = [index for batch in batches for index, _ in batch]
+        assert len(batches) == 5
+        assert len(set(positions)) == 20
+    left_out = [set(range(23)) - {index for batch in batches for index, _ in batch} for batches in first]
+    assert left_out[0] != left_out[1], "other items are left out each time"
+    drawn, later = (dict(joined(batches)) for batches in first[:2])
+    both = drawn.keys() & later.keys()
+    assert all(drawn[index] != later[index] for index in both), "an item draws anew each epoch"
+
+
+def test_an_item_draws_the_same_whatever_batch_it_is_in() -> None:
+    """Also the draws themselves: those of torch from the seed that ``drawing`` says."""
+    small, large = (dict(joined(epochs(loader(batch_size=size), 1)[0])) for size in (2, 11))
+    assert all(small[index] == large[index] for index in small.keys() & large.keys())
+    with drawing(5, 0, 7):
+        assert float(torch.rand(())) == {**small, **large}[7]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers: int) -> None:
+    assert epochs(loader(workers=workers), 2) == epochs(loader(), 2)
+
+
+def test_processes_share_out_what_one_has() -> None:
+    (one,) = epochs(loader(batch_size=6), 1)
+    parts = [epochs(loader(batch_size=2, rank=rank, ranks=3), 1)[0] for rank in range(3)]
+    assert [joined(batch) for batch in zip(*parts, strict=True)] == one
+
+
+def test_fewer_items_than_processes_ask_for_are_given_twice() -> None:
+    parts = [epochs(loader(count=3, batch_size=4, rank=rank, ranks=2), 1)[0] for rank in range(2)]
+    assert [[len(batch) for batch in part] for part in parts] == [[2], [2]]
+    assert {index for part in parts for batch in part for index, _ in batch} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [1, 4, 5, 6, 10, 12])
+def test_going_on_gives_what_comes_next(stop: int, workers: int) -> None:
+    whole = joined(epochs(loader(), 4))
+    stopped, state = loader(workers=workers), {}
+    seen: list[list[tuple[int, float]]] = []
+    while len(seen) < stop:
+        for batch in stopped:
+            seen.append(said(batch))
+            if len(seen) == stop:
+                state = stopped.state_dict()
+                break
+    other = loader(seed=99, workers=workers)
+    other.load_state_dict(state)
+    iter(other)  # an iterator that nobody uses, as trainers make
+    assert seen + joined(epochs(other, 2)) == whole[: stop + (-stop % 5 or 5) + 5]
+
+
+def test_going_on_with_other_batches_is_refused() -> None:
+    stopped = loader()
+    next(iter(stopped))
+    with pytest.raises(ValueError, match=r"middle of an epoch of other batches \(.*batch_size 4 there, 5 here"):
+        loader(batch_size=5).load_state_dict(stopped.state_dict())
+    with pytest.raises(ValueError, match=r"items 23 there, 24 here"):
+        loader(count=24).load_state_dict(stopped.state_dict())
+    # As many in a batch of all processes are the same batches, and after a whole epoch there is nothing to go on with.
+    loader(batch_size=2, ranks=2).load_state_dict(stopped.state_dict())
+    list(stopped)
+    other = loader(batch_size=5)
+    other.load_state_dict(stopped.state_dict())
+    assert epochs(other, 1)[0] == epochs(loader(batch_size=5), 2)[1]
+
+
+class DrawsModule(ImageDataModule):
+    def __init__(self, num_workers: int = 0) -> None:
+        super().__init__(1, 4, num_workers, 0, 0)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return ()
+
+    def dataset(self, split: Split) -> Draws:
+        return Draws(23)
+
+
+class Line(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.line(batch["drawn"][:, None]).mean()
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Nothing."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class Seen(Callback):
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, float]]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(said(batch))
+
+
+def fitted(
+    folder: Path, steps: int, checkpoint: ModelCheckpoint | None = None, ckpt_path: Path | None = None, **options: Any
+) -> list[list[tuple[int, float]]]:
+    seen = Seen()
+    trainer = pl.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=checkpoint is not None,
+        callbacks=[seen, *([] if checkpoint is None else [checkpoint])],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+    torch.manual_seed(0 if ckpt_path is None else 1)
+    trainer.fit(Line(), DrawsModule(), ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=True)
+    return seen.batches
+
+
+SAVED: dict[str, Callable[[Path, int], ModelCheckpoint]] = {
+    "after_a_step": lambda folder, k: ModelCheckpoint(folder, "{step}", every_n_train_steps=k, save_top_k=-1),
+    "after_validation": lambda folder, k: ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_epochs=1),
+    "after_an_epoch": lambda folder, k: ModelCheckpoint(
+        folder, "{step}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+@pytest.mark.parametrize(
+    ("when", "step", "options"),
+    [
+        ("after_a_step", 3, {}),
+        ("after_a_step", 5, {}),
+        ("after_a_step", 7, {}),
+        ("after_a_step", 3, {"limit_train_batches": 2}),
+        ("after_a_step", 2, {"accumulate_grad_batches": 2}),
+        ("after_validation", 7, {"val_check_interval": 7, "check_val_every_n_epoch": None}),
+        ("after_an_epoch", 5, {}),
+        ("after_an_epoch", 10, {}),
+    ],
+)
+def test_a_run_that_goes_on_sees_what_it_had_not_seen(
+    tmp_path: Path, when: str, step: int, options: dict[str, Any]
+) -> None:
+    """From a checkpoint that Lightning wrote, against one run; another seed is set, and the first one's is taken."""
+    whole = fitted(tmp_path, 15, SAVED[when](tmp_path / "saved", step), **options)
+    rest = fitted(tmp_path, 15, ckpt_path=tmp_path / "saved" / f"step={step}.ckpt", **options)
+    taken = step * options.get("accumulate_grad_batches", 1)
+    assert len(rest) == len(whole) - taken
+    assert rest == whole[taken:]
+
+
+def test_overfitting_takes_the_same_batches_in_order(tmp_path: Path) -> None:
+    seen = fitted(tmp_path, 4, overfit_batches=2)
+    assert [[index for index, _ in batch] for batch in seen] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
