@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from hashlib import blake2b
 from itertools import chain
 from typing import Any, Literal, Self
 
@@ -22,8 +23,8 @@ from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder_loading import load_autoencoder
 from lpl_lightning.execution import StageRunner
 from lpl_lightning.feature_modules import check_feature_modules, run_to_modules
-from lpl_lightning.frozen import FrozenModule
-from lpl_lightning.latents import config_of, drawn, latent_space
+from lpl_lightning.frozen import FrozenModule, weights_hash
+from lpl_lightning.latents import config_of, drawn, latent_space, moments
 from lpl_lightning.model_loading import PRECISIONS
 from lpl_lightning.stages import Stage, decoder_stages
 
@@ -180,17 +181,40 @@ class Autoencoder(FrozenModule):
         Raises:
             ValueError: Images of another shape or on another device, or a model that cannot encode.
         """
+        with torch.autocast(images.device.type, enabled=False):
+            return self._scaled(drawn(self._encoded(images), self.sample_posterior, generator))
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation of images' scaled latents; arguments and errors are those of ``encode``.
+
+        Returns:
+            Two tensors as ``encode`` gives one; None for the latter where the latent is certain.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            mean, deviation = moments(self._encoded(images))
+            if deviation is None:
+                return self._scaled(mean), None
+            _, scale = self._affine(mean.ndim)
+            return self._scaled(mean), self._space.pack(deviation).to(scale.dtype) * scale.abs()
+
+    def _encoded(self, images: Tensor) -> Any:
         self._check_device("images", images)
         self._space.check_images(images)
         if not hasattr(self.model, "encode"):
             raise ValueError(
                 f"`model` must have `encode` to map images to latents; {type(self.model).__name__} has none."
             )
-        with torch.autocast(images.device.type, enabled=False):
-            encoded = self.model.encode(self._space.images_in(images).to(self.dtype))
-            z = drawn(encoded, self.sample_posterior, generator)
-            shift, scale = self._affine(z.ndim)
-            return (self._space.pack(z).to(scale.dtype) - shift) * scale
+        return self.model.encode(self._space.images_in(images).to(self.dtype))
+
+    def _scaled(self, z: Tensor) -> Tensor:
+        shift, scale = self._affine(z.ndim)
+        return (self._space.pack(z).to(scale.dtype) - shift) * scale
+
+    def fingerprint(self) -> str:
+        """A hash of all that latents depend on but the precision: class, weights, scale and shift."""
+        said = f"{type(self.model).__name__} {weights_hash(self.model)} {self._space.scale} {self._space.shift}"
+        return blake2b(said.encode(), digest_size=16).hexdigest()
 
     def decode(self, z: Tensor) -> Tensor:
         """Map scaled latents (B, C, h, w) to images (B, 3, h * downscale, w * downscale), about [-1, 1].

@@ -108,7 +108,10 @@ class AutoencoderModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that the images fit, before the first step."""
-        image_size = getattr(getattr(self.trainer, "datamodule", None), "image_size", None)
+        data = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "has_images", None) is False:
+            raise ValueError(f"An autoencoder is trained on images, and {type(data).__name__} holds latents.")
+        image_size = getattr(data, "image_size", None)
         if isinstance(image_size, int):
             check_divides(image_size, 2 ** (len(self.autoencoder.config.block_out_channels) - 1))
 

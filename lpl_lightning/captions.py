@@ -82,6 +82,10 @@ class Captions(Conditioner):
         settings = [*self._fingerprints(), self.token_dim, self.null_is_zero, self.size_conditions]
         return blake2b(repr(settings).encode(), digest_size=16).hexdigest()
 
+    def embedding_key(self) -> str:
+        """What ``encode`` depends on besides the captions."""
+        return " ".join([*self._fingerprints(), str(self.token_dim)])
+
     def _fingerprints(self) -> list[str]:
         return [cast(TextEncoder, encoder).fingerprint() for encoder in self.encoders]
 
@@ -223,7 +227,7 @@ class Captions(Conditioner):
     def _cached(self, captions: list[str], folder: Path) -> TextEmbedding:
         """Embeddings from files; what has none, or one that cannot be read, is encoded and written."""
         if self._key is None:
-            self._key = " ".join([*self._fingerprints(), str(self.token_dim)])
+            self._key = self.embedding_key()
         names = [blake2b(f"{self._key} {text}".encode(), digest_size=20).hexdigest() for text in captions]
         paths = [folder / f"{name}.safetensors" for name in names]
         found = [_read(path) for path in paths]

@@ -1,8 +1,8 @@
 """The ``lpl`` command: one LightningCLI over any module and any data.
 
-``lpl fit | validate | test | predict | sweep | profile -c CONFIG.yaml [-c OVERLAY.yaml ...] [--key value ...]``. Files
-given later are laid over those before them; ``callbacks+:`` in one appends to the list of the last. Commands that need
-no trainer (``WITHOUT_TRAINER``), such as ``lpl export --ckpt CKPT --out DIR``, are functions with their arguments.
+``lpl fit | validate | test | predict | sweep | encode | profile -c CONFIG.yaml [-c OVERLAY.yaml ...] [--key value]``.
+Files given later are laid over those before them; ``callbacks+:`` in one appends to the list of the last. Commands that
+need no trainer (``WITHOUT_TRAINER``), such as ``lpl export --ckpt CKPT --out DIR``, are functions with their arguments.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lpl_lightning.arguments import refusal
 from lpl_lightning.callbacks import Evaluation, ImagesPerSecond, ImageWriter, LossByNoise
+from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
 from lpl_lightning.export import export_checkpoint
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.stand_ins import StandIns, merged, put_stand_ins
-from lpl_lightning.sweep import SweepingTrainer
 
 __all__ = ["LPLCLI", "main"]
 
@@ -42,17 +42,18 @@ WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
 class LPLCLI(LightningCLI):
     """LightningCLI with what every run of this package has: images per second, and files from ``predict``.
 
-    Beside Lightning's commands there are ``profile`` and ``sweep``; see ``SweepingTrainer``.
+    Beside Lightning's commands there are ``profile``, ``sweep`` and ``encode``; see ``EncodingTrainer``.
     """
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The commands, and which arguments of the trainer's methods are no options of theirs."""
-        return LightningCLI.subcommands() | {"profile": {"model", "datamodule"}, "sweep": {"model", "datamodule"}}
+        own = ("profile", "sweep", "encode")
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in own}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "profile":
+        if subcommand in ("profile", "encode"):
             # So that the config that a run has saved can be given.
             for name in ("ckpt_path", "weights_only"):
                 parser.add_argument(f"--{name}", type=Any, default=None, help="Not looked at.")
@@ -169,7 +170,7 @@ def main(args: ArgsType = None) -> None:
         pl.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        trainer_class=SweepingTrainer,
+        trainer_class=EncodingTrainer,
         auto_configure_optimizers=False,
         # A resumed or repeated run may write into a folder that has a config already.
         save_config_kwargs={"overwrite": True},

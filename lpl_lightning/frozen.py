@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import blake2b
 from typing import Any, Self, cast
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["FrozenModule"]
+__all__ = ["FrozenModule", "weights_hash"]
 
 
 class FrozenModule(nn.Module):
@@ -52,3 +54,19 @@ def _keep_own_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str
     """Offer the module's own weights to a strict load, since a checkpoint holds none of them."""
     # What a plain module would save: tied weights under each of their names, no buffers that are not persistent.
     nn.Module.state_dict(module, destination=state_dict, prefix=prefix)
+
+
+def weights_hash(module: nn.Module) -> str:
+    """A blake2b hash of all parameters and buffers: names, shapes and values.
+
+    Values are hashed in float64, so that a file in half precision and its copy in float32 have one hash, and a network
+    keeps its own where the trainer runs in double precision.
+    """
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    digest = blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        values = tensor.detach().cpu()
+        values = values.double() if values.is_floating_point() else values.contiguous()
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

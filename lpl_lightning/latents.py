@@ -27,7 +27,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-__all__ = ["LatentSpace", "config_of", "drawn", "latent_space"]
+__all__ = ["LatentSpace", "config_of", "drawn", "latent_space", "moments"]
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -143,21 +143,30 @@ def drawn(encoded: Any, sample: bool, generator: torch.Generator | None = None) 
     Raises:
         ValueError: It is none of these.
     """
+    if sample and hasattr(encoded, "latent_dist"):
+        return cast(Tensor, encoded.latent_dist.sample(generator))
+    mean, deviation = moments(encoded)
+    if not sample or deviation is None:
+        return mean
+    # Drawn where its generator is, which may be the CPU while the model is on an accelerator.
+    where = mean.device if generator is None else generator.device
+    noise = torch.randn(mean.shape, generator=generator, device=where, dtype=mean.dtype)
+    return mean + deviation * noise.to(mean.device)
+
+
+def moments(encoded: Any) -> tuple[Tensor, Tensor | None]:
+    """Mean and standard deviation, unscaled, in what a model's ``encode`` gives; None for a latent that is certain.
+
+    Raises:
+        ValueError: It is none of what ``drawn`` takes.
+    """
     if hasattr(encoded, "latent_dist"):
-        posterior = encoded.latent_dist
-        return cast(Tensor, posterior.sample(generator) if sample else posterior.mode())
+        return encoded.latent_dist.mode(), encoded.latent_dist.std
     z = getattr(encoded, "latents", getattr(encoded, "latent", encoded))
     if isinstance(z, Tensor):
-        return z
+        return z, None
     if isinstance(z, tuple | list) and len(z) == 2 and all(isinstance(part, Tensor) for part in z):
-        mean: Tensor = z[0]
-        deviation: Tensor = z[1]
-        if not sample:
-            return mean
-        # Drawn where its generator is, which may be the CPU while the model is on an accelerator.
-        where = mean.device if generator is None else generator.device
-        noise = torch.randn(mean.shape, generator=generator, device=where, dtype=mean.dtype)
-        return mean + deviation * noise.to(mean.device)
+        return z[0], z[1]
     raise ValueError(
         "`model.encode` must give a tensor, a pair (mean, standard deviation) or an output of diffusers with "
         f"latent_dist, latents or latent; got {type(encoded).__name__}. Give a module whose `encode` does."

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from lpl_lightning.agreement import check_encoded, check_precision
 from lpl_lightning.arguments import check_divides
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.conditioning import Conditioner
@@ -40,7 +41,8 @@ PARTS = ["autoencoder", "noise", "denoiser", "conditioner", "optimizer", "lr_sch
 class LatentDiffusionModule(LPLMixin, pl.LightningModule):
     """A latent diffusion or flow model, in parts.
 
-    Batches are dictionaries with ``image`` (B, 3, H, W) in [-1, 1] and what the conditioner asks for. Logged are
+    Batches are dictionaries with ``image`` (B, 3, H, W) in [-1, 1], or the latents of images that were encoded before
+    (``clean_latents``), and what the conditioner asks for. Logged are
     ``loss``, ``loss_diffusion`` and what callbacks add; in validation and test the same with ``val_`` and ``test_``,
     on noise and times that are the same each time.
 
@@ -125,14 +127,9 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         self.denoiser.check(self.autoencoder.latent_channels, latent_size, self.conditioner)
         self.conditioner.check(getattr(self.trainer, "datamodule", None))
         self.sampler.check(self.noise)
-        precision = str(self.trainer.precision)
-        coarse = {str(p.dtype) for p in self.parameters() if p.requires_grad and p.dtype.itemsize < 4}
-        if coarse and self.trainer.training and precision not in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"Weights in {', '.join(sorted(coarse))} are to be trained, in which small steps are lost. Leave "
-                f"`dtype` of the denoiser out and set the trainer's `precision` (now {precision}) to bf16-mixed, or "
-                "train LoRA."
-            )
+        check_encoded(getattr(self.trainer, "datamodule", None), self.autoencoder, self.conditioner)
+        if self.trainer.training:
+            check_precision(self.parameters(), str(self.trainer.precision))
 
     def on_train_start(self) -> None:
         """Give each rank random numbers of its own."""
@@ -184,8 +181,7 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
     def _step(self, batch: dict[str, Any], stage: Literal["train", "val", "test"], batch_idx: int) -> Tensor:
         training = stage == "train"
         generator = None if training else torch.Generator().manual_seed(batch_idx)
-        images: Tensor = batch["image"]
-        z0 = self.autoencoder.encode(images, generator)
+        z0 = self.clean_latents(batch, generator)
         noisy = self.noise.sample(z0, generator)
         drop = self.conditioner.draw_drop(len(z0)) if training else None
         condition = self.conditioner(batch, len(z0), drop)
@@ -204,6 +200,26 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
             sync_dist=not training,
         )
         return loss
+
+    def clean_latents(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents z0 of a batch, of its images, or drawn from the posteriors that were found of them before.
+
+        Args:
+            batch: ``image`` (B, 3, H, W) in [-1, 1]; or ``latent`` (B, C, h, w), mean of scaled latents in any floating
+                type, and, where it is to be drawn, ``latent_std``.
+            generator: Source of the posterior's noise.
+
+        Returns:
+            (B, C, h, w).
+        """
+        if "latent" not in batch:
+            return self.autoencoder.encode(batch["image"], generator)
+        mean, deviation = batch["latent"].float(), batch.get("latent_std")
+        if deviation is None or not self.autoencoder.sample_posterior:
+            return cast(Tensor, mean)
+        where = mean.device if generator is None else generator.device
+        noise = torch.randn(mean.shape, generator=generator, device=where).to(mean.device)
+        return cast(Tensor, mean + deviation.float() * noise)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step of training."""

@@ -110,7 +110,9 @@ class NoiseProcess(ABC):
             raise ValueError(
                 f"`t` must hold one time for each of the {len(z0)} latents, got shape {tuple(times.shape)}."
             )
-        drawn = torch.randn_like(z0) if generator is None else torch.randn(z0.shape, generator=generator)
+        # Not `randn_like`, whose numbers depend on how z0 lies in memory.
+        where = z0.device if generator is None else generator.device
+        drawn = torch.randn(z0.shape, generator=generator, device=where)
         return self.noised(z0, drawn.to(z0.device), times)
 
     def noised(self, z0: Tensor, noise: Tensor, t: Tensor) -> NoisyLatents:

@@ -33,7 +33,7 @@ from lpl_lightning.evaluation.image_metrics import ReconstructionMetrics, Spectr
 from lpl_lightning.evaluation.measure import Sets
 from lpl_lightning.evaluation.report import VALIDATION, Report
 from lpl_lightning.evaluation.suite import Suite
-from lpl_lightning.metrics.features import weights_hash
+from lpl_lightning.frozen import weights_hash
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.pretrained import averaged_by, read_checkpoint
 
@@ -216,6 +216,11 @@ class Evaluation(Callback):
             return files, {"name": self.reference, **files.provenance()}, files.quick_key(), None
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ImageDataModule):
+            if not data.has_images:
+                raise ValueError(
+                    f"Evaluation needs real images, and {type(data).__name__} holds latents: give it `reference`, a "
+                    "folder of images."
+                )
             split: Literal["val", "test"] = "val" if trainer.validating else "test"
             return data.dataset(split), {"name": f"{split} images of {type(data).__name__}"}, None, None
         loaded = trainer.val_dataloaders if trainer.validating else trainer.test_dataloaders

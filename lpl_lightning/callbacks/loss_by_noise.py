@@ -93,8 +93,9 @@ class LossByNoise(Callback):
             return
         module, loss = pl_module, _lpl_of(trainer)
         with posterior_mean(module.autoencoder):
-            z0 = module.autoencoder.encode(batch["image"]).float()
-        index = _own_numbers(batch["image"])
+            z0 = module.clean_latents(batch).float()
+        index = _own_numbers(to_uint8(batch["image"]) if "image" in batch else batch["latent"].float().cpu())
+        index = index.to(z0.device)
         drawn = [torch.Generator().manual_seed((number + self.seed) % 2**32) for number in index.tolist()]
         noise = torch.stack([torch.randn(z0.shape[1:], generator=generator) for generator in drawn]).to(z0)
         condition = module.conditioner(batch, len(z0))
@@ -200,9 +201,9 @@ def _lpl_of(trainer: pl.Trainer) -> Any:
 
 
 def _own_numbers(images: Tensor) -> Tensor:
-    """A number of each image's own, of its pixels in 8 bits: (B,) int64, 0 or more."""
-    digests = [blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in to_uint8(images)]
-    return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests], device=images.device)
+    """A number of each image's own, of its pixels in 8 bits or of its latent: (B,) int64, 0 or more."""
+    digests = [blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in images]
+    return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
 
 
 def _markdown(names: Sequence[str], levels: Sequence[_Level]) -> str:

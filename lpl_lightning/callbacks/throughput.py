@@ -42,7 +42,7 @@ class ImagesPerSecond(Callback):
         """Log the rate."""
         now, last = time.perf_counter(), self._last
         self._last = now
-        images = batch.get("image") if isinstance(batch, dict) else None
+        images = batch.get("image", batch.get("latent")) if isinstance(batch, dict) else None
         if last is None or images is None:
             return
         took = (now - last) / len(images)

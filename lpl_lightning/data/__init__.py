@@ -14,12 +14,15 @@ Every data set here yields dictionaries; batches hold
 
 from lpl_lightning.data.base import ImageDataModule, SampleRequests
 from lpl_lightning.data.folder import ImageFolderDataModule, ImageFolderDataset
+from lpl_lightning.data.latent_cache import CachedLatents, LatentCacheDataModule
 from lpl_lightning.data.shapes import ShapesDataModule, ShapesDataset
 
 __all__ = [
+    "CachedLatents",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageFolderDataset",
+    "LatentCacheDataModule",
     "SampleRequests",
     "ShapesDataModule",
     "ShapesDataset",

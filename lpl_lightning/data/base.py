@@ -124,6 +124,11 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         """Whether batches hold a ``caption``."""
         return False
 
+    @property
+    def has_images(self) -> bool:
+        """Whether batches hold ``image``, and not latents in its place."""
+        return True
+
     def validation_captions(self) -> Iterator[str]:
         """One caption of each validation image, in order, without decoding images; nothing without captions."""
         return iter(())
@@ -159,6 +164,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else what training draws would depend on when it is validated
         )
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:

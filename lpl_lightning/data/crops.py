@@ -50,6 +50,15 @@ class SquareCrop:
         self.random_crop = v2.RandomCrop(image_size) if crop == "random" else None
         self.flip_probability = 0.5 if horizontal_flip else 0.0
 
+    def provenance(self) -> dict[str, str | int | bool]:
+        """What is done to images: the shorter side is resized to ``image_size``, and a square of it is taken."""
+        return {
+            "image_size": self.image_size,
+            "resize": self.resize.interpolation.value,
+            "antialias": bool(self.resize.antialias),
+            "crop": "center" if self.random_crop is None else "random",
+        }
+
     def __call__(self, image: Image.Image) -> dict[str, Tensor]:
         """Make the square.
 
@@ -72,8 +81,10 @@ class SquareCrop:
             drawn = self.random_crop.make_params([resized])
             top, left = drawn["top"], drawn["left"]
         square = v2.functional.crop(resized, top, left, size, size)
-        # Drawn also where nothing is mirrored, so that switching it on leaves the crops of a seed as they are.
-        if torch.rand(1).item() < self.flip_probability:
+        # Drawn also where crops are and nothing is mirrored, so that switching it on leaves the crops of a seed as they
+        # are; not where nothing is drawn, so that validation leaves what training draws as it is.
+        is_drawn = self.random_crop is not None or self.flip_probability > 0
+        if is_drawn and torch.rand(1).item() < self.flip_probability:
             square = v2.functional.horizontal_flip(square)
             left = width - size - left
         return {

@@ -57,6 +57,7 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
         draw_caption: Give one of an image's captions, drawn anew each time; otherwise its first.
         faults: What becomes of images that cannot be read; one that is skipped is replaced by the next. None refuses
             them.
+        root: Folder that all of them lie in.
 
     Raises:
         Unreadable: An image cannot be read, and is not skipped.
@@ -72,6 +73,7 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
         captions: Sequence[Sequence[str]] | None = None,
         draw_caption: bool = False,
         faults: Faults | None = None,
+        root: Path | None = None,
     ) -> None:
         if captions is not None and len(captions) != len(files):
             raise ValueError(f"`captions` must be those of {len(files)} files, got {len(captions)}.")
@@ -80,14 +82,29 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
         self.captions = captions
         self.draw_caption = draw_caption
         self.faults = Faults("raise") if faults is None else faults
+        self.root = root
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return first_readable(self._item, index, len(self), self.faults)
+        return first_readable(self.item, index, len(self), self.faults)
 
-    def _item(self, index: int) -> dict[str, Any]:
+    def key(self, index: int) -> str:
+        """Path of an image, in ``root`` if it lies there."""
+        path = self.files[index][0]
+        return path if self.root is None else Path(path).relative_to(self.root).as_posix()
+
+    def captions_of(self, index: int) -> Sequence[str]:
+        """All captions of an image."""
+        return () if self.captions is None else self.captions[index]
+
+    def item(self, index: int) -> dict[str, Any]:
+        """An image, and nothing in its place where it cannot be read.
+
+        Raises:
+            Unreadable: It cannot be read.
+        """
         path, label = self.files[index]
         item: dict[str, Any] = {**self.transform(read_rgb(path))}
         if label is not None:
@@ -266,11 +283,14 @@ class ImageFolderDataModule(ImageDataModule):
         self._prepare([split])
         return self._datasets[self._source(split)]
 
+    def _root(self, split: Split) -> Path:
+        return {"train": None, "val": self.val_root, "test": self.test_root}[split] or self.root
+
     def _source(self, split: Split) -> Split:
         return "val" if split == "test" and self.test_root is None else split
 
     def _files(self, split: Split) -> list[tuple[str, int | None]]:
-        own = {"train": None, "val": self.val_root, "test": self.test_root}[split]
+        own = None if self._root(split) == self.root else self._root(split)
         if self.has_captions and own is not None and self.root in own.parents:
             raise ValueError(
                 f"`{split}_root` must not lie in `root`, all of whose images are for training, but {own} is in "
@@ -322,7 +342,7 @@ class ImageFolderDataModule(ImageDataModule):
             crop, flip = (self.crop, self.horizontal_flip) if train else ("center", False)
             captions = [self._captions[path] for path, _ in pairs] if self.has_captions else None
             self._datasets[split] = ImageFolderDataset(
-                pairs, self.image_size, crop, flip, self.interpolation, captions, train, self.faults
+                pairs, self.image_size, crop, flip, self.interpolation, captions, train, self.faults, self._root(split)
             )
 
     def _report(self, bad: Mapping[str, str]) -> None:

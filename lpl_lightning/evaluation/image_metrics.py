@@ -14,8 +14,8 @@ from lpl_lightning.arguments import at_least
 from lpl_lightning.evaluation.gathering import Rows
 from lpl_lightning.evaluation.measure import Measure, Role, Sets
 from lpl_lightning.evaluation.report import Resampling, Value
+from lpl_lightning.frozen import weights_hash
 from lpl_lightning.metrics.clip_score import CLIPScore
-from lpl_lightning.metrics.features import weights_hash
 from lpl_lightning.metrics.reconstruction import LPIPS, Reconstruction
 from lpl_lightning.metrics.spectrum import FLOOR, PowerSpectrum, Spectra, radial_power
 from lpl_lightning.metrics.spectrum_plot import plot_spectra, write_spectra

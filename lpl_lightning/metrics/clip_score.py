@@ -18,8 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lpl_lightning.arguments import above
-from lpl_lightning.frozen import FrozenModule
-from lpl_lightning.metrics.features import weights_hash
+from lpl_lightning.frozen import FrozenModule, weights_hash
 from lpl_lightning.metrics.gaussian import DoubleMetric
 from lpl_lightning.metrics.preparation import Filter, check_images
 from lpl_lightning.metrics.tower_features import clip_preparation, load_open_clip, plain_name

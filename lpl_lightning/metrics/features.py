@@ -9,35 +9,18 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lpl_lightning.frozen import FrozenModule
+from lpl_lightning.frozen import FrozenModule, weights_hash
 from lpl_lightning.metrics.preparation import Filter, Fit, Pixels, Preparation, check_images
 
-__all__ = ["FeatureExtractor", "ModuleFeatures", "TorchScriptFeatures", "weights_hash"]
+__all__ = ["FeatureExtractor", "ModuleFeatures", "TorchScriptFeatures"]
 
 _PROBE = 64  # side of the image that finds the width of a network that takes images of any size
-
-
-def weights_hash(module: nn.Module) -> str:
-    """A blake2b hash of all parameters and buffers: names, shapes and values.
-
-    Values are hashed in float64, so that a file in half precision and its copy in float32 have one hash, and a network
-    keeps its own where the trainer runs in double precision.
-    """
-    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    digest = blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        values = tensor.detach().cpu()
-        values = values.double() if values.is_floating_point() else values.contiguous()
-        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class FeatureExtractor(FrozenModule, ABC):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from towers import save_tower, tiny_dino
 
+from lpl_lightning.frozen import weights_hash
 from lpl_lightning.metrics.classifier_features import TorchvisionFeatures
-from lpl_lightning.metrics.features import FeatureExtractor, ModuleFeatures, TorchScriptFeatures, weights_hash
+from lpl_lightning.metrics.features import FeatureExtractor, ModuleFeatures, TorchScriptFeatures
 from lpl_lightning.metrics.tower_features import OpenCLIPFeatures, TransformersFeatures
 
 

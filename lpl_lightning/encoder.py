@@ -1,0 +1,241 @@
+"""Encoding the items of a data set, batch by batch, into shards of latents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lpl_lightning.captions import Captions
+from lpl_lightning.data.base import Split
+from lpl_lightning.data.batches import drawing
+from lpl_lightning.data.faults import Faults, Unreadable
+from lpl_lightning.data.latent_shards import shard_hash, write_shard
+from lpl_lightning.data.listing import some
+from lpl_lightning.evaluation.report import write_whole
+from lpl_lightning.module import LatentDiffusionModule
+
+__all__ = ["Encoder", "Task", "Variants", "said_of", "tasks"]
+
+
+class Task(NamedTuple):
+    """A batch to encode.
+
+    Attributes:
+        split: Whose images.
+        file: The shard that they go to, in the cache's folder.
+        indices: Their positions.
+        is_last: Whether they are the last of the shard.
+    """
+
+    split: Split
+    file: str
+    indices: Sequence[int]
+    is_last: bool
+
+
+class Variants(Dataset[Any]):
+    """Batches of items, each as it is drawn several times, without those that cannot be read."""
+
+    def __init__(
+        self, sets: Mapping[Split, Dataset[Any]], faults: Faults, crops: int, flips: Sequence[float], seed: int
+    ) -> None:
+        self.sets, self.faults, self.crops, self.flips, self.seed = sets, faults, crops, flips, seed
+
+    def __getitem__(self, task: Task) -> dict[str, Any]:
+        items: Any = self.sets[task.split]
+        crops, flips = (self.crops, self.flips) if task.split == "train" else (1, [0.0])
+        found = []
+        for index in task.indices:
+            try:
+                found.append([self._drawn(items, index, crop, flip) for crop in range(crops) for flip in flips])
+            except Unreadable as fault:
+                self.faults.take(fault)
+            else:
+                self.faults.passed()
+        read = [row[0] for row in found]
+        batch: dict[str, Any] = {"task": task, "items": [{"key": r["key"], "captions": r["captions"]} for r in read]}
+        if read:
+            batch["image"] = torch.stack([torch.stack([item["image"] for item in row]) for row in found])
+            for name in ("original_size", "crop_top_left"):
+                if name in read[0]:
+                    batch[name] = torch.stack([torch.stack([item[name] for item in row]) for row in found])
+            if "label" in read[0]:
+                batch["label"] = torch.tensor([item["label"] for item in read])
+        return batch
+
+    def _drawn(self, items: Any, index: int, crop: int, flip: float) -> dict[str, Any]:
+        transform = getattr(items, "transform", None)
+        if transform is not None:
+            transform.flip_probability = flip
+        get = getattr(items, "item", items.__getitem__)
+        with drawing(self.seed, crop, index):
+            item = dict(get(index))
+        said = getattr(items, "captions_of", None)
+        item["captions"] = list(said(index)) if said is not None else [item["caption"]] if "caption" in item else []
+        item["key"] = items.key(index) if hasattr(items, "key") else str(index)
+        return item
+
+
+class Encoder(pl.LightningModule):
+    """Encodes the batches of tasks and writes shards."""
+
+    def __init__(
+        self,
+        module: LatentDiffusionModule,
+        text: Captions | None,
+        variants: Variants,
+        tasks: Sequence[Task],
+        out: Path,
+        dtype: torch.dtype,
+        std: bool,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards may be left than processes
+        self.autoencoder, self.text = module.autoencoder, text
+        self.variants, self.tasks, self.out, self.dtype_stored, self.std = variants, tasks, out, dtype, std
+        self.chunk, self.num_workers = batch_size, num_workers
+        self._parts: list[dict[str, Any]] = []
+
+    def missing(self) -> list[str]:
+        """The shards that are not there yet."""
+        return [file for file in dict.fromkeys(t.file for t in self.tasks) if not said_of(self.out / file).is_file()]
+
+    def predict_dataloader(self) -> Any:
+        """This process's share of the shards that are not there yet."""
+        missing = self.missing()
+        self.trainer.strategy.barrier()  # all have seen the same before any writes
+        own = set(missing[self.trainer.global_rank :: self.trainer.world_size])
+        return _Batches(self.variants, [task for task in self.tasks if task.file in own], self.num_workers)
+
+    @torch.no_grad()
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Encode a batch and, after the last of a shard, write it; gives the number of its items."""
+        task: Task = batch["task"]
+        if batch["items"]:
+            self._parts.append({**self._encoded(batch), "items": batch["items"]})
+        if task.is_last:
+            self._write(task.file)
+            self._parts = []
+        return torch.tensor(len(batch["items"]))
+
+    def on_predict_end(self) -> None:
+        """Wait until all processes have written theirs."""
+        self.trainer.strategy.barrier()
+
+    def _encoded(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        images: Tensor = batch["image"]  # (N, V, 3, H, W)
+        means, deviations = [], []
+        for part in images.flatten(0, 1).split(self.chunk):
+            mean, deviation = self.autoencoder.posterior(part.to(self.device))
+            means.append(mean.float().cpu())
+            deviations.append(None if deviation is None or not self.std else deviation.float().cpu())
+        found = {"latent": torch.cat(means)}
+        kept = [deviation for deviation in deviations if deviation is not None]
+        if kept:
+            found["latent_std"] = torch.cat(kept)
+        stored = {name: tensor.to(self.dtype_stored).unflatten(0, images.shape[:2]) for name, tensor in found.items()}
+        error = stored["latent"].flatten(0, 1).double() - found["latent"].double()
+        if not stored["latent"].isfinite().all():
+            raise ValueError(
+                f"Latents of {some(item['key'] for item in batch['items'])} and others near them do not fit "
+                f"{self.dtype_stored}: the largest is {found['latent'].abs().max():.4g}. Set `dtype` to bfloat16 or "
+                "float32, or see whether the autoencoder gives numbers at all."
+            )
+        # Largest error, and sums of squared errors and of squares.
+        stored["_rounding"] = torch.stack(
+            [error.abs().max(), error.square().sum(), found["latent"].double().square().sum()]
+        )[None]
+        for name in ("original_size", "crop_top_left", "label"):
+            if name in batch:
+                stored[name] = batch[name].cpu()
+        stored["target_size"] = torch.tensor(images.shape[-2:]).expand(len(images), 2)
+        if self.text is not None:
+            stored |= self._texts([item["captions"] for item in batch["items"]])
+        return stored
+
+    def _texts(self, captions: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+        assert self.text is not None
+        flat = [text for texts in captions for text in (texts or [""])]
+        parts = [vars(self.text.encode(flat[at : at + self.chunk])) for at in range(0, len(flat), self.chunk)]
+        found = {"_captions": torch.tensor([max(1, len(texts)) for texts in captions])}
+        for name in ("tokens", "mask", "pooled"):
+            tensors = [part[name].cpu() for part in parts if part[name] is not None]
+            if tensors:
+                kept = torch.cat(tensors)
+                found[f"text_{name}"] = kept.to(self.dtype_stored) if kept.is_floating_point() else kept
+        return found
+
+    def _write(self, file: str) -> None:
+        path = self.out / file
+        tensors = {}
+        if self._parts:
+            names = [name for name in self._parts[0] if name != "items"]
+            tensors = {name: torch.cat([part[name] for part in self._parts]) for name in names}
+        items = [item for part in self._parts for item in part["items"]]
+        rounding = tensors.pop("_rounding", torch.zeros(1, 3, dtype=torch.float64))
+        if "_captions" in tensors:
+            tensors["caption_start"] = torch.cat([torch.zeros(1, dtype=torch.long), tensors.pop("_captions").cumsum(0)])
+        said: dict[str, Any] = {"file": file, "items": len(items)}
+        try:
+            if items:
+                write_shard(path, tensors, items)
+                said |= {"bytes": path.stat().st_size, "hash": shard_hash(path)}
+                said["latent"] = list(tensors["latent"].shape[2:])
+            rounded = [float(rounding[:, 0].max()), *rounding[:, 1:].sum(0).tolist()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(said_of(path), json.dumps({**said, "rounding": rounded}))
+        except OSError as error:
+            raise OSError(
+                f"`out`: {path} cannot be written ({error}). The shards that are finished stay: make room, and call "
+                "the same command again."
+            ) from error
+
+
+class _Batches:
+    """Loads tasks; no ``DataLoader`` itself, which Lightning would build anew in its own way for predictions."""
+
+    def __init__(self, variants: Variants, tasks: Sequence[Task], num_workers: int) -> None:
+        self.variants, self.tasks, self.num_workers = variants, tasks, num_workers
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Any]:
+        sampler: Any = self.tasks
+        generator = torch.Generator()  # seeds of workers are drawn from it
+        options: dict[str, Any] = {"sampler": sampler, "num_workers": self.num_workers, "generator": generator}
+        return iter(DataLoader(self.variants, batch_size=None, collate_fn=_same, **options))
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+def said_of(shard: Path) -> Path:
+    """The small file beside a shard, which appears after it."""
+    return shard.with_suffix(".json")
+
+
+def tasks(split: Split, count: int, shard_size: int, batch_size: int) -> Iterator[Task]:
+    """The batches of a split, in order, none of which lies in two shards.
+
+    Args:
+        split: The split.
+        count: Number of its images.
+        shard_size: Images in a shard.
+        batch_size: Images in a batch.
+    """
+    for number, start in enumerate(range(0, count, shard_size)):
+        end = min(start + shard_size, count)
+        for first in range(start, end, batch_size):
+            last = min(first + batch_size, end)
+            yield Task(split, f"{split}/{number:06d}.tar", tuple(range(first, last)), last == end)

@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_kl, tiny_taesd
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
+from test_module import trainer
+from torch import Tensor
+
+from lpl_lightning import Autoencoder, ClassTokens, LatentDiffusionModule, LossByNoise, LPLCallback
+from lpl_lightning.cli import main
+from lpl_lightning.data import ImageFolderDataModule, LatentCacheDataModule, ShapesDataModule
+from lpl_lightning.data.faults import read_faults
+from lpl_lightning.data.latent_shards import LatentShard
+from lpl_lightning.data.reading import load_rgb
+from lpl_lightning.encoding import EncodingTrainer
+from lpl_lightning.losses import LatentPerceptualLoss
+
+MakeModule = Callable[..., LatentDiffusionModule]
+
+
+def photos_in(root: Path, count: int = 30, side: tuple[int, int] = (21, 16)) -> Path:
+    """Noise of two classes; wider than high, so that crops differ."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = root / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (side[1], side[0], 3), dtype=np.uint8)).save(path)
+    return root
+
+
+def folder_data(root: Path, **options: Any) -> ImageFolderDataModule:
+    return ImageFolderDataModule(root, 16, **({"batch_size": 4, "num_workers": 0, "val_fraction": 0.2} | options))
+
+
+def encode(module: LatentDiffusionModule, data: Any, out: Path, **options: Any) -> Path:
+    run = EncodingTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    return run.encode(module, data, str(out), **options)
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.found: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        names = ("loss", "loss_diffusion", "loss_lpl")
+        self.found.append({name: float(trainer.callback_metrics[name]) for name in names})
+
+
+def trained(module: LatentDiffusionModule, data: Any, folder: Path) -> tuple[list[dict[str, float]], list[Tensor], Any]:
+    losses = Losses()
+    lpl = LPLCallback(loss=lambda autoencoder: LatentPerceptualLoss(autoencoder, reference_side=0, mask_outliers=False))
+    torch.manual_seed(3)
+    run = trainer(folder, callbacks=[lpl, losses], max_steps=7, max_epochs=-1, limit_val_batches=1.0)
+    run.fit(module, data)
+    (validation,) = run.validate(module, data, verbose=False)
+    return losses.found, [parameter.detach().clone() for parameter in module.parameters()], validation
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_from_latents_equals_training_from_images(
+    make_module: MakeModule, tmp_path: Path, workers: int
+) -> None:
+    """The same seeds, the posterior's mean and no augmentation: the same losses, LPL's too, and the same weights."""
+    photos = photos_in(tmp_path / "photos")
+
+    def module() -> LatentDiffusionModule:
+        torch.manual_seed(0)
+        return make_module(
+            autoencoder=Autoencoder(tiny_kl(scaling_factor=0.5, shift_factor=0.1), sample_posterior=False),
+            conditioner=ClassTokens(2, token_dim=8, pooled_dim=8),
+        )
+
+    encode(module(), folder_data(photos), tmp_path / "cache", dtype="float32", shard_size=7)
+    cached = LatentCacheDataModule(tmp_path / "cache", batch_size=4, num_workers=workers)
+    assert cached.class_names == ("a", "b")
+    expected = trained(module(), folder_data(photos), tmp_path / "images")
+    found = trained(module(), cached, tmp_path / "latents")
+    assert len(found[0]) == 7
+    assert any(step["loss_lpl"] > 0 for step in found[0])
+    for one, other in zip(found[0], expected[0], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    for one_weight, other_weight in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(one_weight, other_weight, rtol=1e-3, atol=1e-5)
+    assert found[2] == pytest.approx(expected[2], rel=1e-4)
+
+
+def test_latents_are_the_posteriors_moments_of_the_images(make_module: MakeModule, tmp_path: Path) -> None:
+    photos = photos_in(tmp_path / "photos", 10)
+    module = make_module()
+    encode(module, folder_data(photos), tmp_path / "cache", dtype="float32", shard_size=4)
+    dataset = LatentCacheDataModule(tmp_path / "cache").dataset("train")
+    images = folder_data(photos, verify=False).dataset("train")
+    assert len(dataset) == len(images) > 4
+    model: Any = module.autoencoder.model
+    for index in range(len(images)):
+        item, image = dataset[index], images[index]
+        with torch.no_grad():
+            posterior = model.encode(image["image"][None]).latent_dist
+        torch.testing.assert_close(item["latent"], (posterior.mean[0] - 0.1) * 0.5, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(item["latent_std"], posterior.std[0] * 0.5, rtol=1e-4, atol=1e-5)
+        assert int(item["label"]) == image["label"]
+        assert torch.equal(item["original_size"], image["original_size"])
+        assert torch.equal(item["crop_top_left"], image["crop_top_left"])
+        assert item["target_size"].tolist() == [16, 16]
+    # And a module draws from them as from images.
+    batch = {"latent": dataset[0]["latent"][None].half(), "latent_std": dataset[0]["latent_std"][None].half()}
+    drawn = torch.cat([module.clean_latents(batch) for _ in range(3000)])
+    off = (drawn.mean(0) - batch["latent"][0].float()) / (dataset[0]["latent_std"] / math.sqrt(3000))
+    assert off.abs().max() < 5
+    torch.testing.assert_close(drawn.std(0), dataset[0]["latent_std"], rtol=0.1, atol=0.003)
+    first = module.clean_latents(batch, torch.Generator().manual_seed(4))
+    assert torch.equal(first, module.clean_latents(batch, torch.Generator().manual_seed(4)))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])
+def test_the_error_of_rounding_is_said(make_module: MakeModule, tmp_path: Path, dtype: str, bits: int) -> None:
+    photos, module = photos_in(tmp_path / "photos", 12), make_module()
+    for name in ("float32", dtype):
+        encode(module, folder_data(photos), tmp_path / name, dtype=name)
+    exact, rounded = (
+        torch.cat(
+            [
+                LatentShard(tmp_path / name / split / "000000.tar").tensors["latent"].double().flatten()
+                for split in ("train", "val")
+            ]
+        )
+        for name in ("float32", dtype)
+    )
+    said = json.loads((tmp_path / dtype / "manifest.json").read_text())["rounding_error"]
+    error = (rounded - exact).abs()
+    assert said["largest"] == pytest.approx(float(error.max()), rel=1e-6)
+    assert said["relative"] == pytest.approx(float(error.square().sum().sqrt() / exact.square().sum().sqrt()), rel=1e-6)
+    assert 0 < said["relative"] < 2**-bits  # half a unit of the last place at most
+
+
+def test_crops_and_mirrored_ones_are_stored_and_drawn(make_module: MakeModule, tmp_path: Path) -> None:
+    photos, module = photos_in(tmp_path / "photos", 24, side=(40, 16)), make_module()
+    data = folder_data(photos, crop="random", horizontal_flip=True)
+    encode(module, data, tmp_path / "cache", dtype="float32", crops=3)
+    cached = LatentCacheDataModule(tmp_path / "cache", batch_size=4)
+    shard = LatentShard(tmp_path / "cache" / "train" / "000000.tar")
+    assert shard.tensors["latent"].shape[1] == 6
+    model: Any = module.autoencoder.model
+    for item in range(3):
+        picture = load_rgb(str(photos / shard.item(item)["key"]))
+        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 127.5 - 1
+        lefts = shard.tensors["crop_top_left"][item, :, 1].tolist()
+        assert len(set(lefts[::2])) > 1, "crops differ"
+        for variant, left in enumerate(lefts):
+            whole = pixels.flip(-1) if variant % 2 else pixels
+            with torch.no_grad():
+                mean = model.encode(whole[None, :, :, left : left + 16]).latent_dist.mean[0]
+            torch.testing.assert_close(shard.tensors["latent"][item, variant], (mean - 0.1) * 0.5, rtol=1e-3, atol=1e-4)
+        assert lefts[1::2] == [24 - left for left in lefts[::2]]
+    val = LatentShard(tmp_path / "cache" / "val" / "000000.tar")
+    assert val.tensors["latent"].shape[1] == 1
+    torch.manual_seed(0)
+    loader = cached.train_dataloader()
+    latents = shard.tensors["latent"]
+    seen: set[tuple[int, int]] = set()
+    for _ in range(12):
+        for batch in loader:
+            for latent in batch["latent"].flatten(1):
+                places = (latents.flatten(2) == latent).all(dim=-1).nonzero().tolist()
+                assert places
+                seen |= set(map(tuple, places))  # two crops of an image may be one
+    assert len({variant for _, variant in seen}) == 6
+    assert len(seen) > 0.6 * latents.shape[0] * 6  # 12 of 6 draws each: 1 - (5/6)^12 = 0.89 of them
+
+
+def test_a_draw_depends_on_seed_epoch_and_item_alone(make_module: MakeModule, tmp_path: Path) -> None:
+    photos, module = photos_in(tmp_path / "photos", 20, side=(40, 16)), make_module()
+    encode(module, folder_data(photos, crop="random"), tmp_path / "cache", crops=4, shard_size=5)
+
+    def drawn(batch_size: int, workers: int = 0) -> list[set[bytes]]:
+        torch.manual_seed(1)
+        loader = LatentCacheDataModule(tmp_path / "cache", batch_size, workers).train_dataloader()
+        return [{x.numpy().tobytes() for batch in loader for x in batch["latent"]} for _ in range(2)]
+
+    assert drawn(4) == drawn(4, 1)
+    few, many = drawn(2), drawn(8)
+    assert many[0] <= few[0]
+    assert few[0] != few[1]
+
+
+def run_script(devices: int, photos: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    script = Path(__file__).with_name("encoding_run.py")
+    command = [sys.executable, str(script), str(devices), str(photos), str(out), *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_killed_encoding_that_goes_on_equals_one_never_killed(tmp_path: Path) -> None:
+    """Byte for byte, killed three times; two processes write the same as one."""
+    photos = photos_in(tmp_path / "photos", 60)
+    (photos / "a" / "bad.png").write_bytes(b"no image")
+    whole = run_script(1, photos, tmp_path / "whole")
+    _, said = whole.communicate(timeout=240)
+    assert whole.returncode == 0, said
+    expected = content(tmp_path / "whole")
+    assert sum(name.endswith(".tar") for name in expected) == 9
+    out = tmp_path / "killed"
+    for shards in (1, 4, 7):
+        process = run_script(1, photos, out)
+        start = time.monotonic()
+        while len(list(out.rglob("*.json"))) < shards + 1 and process.poll() is None:
+            assert time.monotonic() - start < 120
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    assert len(kept) >= 7
+    (out / "train" / "000001.tar.0.unfinished").write_bytes(b"left behind")
+    last = run_script(1, photos, out)
+    _, said = last.communicate(timeout=240)
+    assert last.returncode == 0, said
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items()), "finished shards are not made again"
+    both = run_script(2, photos, tmp_path / "both")
+    _, said = both.communicate(timeout=240)
+    assert both.returncode == 0, said
+    for folder in (out, tmp_path / "both"):
+        found = content(folder)
+        (report,) = (name for name in found if name.endswith("bad_data.jsonl"))
+        assert set(read_faults(folder / report)) == {str(photos / "a" / "bad.png")}
+        del found[report]
+        assert found == {name: data for name, data in expected.items() if name != report}
+
+
+def test_a_full_disk_ends_it_with_one_error_and_what_is_finished_stays(tmp_path: Path) -> None:
+    photos = photos_in(tmp_path / "photos", 20)
+    process = run_script(1, photos, tmp_path / "out", "6000")
+    _, said = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "000000.tar cannot be written" in said.splitlines()[-1]
+    assert "make room, and call the same command again" in said.splitlines()[-1]
+    assert not list((tmp_path / "out").rglob("*.unfinished"))
+    process = run_script(1, photos, tmp_path / "out")
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert LatentCacheDataModule(tmp_path / "out").dataset("train")
+
+
+def test_other_settings_models_and_folders_are_refused(make_module: MakeModule, tmp_path: Path) -> None:
+    photos, module = photos_in(tmp_path / "photos", 12), make_module()
+    out = encode(module, folder_data(photos), tmp_path / "cache")
+    encode(module, folder_data(photos), tmp_path / "cache")  # all is there
+    with pytest.raises(ValueError, match=r'begun with other settings \(dtype "float16" there, "bfloat16" here'):
+        encode(module, folder_data(photos), out, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"begun with other settings \(.*fingerprint"):
+        encode(make_module(), folder_data(photos), out)
+    Image.new("RGB", (16, 16)).save(photos / "a" / "new.png")
+    with pytest.raises(ValueError, match=r"begun with other settings \(data .*names"):
+        encode(module, folder_data(photos), out)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"`out` must be a new folder.*notes\.txt"):
+        encode(module, folder_data(photos), tmp_path / "full")
+    for options, message in (
+        ({"dtype": "int8"}, r"`dtype` must be one of float16, bfloat16, float32, got 'int8'"),
+        ({"crops": 0}, r"`crops` must be 1 or more"),
+        ({"text": True}, r"`text`: the model goes by ClassTokens, not by Captions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode(module, folder_data(photos), tmp_path / "other", **options)
+    with pytest.raises(ValueError, match=r"`flips`: ShapesDataModule does not mirror"):
+        encode(module, ShapesDataModule(16, 8, 4, batch_size=4), tmp_path / "other", flips=True)
+    with pytest.raises(ValueError, match=r"`data` must hold images, but LatentCacheDataModule holds latents"):
+        encode(module, LatentCacheDataModule(out), tmp_path / "other")
+
+
+def test_a_model_with_another_autoencoder_is_refused_before_training(make_module: MakeModule, tmp_path: Path) -> None:
+    photos = photos_in(tmp_path / "photos", 12)
+    module = make_module(conditioner=ClassTokens(2, token_dim=8, pooled_dim=8))
+    out = encode(module, folder_data(photos), tmp_path / "cache")
+    for other in (
+        Autoencoder(tiny_kl(scaling_factor=0.5, shift_factor=0.1)),
+        Autoencoder(module.autoencoder.model, scaling_factor=0.6),
+    ):
+        stranger = make_module(autoencoder=other, conditioner=module.conditioner)
+        with pytest.raises(ValueError, match=r"`data`: what .* holds was made by another autoencoder than the model's"):
+            trainer(tmp_path).fit(stranger, LatentCacheDataModule(out))
+    trainer(tmp_path, callbacks=[LossByNoise([0.5])]).validate(module, LatentCacheDataModule(out), verbose=False)
+
+
+def test_shapes_and_an_autoencoder_without_a_posterior(make_module: MakeModule, tmp_path: Path) -> None:
+    module = make_module(autoencoder=Autoencoder(tiny_taesd()))
+    out = encode(module, ShapesDataModule(16, 9, 4, batch_size=4), tmp_path / "cache", splits=("train",))
+    cached = LatentCacheDataModule(out, batch_size=3)
+    batch = next(iter(cached.train_dataloader()))
+    assert "latent_std" not in batch
+    assert batch["latent"].dtype == torch.float16
+    assert len(batch["caption"]) == 3
+    with pytest.raises(ValueError, match=r"holds no val images, only train"):
+        cached.val_dataloader()
+
+
+def test_the_command(make_module: MakeModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = photos_in(tmp_path / "photos", 12)
+    tiny_taesd(latent_channels=16).save_pretrained(tmp_path / "taesd")
+    monkeypatch.chdir(tmp_path)
+    root = Path(__file__).resolve().parents[1] / "configs"
+    model = ["-c", str(root / "folder.yaml"), f"--model.autoencoder.model={tmp_path / 'taesd'}"]
+    model += ["--model.conditioner.num_classes=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    model += ["--model.autoencoder.downscale=8"]
+    data = [f"--data.root={photos}", "--data.num_workers=0", "--data.image_size=64", "--data.batch_size=4"]
+    main(["encode", *model, *data, "--out=cache"])
+    shutil.rmtree(photos)
+    few = [
+        "--trainer.max_steps=2",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.callbacks=[]",
+        "--trainer.limit_val_batches=1",
+    ]
+    cache = ["--data=lpl_lightning.data.LatentCacheDataModule", "--data.root=cache", "--data.batch_size=4"]
+    main(["fit", *model, *cache, *few])
+    assert not math.isnan(LatentCacheDataModule("cache").image_size)
