@@ -107,7 +107,7 @@ class Encoder(pl.LightningModule):
 
     def missing(self) -> list[str]:
         """The shards that are not there yet."""
-        return [file for file in dict.fromkeys(t.file for t in self.tasks) if not said_of(self.out / file).is_file()]
+        return [file for file in dict.fromkeys(task.file for task in self.tasks) if not _is_whole(self.out / file)]
 
     def predict_dataloader(self) -> Any:
         """This process's share of the shards that are not there yet."""
@@ -223,6 +223,13 @@ def _same(batch: Any) -> Any:
 def said_of(shard: Path) -> Path:
     """The small file beside a shard, which appears after it."""
     return shard.with_suffix(".json")
+
+
+def _is_whole(shard: Path) -> bool:
+    if not said_of(shard).is_file():
+        return False
+    said = json.loads(said_of(shard).read_text(encoding="utf-8"))
+    return not said["items"] or (shard.is_file() and shard.stat().st_size == said["bytes"])
 
 
 def tasks(split: Split, count: int, shard_size: int, batch_size: int) -> Iterator[Task]:

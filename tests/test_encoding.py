@@ -262,6 +262,11 @@ def test_other_settings_models_and_folders_are_refused(make_module: MakeModule, 
     photos, module = photos_in(tmp_path / "photos", 12), make_module()
     out = encode(module, folder_data(photos), tmp_path / "cache")
     encode(module, folder_data(photos), tmp_path / "cache")  # all is there
+    shard = out / "train" / "000000.tar"
+    before = shard.read_bytes()
+    shard.unlink()
+    encode(module, folder_data(photos), out)
+    assert shard.read_bytes() == before
     with pytest.raises(ValueError, match=r'begun with other settings \(dtype "float16" there, "bfloat16" here'):
         encode(module, folder_data(photos), out, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"begun with other settings \(.*fingerprint"):
