@@ -44,6 +44,7 @@ ORDER = [
     "export",
     "autoencoder_module",
     "evaluation",
+    "captioning",
     "callbacks",
     "profiling",
     "sweep",
