@@ -33,6 +33,11 @@ class Share:
     index: int = 0
     of: int = 1
 
+    @property
+    def name(self) -> str:
+        """What the share's files are called."""
+        return f"part-{self.index}-of-{self.of}"
+
     @classmethod
     def find(cls, shard: str | None) -> Self:
         """What ``shard`` says, or else ``RANK`` and ``WORLD_SIZE``, which torchrun sets, or else all.

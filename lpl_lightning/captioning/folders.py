@@ -104,7 +104,7 @@ def caption_folder(
     paths = images_below(folder, "images")
     to = folder if out is None else Path(os.path.abspath(Path(out).expanduser()))
     names = [PurePath(path).relative_to(_names_from(folder, to)).as_posix() for path in paths]
-    table = Table(to, overwrite) if format == "metadata" else Sidecars(names, paths, overwrite)
+    table = Table(to, overwrite) if format == "metadata" else Sidecars(names, paths, overwrite, share.name)
     files = find_model(model, revision)
     asked = Prompt(load_processor(files, model), prompt)
     probe(asked, model)
@@ -124,7 +124,7 @@ def caption_folder(
     noted = {"name": model, "revision": revision, "batch_size": batch_size, "versions": versions()}
     try:
         to.mkdir(parents=True, exist_ok=True)
-        check_record(to, binding, noted)
+        check_record(to, binding, noted, share.name)
     except OSError as error:
         raise ValueError(f"`out`: {to} cannot be written ({error}). Give another folder.") from error
     with Journal(to, names, share) as journal:

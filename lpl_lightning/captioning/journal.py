@@ -55,7 +55,8 @@ class Journal:
 
     def __init__(self, folder: Path, names: Sequence[str], share: Share) -> None:
         self.folder, self.names = folder / PARTS, names
-        self.own = self.folder / f"part-{share.index}-of-{share.of}.jsonl"
+        self.writer = share.name
+        self.own = self.folder / f"{share.name}.jsonl"
         self._numbers = {name: number for number, name in enumerate(names)}
         self._files = ExitStack()
         self._parts: dict[Path, BinaryIO] = {}
@@ -153,7 +154,8 @@ class Journal:
             try:
                 row, left = _parse(line)
             except ValueError as error:
-                if not file.readline():  # the last one: what a kill has left, or another process is about to end
+                # The last one: what a kill has left, or what another process is about to end.
+                if not line.endswith(b"\n") or not file.readline():
                     break
                 raise ValueError(
                     f"{path}: the line at byte {start} is damaged ({error}). Remove it; its image is captioned anew."
@@ -163,7 +165,9 @@ class Journal:
             start += len(line)
             if not left:
                 for number, place, failed in found:
-                    self._part[number], self._start[number], self._failed[number] = part, place, failed
+                    # Of rows in several parts, a caption is never hidden by a failure of an earlier run.
+                    if not failed or self._part[number] < 0 or self._failed[number]:
+                        self._part[number], self._start[number], self._failed[number] = part, place, failed
                 end, found = start, []
         return end
 

@@ -67,10 +67,9 @@ class Table:
             ValueError: There is one that holds something else.
         """
         self.check(journal, ())
-        write_whole(
-            self.path,
-            (as_line({"file_name": row.name, "text": row.text}) for row in journal.rows() if row.text is not None),
-        )
+        rows = (row for row in journal.rows() if row.text is not None)
+        lines = (as_line({"file_name": row.name, "text": row.text}) for row in rows)
+        write_whole(self.path, lines, journal.writer)
         return f"a row each in {self.path}"
 
     def _foreign(self, journal: Journal) -> list[str]:
@@ -98,14 +97,15 @@ class Sidecars:
         names: Names of the images, in the order of the listing.
         paths: Their paths.
         overwrite: Whether captions that are there already may be replaced.
+        writer: Name of this process's share.
 
     Raises:
         ValueError: Two images would have the same one.
     """
 
-    def __init__(self, names: Sequence[str], paths: Sequence[str], overwrite: bool) -> None:
+    def __init__(self, names: Sequence[str], paths: Sequence[str], overwrite: bool, writer: str) -> None:
         self.files = {name: Path(path).with_suffix(".txt") for name, path in zip(names, paths, strict=True)}
-        self.overwrite = overwrite
+        self.overwrite, self.writer = overwrite, writer
         sharing: dict[Path, list[str]] = defaultdict(list)
         for name, file in self.files.items():
             sharing[file].append(name)
@@ -157,7 +157,7 @@ class Sidecars:
 
     def _write(self, row: Row) -> None:
         if row.text:
-            write_whole(self.files[row.name], [f"{row.text}\n".encode()])
+            write_whole(self.files[row.name], [f"{row.text}\n".encode()], self.writer)
 
 
 def write_report(folder: Path, journal: Journal) -> dict[str, int]:
@@ -184,5 +184,5 @@ def write_report(folder: Path, journal: Journal) -> dict[str, int]:
         "reached_max_new_tokens": len(long),
     }
     content: dict[str, Any] = {"counts": counts, "failed": failed, "empty": empty, "reached_max_new_tokens": long}
-    write_whole(folder / REPORT, [json.dumps(content, indent=2).encode() + b"\n"])
+    write_whole(folder / REPORT, [json.dumps(content, indent=2).encode() + b"\n"], journal.writer)
     return counts

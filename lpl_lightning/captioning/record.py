@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -49,13 +48,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_record(folder: Path, binding: Mapping[str, Any], noted: Mapping[str, Any]) -> None:
+def check_record(folder: Path, binding: Mapping[str, Any], noted: Mapping[str, Any], writer: str) -> None:
     """Write the record of a folder of captions or, where it has one, refuse to go on as anything else.
 
     Args:
         folder: The folder.
         binding: What must stay as it is, as JSON holds it: groups of settings by name.
         noted: What is good to know. Versions that differ are warned of.
+        writer: Name of this process's share.
 
     Raises:
         ValueError: The record is of another model, other settings or other images, or is none.
@@ -63,7 +63,7 @@ def check_record(folder: Path, binding: Mapping[str, Any], noted: Mapping[str, A
     path = folder / RECORD
     if not path.exists():
         content = {"format": _FORMAT, **binding, **noted}
-        write_whole(path, [json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"])
+        write_whole(path, [json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"], writer)
     try:
         # Also where it has just been written: another process may have written one of its own at the same moment.
         known = json.loads(path.read_bytes())
@@ -89,9 +89,16 @@ def check_record(folder: Path, binding: Mapping[str, Any], noted: Mapping[str, A
         )
 
 
-def write_whole(path: Path, content: Iterator[bytes] | list[bytes]) -> None:
-    """Write a file, which appears whole or not at all, in the place of an older one."""
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex}.unfinished")
+def write_whole(path: Path, content: Iterable[bytes], writer: str) -> None:
+    """Write a file, which appears whole or not at all, in the place of an older one.
+
+    Args:
+        path: The file.
+        content: What it holds.
+        writer: Name of this process's share. Unfinished files are named by it, so that processes have one each, and the
+            one that goes on after a kill finds that of the one that was killed.
+    """
+    unfinished = path.with_name(f".{path.name}.{writer}.unfinished")
     try:
         with unfinished.open("wb") as file:
             for piece in content:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 
 transformers: Any = import_module("transformers")  # whose types are not complete
 
@@ -23,8 +24,8 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer(special: list[str], **names: Any) -> Any:
-    """All bytes, and words with the space before them as one token, as in BART's."""
+def byte_tokenizer(special: list[str], begins: bool = False, **names: Any) -> Any:
+    """All bytes, and words with the space before them as one token, as in BART's; as in LLaMA's, <s> may be added."""
     vocabulary = {token: index for index, token in enumerate(special)}
     for character in sorted(ByteLevel.alphabet()):
         vocabulary[character] = len(vocabulary)
@@ -40,6 +41,8 @@ def byte_tokenizer(special: list[str], **names: Any) -> Any:
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    if begins:
+        tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
@@ -63,7 +66,7 @@ def florence(folder: Path, seed: int = 0) -> Any:
         text_config=transformers.BartConfig(
             vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
             decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=128,
-            forced_eos_token_id=None, init_std=1.0,
+            forced_eos_token_id=2, init_std=1.0,
         ).to_dict(),
         vision_config={
             "depths": (1,), "patch_size": (7,), "patch_stride": (16,), "patch_padding": (3,), "patch_prenorm": (False,),
@@ -110,7 +113,7 @@ def llava(folder: Path, seed: int = 0, template: str | None = TEMPLATE) -> Any:
     """LLaVA of one layer a part, over images of 16 px, by default with a chat template that begins with <s>."""
     special = ["<s>", "<pad>", "</s>", "<unk>", "<image>"]
     names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = byte_tokenizer(special, **names)
+    tokenizer = byte_tokenizer(special, begins=True, **names)
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     processor = transformers.LlavaProcessor(
         images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,

@@ -187,6 +187,41 @@ def test_killed_and_continued_it_is_as_if_it_had_not_been(whole: Path, tiny: Pat
     assert files_of(tmp_path / "photos") == files_of(whole / "captioned")
 
 
+KILLED_IN_A_WRITE = """
+import os, signal, sys
+from pathlib import Path
+from lpl_lightning.cli import main
+
+fsync, left = os.fsync, [12]
+
+def kill_at_the_twelfth(file):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(file)
+
+os.fsync = kill_at_the_twelfth
+main(sys.argv[1:])
+"""
+
+
+def test_killed_while_it_writes_it_leaves_no_trace(photos: Path, tiny: Path, tmp_path: Path) -> None:
+    whole = shutil.copytree(photos, tmp_path / "whole")
+    caption(whole, tiny, "--format=sidecar")
+    args = ["caption", str(photos), f"--model={tiny}", *SHORT, "--format=sidecar"]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_A_WRITE, *args],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in photos.rglob("*.unfinished")], "it was to be killed within a write"
+    assert files_of(photos).keys() - files_of(whole).keys()
+    caption(photos, tiny, "--format=sidecar")
+    assert files_of(photos) == files_of(whole)
+
+
 @pytest.mark.filterwarnings(UNREADABLE)
 def test_several_processes_write_what_one_does(
     whole: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from lpl_lightning.captioning.batches import Share, planned
+from lpl_lightning.captioning.batches import Batches, Share, planned
 from lpl_lightning.captioning.journal import Journal, Row
 
 NAMES = ["a.png", "b c.png", "sub/é.png", "d.png", "e.png", os.fsdecode(b"\xff.png"), "g.png"]
@@ -106,6 +107,15 @@ def test_what_fails_again_is_not_repeated(tmp_path: Path) -> None:
         assert not journal.has_failed.any()
 
 
+def test_a_caption_is_not_hidden_by_an_earlier_failure(tmp_path: Path) -> None:
+    """Also where the part with the failure is read last, as when two processes become one."""
+    written(tmp_path, [ROWS[3:5]], Share(1, 2))
+    written(tmp_path, [[Row(NAMES[3], "mended")]], Share(0, 1))
+    with Journal(tmp_path, NAMES, Share(0, 1)) as journal:
+        assert journal.row(3) == Row(NAMES[3], "mended")
+        assert not journal.has_failed.any()
+
+
 def test_images_that_are_gone_or_new(tmp_path: Path) -> None:
     written(tmp_path, BATCHES)
     with Journal(tmp_path, ["new.png", *NAMES[2:]], Share()) as journal:
@@ -133,6 +143,30 @@ def test_what_is_done_is_not_done_again(states: list[str], batch_size: int, of: 
     numbers = [number for plan in plans for batch in plan for number in batch]
     assert sorted(numbers) == [number for number, state in enumerate(states) if state != "d"]
     assert all(1 <= len(batch) <= batch_size for plan in plans for batch in plan)
+
+
+def test_batches_have_one_shape(tmp_path: Path) -> None:
+    """Whatever could not be read, and however few are left."""
+    for number in range(5):
+        Image.new("RGB", (4 + number, 4), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "1.png").write_text("text")
+    (tmp_path / "4.png").write_text("text")
+    given: list[list[int]] = []
+
+    def prepare(images: list[Image.Image]) -> dict[str, int]:
+        given.append([image.width - 4 for image in images])
+        if 3 in given[-1]:
+            raise ValueError("three")
+        return {"rows": len(images)}
+
+    batches = Batches([str(tmp_path / f"{number}.png") for number in range(5)], [[0, 1, 2], [3, 2], [4]], 3, prepare)
+    first, second, third = (batches[number] for number in range(3))
+    assert (first.readable, first.sizes, list(first.errors)) == ([0, 2], [(4, 4), (6, 4)], [1])
+    assert given[0] == [0, 2, 0]
+    assert (second.readable, second.errors) == ([2], {3: "the model's processor refuses it: ValueError: three"})
+    assert given[-1] == [2, 2, 2]
+    assert first.inputs == second.inputs == {"rows": 3}
+    assert (third.readable, third.inputs, list(third.errors)) == ([], None, [4])
 
 
 def test_shares(monkeypatch: pytest.MonkeyPatch) -> None:
