@@ -112,6 +112,7 @@ def test_a_caption_is_not_hidden_by_an_earlier_failure(tmp_path: Path) -> None:
     written(tmp_path, [ROWS[3:5]], Share(1, 2))
     written(tmp_path, [[Row(NAMES[3], "mended")]], Share(0, 1))
     with Journal(tmp_path, NAMES, Share(0, 1)) as journal:
+        journal.read_parts()
         assert journal.row(3) == Row(NAMES[3], "mended")
         assert not journal.has_failed.any()
 
