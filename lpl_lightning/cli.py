@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lpl_lightning.arguments import refusal
 from lpl_lightning.callbacks import Evaluation, ImagesPerSecond, ImageWriter, LossByNoise
+from lpl_lightning.captioning import caption_folder
 from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
 from lpl_lightning.export import export_checkpoint
@@ -35,6 +36,7 @@ WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
     "export": export_checkpoint,
     "evaluate": evaluate_folder,
     "compare": compare,
+    "caption": caption_folder,
 }
 """Commands that need no trainer, by name."""
 
@@ -141,12 +143,12 @@ def _rules(path: Any) -> StandIns:
 
 
 def _named(command: str, args: list[str]) -> list[str]:
-    """Arguments of a command, with what stands before its options by name: a folder to evaluate, runs to compare."""
+    """Arguments of a command, with what stands before its options by name: a folder, or runs to compare."""
     leading = list(takewhile(lambda arg: not arg.startswith("-"), args))
     rest = args[len(leading) :]
     if command == "compare" and leading:
         return ["--runs", json.dumps(leading), *rest]
-    if command == "evaluate" and len(leading) == 1:
+    if command in ("evaluate", "caption") and len(leading) == 1:
         return ["--images", *leading, *rest]
     return args
 

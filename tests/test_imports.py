@@ -45,6 +45,7 @@ ORDER = [
     "export",
     "autoencoder_module",
     "evaluation",
+    "captioning",
     "callbacks",
     "profiling",
     "sweep",

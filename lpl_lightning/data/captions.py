@@ -3,10 +3,11 @@
 Two layouts are read; all text is UTF-8.
 
 - ``sidecar``: ``cat/1.jpg`` has ``cat/1.txt`` beside it, one caption a line.
-- ``metadata``: ``metadata.jsonl`` or ``metadata.csv``, as in Hugging Face's image folders, has a row for each image:
-  its path, relative to the file's folder, in the column ``file_name``, and captions in other columns. Several rows of
-  one image, several columns, and in jsonl a list of strings, are several captions. The file lies in the folder of the
-  images; or in the one above it, so that it can serve ``train/`` and ``val/`` alike.
+- ``metadata``: ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet``, as in Hugging Face's image folders, has a
+  row for each image: its path, relative to the file's folder, in the column ``file_name``, and captions in other
+  columns. Several rows of one image, several columns, and in jsonl and Parquet a list of strings, are several captions.
+  The file lies in the folder of the images; or in the one above it, so that it can serve ``train/`` and ``val/`` alike;
+  or, where that is said, anywhere, with paths relative to the folder of the images.
 
 Captions lose white space at both ends; one of which nothing is left is none.
 """
@@ -18,6 +19,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ __all__ = ["CaptionSource", "MissingCaptions", "read_metadata", "read_prompts", 
 CaptionSource = Literal["sidecar", "metadata"]
 MissingCaptions = Literal["raise", "skip", "empty"]
 FILE_NAME = "file_name"
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def read_sidecars(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -53,42 +56,47 @@ def read_sidecars(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return captions
 
 
-def read_metadata(folder: Path, paths: Iterable[str], columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def read_metadata(
+    folder: Path, paths: Iterable[str], columns: Sequence[str], place: Path | None = None
+) -> dict[str, tuple[str, ...]]:
     """Read the table of a folder's images.
 
     Args:
         folder: The folder; the table is in it, or in the one above where it has none itself.
         paths: Images in the folder, at any depth; rows of other files are passed over.
         columns: Names of the columns that hold captions.
+        place: Another folder that the table is in. Its paths are then relative to ``folder``.
 
     Returns:
         Captions by image, without the images that have none: row by row, in the order of the columns.
 
     Raises:
         FileNotFoundError: There is no table.
+        ModuleNotFoundError: It is a Parquet file, and pyarrow is not installed.
         ValueError: There are two, or one that is not UTF-8, cannot be parsed, lacks a column, or names files in the
             folder that are not there.
     """
-    table, prefix = _find_table(folder)
+    table, prefix = _find_table(folder) if place is None else _table_in(place)
     captions: dict[str, list[str]] = {path: [] for path in paths}
     known: dict[str, None] = {}
     absent: dict[str, None] = {}
-    for place, row in _rows(table):
+    base = table.parent if place is None else folder
+    for line, row in _rows(table, columns):
         known |= dict.fromkeys(row)
         if FILE_NAME not in row:
             raise ValueError(
-                f"{place} must name its image in the column `{FILE_NAME}`, but the columns are {some(row)}. "
-                f"Rename the column that holds the path relative to {table.parent}."
+                f"{line} must name its image in the column `{FILE_NAME}`, but the columns are {some(row)}. "
+                f"Rename the column that holds the path relative to {base}."
             )
         name = row[FILE_NAME]
         if not isinstance(name, str) or not name:
-            raise ValueError(f"{place} must name its image in the column `{FILE_NAME}`, got {name!r}.")
+            raise ValueError(f"{line} must name its image in the column `{FILE_NAME}`, got {name!r}.")
         name = os.path.normpath(name)
         if not name.startswith(prefix):
             continue
         path = os.path.join(folder, name.removeprefix(prefix))
         if path in captions:
-            captions[path] += [text for column in columns for text in _texts(row.get(column), place, column)]
+            captions[path] += [text for column in columns for text in _texts(row.get(column), line, column)]
         elif not os.path.exists(path):
             absent[name] = None
     if lacking := [column for column in columns if column not in known]:
@@ -100,7 +108,7 @@ def read_metadata(folder: Path, paths: Iterable[str], columns: Sequence[str]) ->
     if absent:
         raise ValueError(
             f"{table} must name files that are there, but {len(absent)} in its column `{FILE_NAME}` are not: "
-            f"{some(absent)}. Paths are relative to {table.parent}; mend them, or remove these rows."
+            f"{some(absent)}. Paths are relative to {base}; mend them, or remove these rows."
         )
     return {path: tuple(texts) for path, texts in captions.items() if texts}
 
@@ -142,19 +150,36 @@ def _find_table(folder: Path) -> tuple[Path, str]:
     """The table of a folder, and what the names of the folder's images begin with in it."""
     own = Path(os.path.abspath(folder))
     for place, prefix in ((own, ""), (own.parent, own.name + os.sep)):
-        tables = [path for path in (place / "metadata.jsonl", place / "metadata.csv") if path.exists()]
-        if len(tables) > 1:
-            raise ValueError(f"{place} must hold one table of captions, but holds {some(tables)}. Remove either.")
-        if tables:
-            return tables[0], prefix
+        if (table := _only_table(place)) is not None:
+            return table, prefix
     raise FileNotFoundError(
-        f"`captions`: metadata needs metadata.jsonl or metadata.csv in {own}, or in the folder above it, but there "
-        f"is neither. Write one with the columns `{FILE_NAME}` and `caption_column`, or set `captions`: sidecar."
+        f"`captions`: metadata needs metadata.jsonl, metadata.csv or metadata.parquet in {own}, or in the folder above "
+        f"it, but there is none. Write one with the columns `{FILE_NAME}` and `caption_column`, set `caption_folder` "
+        "to where one is, or set `captions`: sidecar."
     )
 
 
-def _rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _table_in(place: Path) -> tuple[Path, str]:
+    table = _only_table(place)
+    if table is None:
+        raise FileNotFoundError(
+            f"`caption_folder` must hold a table of captions, but none of {some(TABLES)} is in {place}."
+        )
+    return table, ""
+
+
+def _only_table(place: Path) -> Path | None:
+    tables = [path for name in TABLES if (path := place / name).exists()]
+    if len(tables) > 1:
+        raise ValueError(f"{place} must hold one table of captions, but holds {some(tables)}. Remove all but one.")
+    return tables[0] if tables else None
+
+
+def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Rows by column, and where each is, for errors."""
+    if table.suffix == ".parquet":
+        yield from _parquet_rows(table, columns)
+        return
     text = io.StringIO(_text(table), newline="")
     if table.suffix == ".jsonl":
         for number, line in enumerate(text, 1):
@@ -183,6 +208,26 @@ def _rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     except csv.Error as error:
         begin = reader.line_num + 1
         raise ValueError(f"{table} must be CSV, but the row that begins in line {begin} is not: {error}.") from error
+
+
+def _parquet_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a Parquet file, by all of its columns; values are read of those alone that are needed."""
+    try:
+        parquet: Any = import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f'{table} needs pyarrow: run pip install "lpl-lightning[data]" ({error}).', name="pyarrow"
+        ) from error
+    try:
+        with parquet.ParquetFile(table) as file:
+            names: list[str] = file.schema_arrow.names
+            wanted, number = [name for name in dict.fromkeys([FILE_NAME, *columns]) if name in names], 0
+            for batch in file.iter_batches(columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{table}, row {number},", {**dict.fromkeys(names), **row}
+    except (OSError, ValueError) as error:  # pyarrow's own errors are of these
+        raise ValueError(f"{table} must be a Parquet file, but cannot be read as one: {error}") from error
 
 
 def _texts(cell: object, place: str, column: str) -> list[str]:

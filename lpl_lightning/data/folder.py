@@ -138,10 +138,12 @@ class ImageFolderDataModule(ImageDataModule):
         report: File that names the images left out, a JSON object a line; by default ``bad_data.jsonl`` in the run's
             folder.
         captions: Where the captions are: ``sidecar``, in text files beside the images, or ``metadata``, in
-            ``metadata.jsonl`` or ``metadata.csv``. All are held in memory from the first step on. Of several
+            ``metadata.jsonl``, ``.csv`` or ``.parquet``. All are held in memory from the first step on. Of several
             captions of a training image one is drawn anew each time; else its first is taken. None reads no
             captions: then sub-folders are classes.
         caption_column: Column of the captions in ``metadata``, or a list of such columns.
+        caption_folder: Folder of the ``metadata`` of ``root`` where it is elsewhere, as ``lpl caption --out`` writes
+            it; its paths are then relative to ``root``.
         missing_captions: What becomes of images without a caption: ``raise`` an error before the first step, ``skip``
             them, or take them with an ``empty`` caption.
         num_generate: How many images ``lpl predict`` generates.
@@ -168,6 +170,7 @@ class ImageFolderDataModule(ImageDataModule):
         report: str | Path | None = None,
         captions: CaptionSource | None = None,
         caption_column: str | list[str] = "text",
+        caption_folder: str | Path | None = None,
         missing_captions: MissingCaptions = "raise",
         num_generate: int = 64,
         generate_seed: int = 0,
@@ -185,6 +188,8 @@ class ImageFolderDataModule(ImageDataModule):
         ):
             if value not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}.")
+        if caption_folder is not None and captions != "metadata":
+            raise ValueError(f"`caption_folder`={str(caption_folder)!r} needs `captions`: metadata, got {captions!r}.")
         self.root = Path(root).expanduser().absolute()
         self.val_root = None if val_root is None else Path(val_root).expanduser().absolute()
         self.val_fraction = val_fraction
@@ -195,6 +200,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.verify = verify
         self.captions = captions
         self.caption_columns = [caption_column] if isinstance(caption_column, str) else list(caption_column)
+        self.caption_folder = None if caption_folder is None else Path(caption_folder).expanduser().absolute()
         self.missing_captions = missing_captions
         self._listings: dict[Path, dict[str | None, list[str]]] = {}
         self._captions: dict[str, tuple[str, ...]] = {}
@@ -213,7 +219,8 @@ class ImageFolderDataModule(ImageDataModule):
         if self.captions == "sidecar":
             captions = read_sidecars(paths)
         else:
-            captions = read_metadata(folder, paths, self.caption_columns)
+            place = self.caption_folder if folder == self.root else None
+            captions = read_metadata(folder, paths, self.caption_columns, place)
         bare = [path for path in paths if path not in captions]
         if bare and self.missing_captions == "skip":
             paths = [path for path in paths if path in captions]

@@ -324,12 +324,15 @@ def test_a_text_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
 def test_no_table_and_two_tables_are_refused(tmp_path: Path) -> None:
     folder_of(tmp_path, "photos/deep/a.png")
     with pytest.raises(
-        FileNotFoundError, match=r"metadata\.jsonl or metadata\.csv in .*photos, or in the folder above"
+        FileNotFoundError,
+        match=r"metadata\.jsonl, metadata\.csv or metadata\.parquet in .*photos, or in the folder above",
     ):
         captions_of(tmp_path / "photos")
     for name in ("metadata.csv", "metadata.jsonl"):
         write(tmp_path / "photos" / name, "")
-    with pytest.raises(ValueError, match=r"must hold one table .*metadata\.jsonl, .*metadata\.csv\. Remove either"):
+    with pytest.raises(
+        ValueError, match=r"must hold one table .*metadata\.jsonl, .*metadata\.csv\. Remove all but one"
+    ):
         captions_of(tmp_path / "photos")
 
 
