@@ -18,12 +18,14 @@ import torch
 from conftest import tiny_kl, tiny_taesd
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
+from test_captions import Letters
 from test_module import trainer
 from torch import Tensor
 
-from lpl_lightning import Autoencoder, ClassTokens, LatentDiffusionModule, LossByNoise, LPLCallback
+from lpl_lightning import Autoencoder, Captions, ClassTokens, LatentDiffusionModule, LossByNoise, LPLCallback
 from lpl_lightning.cli import main
 from lpl_lightning.data import ImageFolderDataModule, LatentCacheDataModule, ShapesDataModule
+from lpl_lightning.data.batches import Request
 from lpl_lightning.data.faults import read_faults
 from lpl_lightning.data.latent_shards import LatentShard
 from lpl_lightning.data.reading import load_rgb
@@ -315,6 +317,56 @@ def test_shapes_and_an_autoencoder_without_a_posterior(make_module: MakeModule, 
     assert len(batch["caption"]) == 3
     with pytest.raises(ValueError, match=r"holds no val images, only train"):
         cached.val_dataloader()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_embeddings_of_captions_are_those_that_training_would_make(
+    make_module: MakeModule, tmp_path: Path, masked: bool
+) -> None:
+    """The same condition from the cache as from the captions, dropout live; each of several captions is kept."""
+    photos = photos_in(tmp_path / "photos", 12)
+    for number, path in enumerate(sorted(photos.rglob("*.png"))):
+        path.with_suffix(".txt").write_text("\n".join(f"photo {number} {place}" for place in range(1 + number % 3)))
+    data = folder_data(photos, captions="sidecar")
+    torch.manual_seed(0)
+    captions = Captions([Letters(width=8, pooled=8, length=12, masked=masked)], dropout=0.3)
+    module = make_module(conditioner=captions)
+    out = encode(module, data, tmp_path / "cache", dtype="float32", text=True, shard_size=5)
+    cached = LatentCacheDataModule(out)
+    dataset, texts = cached.dataset("train"), data.dataset("train")
+    for index in range(len(dataset)):
+        assert dataset.captions(index) == list(texts.captions_of(index))
+    seen = set()
+    for epoch in range(60):
+        batch = dataset.batch(Request(0, epoch, [0, 1, 2]))
+        assert "caption" not in batch
+        drop = torch.tensor([False, True, False])
+        condition = captions(batch, 3, drop)
+        choices = []
+        for row in range(3):
+            found = []
+            for place, text in enumerate(texts.captions_of(row)):
+                lone = captions({"caption": [text]}, 1)
+                if torch.equal(batch["text"]["tokens"][row], _there(lone.tokens)[0]):
+                    found.append(place)
+                    if not drop[row]:
+                        torch.testing.assert_close(_there(condition.tokens)[row], _there(lone.tokens)[0])
+                        torch.testing.assert_close(_there(condition.pooled)[row], _there(lone.pooled)[0])
+                        assert not masked or torch.equal(_there(condition.mask)[row], _there(lone.mask)[0])
+            (choice,) = found
+            choices.append((row, choice))
+        seen |= set(choices)
+    assert len(seen) == sum(len(texts.captions_of(row)) for row in range(3))
+    trainer(tmp_path, max_steps=3).fit(module, LatentCacheDataModule(out, batch_size=4))
+    other = make_module(conditioner=Captions([Letters(width=8, pooled=8, length=12, masked=masked)]))
+    other.autoencoder = module.autoencoder
+    with pytest.raises(ValueError, match="was made by other text encoders than the model's"):
+        trainer(tmp_path).fit(other, LatentCacheDataModule(out))
+
+
+def _there(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def test_the_command(make_module: MakeModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
