@@ -156,6 +156,11 @@ class Autoencoder(FrozenModule):
         return self._space.channels
 
     @property
+    def image_size(self) -> int | None:
+        """The one side that images may have; None where that is free."""
+        return self._space.image_size
+
+    @property
     def downscale(self) -> int:
         """Side of an image over the side of its latent; ValueError if neither argument nor model says."""
         if self._space.downscale is None:
@@ -305,8 +310,10 @@ class Autoencoder(FrozenModule):
         At least float32: a model in half precision does not make its latents so.
         """
         dtype = torch.promote_types(self.dtype, torch.float32)
-        self.shift = torch.tensor(self._space.shift, dtype=dtype, device=self.shift.device)
-        self.scale = torch.tensor(self._space.scale, dtype=dtype, device=self.scale.device)
+        # Those made in inference mode, as of a `to` in a validation, could take part in no graph later.
+        with torch.inference_mode(False):
+            self.shift = torch.tensor(self._space.shift, dtype=dtype, device=self.shift.device)
+            self.scale = torch.tensor(self._space.scale, dtype=dtype, device=self.scale.device)
 
     def _floating(self) -> Iterator[Tensor]:
         return (tensor for tensor in chain(self.model.parameters(), self.model.buffers()) if tensor.is_floating_point())
