@@ -136,6 +136,20 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
         """The images of one split."""
 
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of all that images may have; with more than one, each batch is of one of them."""
+        return ((self.image_size, self.image_size),)
+
+    def training_batches(self, batch_size: int) -> tuple[Dataset[dict[str, Any]], EpochPlan]:
+        """The training images, and which of them make the batches of an epoch.
+
+        Args:
+            batch_size: Images in a batch of all processes together.
+        """
+        dataset = self.dataset("train")
+        return dataset, self.plan(dataset, batch_size)
+
     def plan(self, dataset: Dataset[dict[str, Any]], batch_size: int) -> EpochPlan:
         """Which items make the training batches of an epoch.
 
@@ -166,12 +180,12 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         self._write_faults_into_run()
         if getattr(self.trainer, "overfit_batches", 0):
             return self._eval_loader("train")
-        dataset, trainer = self.dataset("train"), self.trainer
+        trainer = self.trainer
         rank, ranks = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         if self._order_seed is None:
             own = torch.initial_seed() % 2**63
             self._order_seed = own if trainer is None else int(trainer.strategy.broadcast(own))
-        plan = self.plan(dataset, self.batch_size * ranks)
+        dataset, plan = self.training_batches(self.batch_size * ranks)
         return TrainingLoader(dataset, plan, self._order_seed, rank, ranks, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
