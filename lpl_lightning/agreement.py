@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from hashlib import blake2b
 from typing import Any
 
 from torch import nn
@@ -10,8 +11,16 @@ from torch import nn
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.captions import Captions
 from lpl_lightning.conditioning import Conditioner
+from lpl_lightning.frozen import weights_hash
 
-__all__ = ["check_encoded", "check_precision"]
+__all__ = ["autoencoder_fingerprint", "check_encoded", "check_precision"]
+
+
+def autoencoder_fingerprint(autoencoder: Autoencoder) -> str:
+    """A hash of all that latents depend on but the precision: class, weights, scale and shift."""
+    numbers = [f"{x:.6g}" for part in (autoencoder.scale, autoencoder.shift) for x in part.flatten().tolist()]
+    said = f"{type(autoencoder.model).__name__} {weights_hash(autoencoder.model)} {numbers}"
+    return blake2b(said.encode(), digest_size=16).hexdigest()
 
 
 def check_encoded(data: Any, autoencoder: Autoencoder, conditioner: Conditioner) -> None:
@@ -26,7 +35,7 @@ def check_encoded(data: Any, autoencoder: Autoencoder, conditioner: Conditioner)
         ValueError: They are of another autoencoder, or of other text encoders.
     """
     by: Mapping[str, str | None] = getattr(data, "encoded_by", {})
-    own: dict[str, Callable[[], str]] = {"autoencoder": autoencoder.fingerprint}
+    own: dict[str, Callable[[], str]] = {"autoencoder": lambda: autoencoder_fingerprint(autoencoder)}
     if isinstance(conditioner, Captions):
         own["text"] = conditioner.embedding_key
     for part, found in by.items():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-__all__ = ["above", "at_least", "check_divides", "read_settings", "refusal"]
+__all__ = ["above", "at_least", "check_divides", "check_sizes", "read_settings", "refusal"]
 
 Settings = TypeVar("Settings")
 
@@ -104,3 +104,22 @@ def check_divides(image_size: int, downscale: int) -> None:
             f"`image_size`={image_size} of the data must be divisible by {downscale}, the autoencoder's "
             f"downscaling; the nearest are {(below, below + downscale)}."
         )
+
+
+def check_sizes(sizes: Iterable[tuple[int, int]], divisor: int, why: str) -> None:
+    """Refuse images of many sizes where a model cannot take one of them.
+
+    Args:
+        sizes: Height and width of the data's images, in pixels.
+        divisor: What both must be multiples of.
+        why: The reason.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for height, width in sizes:
+        if height % divisor or width % divisor:
+            raise ValueError(
+                f"The data's `buckets` make images of {height} x {width}, but both sides must be multiples of "
+                f"{divisor}: {why}. Set `divisor` of `buckets` to {divisor}, or to a multiple of it."
+            )

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from hashlib import blake2b
 from itertools import chain
 from typing import Any, Literal, Self
 
@@ -23,7 +22,7 @@ from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder_loading import load_autoencoder
 from lpl_lightning.execution import StageRunner
 from lpl_lightning.feature_modules import check_feature_modules, run_to_modules
-from lpl_lightning.frozen import FrozenModule, weights_hash
+from lpl_lightning.frozen import FrozenModule
 from lpl_lightning.latents import config_of, drawn, latent_space, moments
 from lpl_lightning.model_loading import PRECISIONS
 from lpl_lightning.stages import Stage, decoder_stages
@@ -157,6 +156,11 @@ class Autoencoder(FrozenModule):
         return self._space.channels
 
     @property
+    def image_size(self) -> int | None:
+        """The one side that images may have; None where that is free."""
+        return self._space.image_size
+
+    @property
     def downscale(self) -> int:
         """Side of an image over the side of its latent; ValueError if neither argument nor model says."""
         if self._space.downscale is None:
@@ -210,11 +214,6 @@ class Autoencoder(FrozenModule):
     def _scaled(self, z: Tensor) -> Tensor:
         shift, scale = self._affine(z.ndim)
         return (self._space.pack(z).to(scale.dtype) - shift) * scale
-
-    def fingerprint(self) -> str:
-        """A hash of all that latents depend on but the precision: class, weights, scale and shift."""
-        said = f"{type(self.model).__name__} {weights_hash(self.model)} {self._space.scale} {self._space.shift}"
-        return blake2b(said.encode(), digest_size=16).hexdigest()
 
     def decode(self, z: Tensor) -> Tensor:
         """Map scaled latents (B, C, h, w) to images (B, 3, h * downscale, w * downscale), about [-1, 1].
@@ -329,8 +328,10 @@ class Autoencoder(FrozenModule):
         At least float32: a model in half precision does not make its latents so.
         """
         dtype = torch.promote_types(self.dtype, torch.float32)
-        self.shift = torch.tensor(self._space.shift, dtype=dtype, device=self.shift.device)
-        self.scale = torch.tensor(self._space.scale, dtype=dtype, device=self.scale.device)
+        # Those made in inference mode, as of a `to` in a validation, could take part in no graph later.
+        with torch.inference_mode(False):
+            self.shift = torch.tensor(self._space.shift, dtype=dtype, device=self.shift.device)
+            self.scale = torch.tensor(self._space.scale, dtype=dtype, device=self.scale.device)
 
     def _floating(self) -> Iterator[Tensor]:
         return (tensor for tensor in chain(self.model.parameters(), self.model.buffers()) if tensor.is_floating_point())

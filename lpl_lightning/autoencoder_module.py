@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from lpl_lightning.arguments import check_divides
+from lpl_lightning.arguments import check_divides, check_sizes
 from lpl_lightning.optimization import build_optimizers
 from lpl_lightning.pretrained import check_fit
 
@@ -113,7 +113,10 @@ class AutoencoderModule(pl.LightningModule):
             raise ValueError(f"An autoencoder is trained on images, and {type(data).__name__} holds latents.")
         image_size = getattr(data, "image_size", None)
         if isinstance(image_size, int):
-            check_divides(image_size, 2 ** (len(self.autoencoder.config.block_out_channels) - 1))
+            downscale = 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+            check_divides(image_size, downscale)
+            why = f"the autoencoder downscales by {downscale}"
+            check_sizes(getattr(data, "image_sizes", ()), downscale, why)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model in one sentence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,7 @@ class DiTDenoiser(Denoiser):
     """
 
     family = DiTTransformer2DModel
+    takes_rectangles = False  # diffusers' makes a square of its patches, however they lay
     predicts_variance = True
 
     def __init__(self, backbone: str | nn.Module, **options: Any) -> None:
@@ -92,12 +94,21 @@ class SD3Denoiser(Denoiser):
     def check(self, latent_channels: int, latent_size: int | None, conditioner: Conditioner) -> None:
         """Refuse latents or conditions that do not fit."""
         super().check(latent_channels, latent_size, conditioner)
+        if latent_size is not None:
+            self._check_reach(latent_size)
+
+    def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Refuse latents that are longer than positions reach."""
+        super().check_sizes(sizes)
+        self._check_reach(max(map(max, sizes)))
+
+    def _check_reach(self, side: int) -> None:
         config = self.backbone.config
         largest = config.pos_embed_max_size * config.patch_size
-        if latent_size is not None and latent_size > largest:
+        if side > largest:
             raise ValueError(
-                f"The latents are {latent_size} wide, the backbone's positions reach {largest}: set "
-                f"`pos_embed_max_size` to {latent_size // config.patch_size} or more."
+                f"The latents are {side} wide, the backbone's positions reach {largest}: set "
+                f"`pos_embed_max_size` to {side // config.patch_size} or more."
             )
 
 

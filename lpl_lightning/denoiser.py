@@ -57,6 +57,8 @@ class Denoiser(nn.Module, ABC):
     """Names of the weights that a state dict holds, where it does not hold all (LoRA)."""
     family: ClassVar[type[nn.Module]] = nn.Module
     """Class of the backbones that it can call."""
+    takes_rectangles: ClassVar[bool] = True
+    """Whether the sides of latents may differ."""
     predicts_variance: ClassVar[bool] = False
     """Whether the backbone may predict twice the latents' channels, the second half of which is ignored."""
 
@@ -163,6 +165,22 @@ class Denoiser(nn.Module, ABC):
                 "what its levels halve them to). Choose another `image_size` or patch size."
             )
         self._check_condition(conditioner)
+
+    def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Refuse latents of many sizes, before the first step.
+
+        Args:
+            sizes: Their heights and widths, multiples of ``patch``.
+
+        Raises:
+            ValueError: The backbone cannot take one of them.
+        """
+        for height, width in sizes:
+            if height != width and not self.takes_rectangles:
+                raise ValueError(
+                    f"A {type(self.backbone).__name__} takes square latents alone, but the data's `buckets` make "
+                    f"some of {height} x {width}. Leave `buckets` of the data out, or choose another backbone."
+                )
 
     def _check_condition(self, conditioner: Conditioner) -> None:
         needs, gives = self.needs, conditioner.gives

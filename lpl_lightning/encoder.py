@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lpl_lightning.captions import Captions
 from lpl_lightning.data.base import Split
 from lpl_lightning.data.batches import drawing
+from lpl_lightning.data.buckets import Assignment
 from lpl_lightning.data.faults import Faults, Unreadable
 from lpl_lightning.data.latent_shards import shard_hash, write_shard
 from lpl_lightning.data.listing import some
@@ -44,17 +45,23 @@ class Variants(Dataset[Any]):
     """Batches of items, each as it is drawn several times, without those that cannot be read."""
 
     def __init__(
-        self, sets: Mapping[Split, Dataset[Any]], faults: Faults, crops: int, flips: Sequence[float], seed: int
+        self,
+        sets: Mapping[Split, Dataset[Any]],
+        buckets: Mapping[Split, Assignment],
+        faults: Faults,
+        crops: int,
+        flips: Sequence[float],
+        seed: int,
     ) -> None:
-        self.sets, self.faults, self.crops, self.flips, self.seed = sets, faults, crops, flips, seed
+        self.sets, self.buckets, self.faults = sets, buckets, faults
+        self.crops, self.flips, self.seed = crops, flips, seed
 
     def __getitem__(self, task: Task) -> dict[str, Any]:
-        items: Any = self.sets[task.split]
         crops, flips = (self.crops, self.flips) if task.split == "train" else (1, [0.0])
         found = []
         for index in task.indices:
             try:
-                found.append([self._drawn(items, index, crop, flip) for crop in range(crops) for flip in flips])
+                found.append([self._drawn(task.split, index, crop, flip) for crop in range(crops) for flip in flips])
             except Unreadable as fault:
                 self.faults.take(fault)
             else:
@@ -70,13 +77,14 @@ class Variants(Dataset[Any]):
                 batch["label"] = torch.tensor([item["label"] for item in read])
         return batch
 
-    def _drawn(self, items: Any, index: int, crop: int, flip: float) -> dict[str, Any]:
+    def _drawn(self, split: Split, index: int, crop: int, flip: float) -> dict[str, Any]:
+        items: Any = self.sets[split]
         transform = getattr(items, "transform", None)
         if transform is not None:
             transform.flip_probability = flip
-        get = getattr(items, "item", items.__getitem__)
+        size = self.buckets[split].size_of(index) if split in self.buckets else None
         with drawing(self.seed, crop, index):
-            item = dict(get(index))
+            item = dict(items.item(index, size) if hasattr(items, "item") else items[index])
         said = getattr(items, "captions_of", None)
         item["captions"] = list(said(index)) if said is not None else [item["caption"]] if "caption" in item else []
         item["key"] = items.key(index) if hasattr(items, "key") else str(index)
@@ -189,7 +197,7 @@ class Encoder(pl.LightningModule):
             if items:
                 write_shard(path, tensors, items)
                 said |= {"bytes": path.stat().st_size, "hash": shard_hash(path)}
-                said["latent"] = list(tensors["latent"].shape[2:])
+                said |= {"size": tensors["target_size"][0].tolist(), "latent": list(tensors["latent"].shape[2:])}
             rounded = [float(rounding[:, 0].max()), *rounding[:, 1:].sum(0).tolist()]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(said_of(path), json.dumps({**said, "rounding": rounded}))
@@ -232,17 +240,20 @@ def _is_whole(shard: Path) -> bool:
     return not said["items"] or (shard.is_file() and shard.stat().st_size == said["bytes"])
 
 
-def tasks(split: Split, count: int, shard_size: int, batch_size: int) -> Iterator[Task]:
-    """The batches of a split, in order, none of which lies in two shards.
+def tasks(split: Split, groups: Iterable[Sequence[int]], shard_size: int, batch_size: int) -> Iterator[Task]:
+    """The batches of a split, none of which lies in two shards.
 
     Args:
         split: The split.
-        count: Number of its images.
+        groups: Positions of its images, those of one size together.
         shard_size: Images in a shard.
         batch_size: Images in a batch.
     """
-    for number, start in enumerate(range(0, count, shard_size)):
-        end = min(start + shard_size, count)
-        for first in range(start, end, batch_size):
-            last = min(first + batch_size, end)
-            yield Task(split, f"{split}/{number:06d}.tar", tuple(range(first, last)), last == end)
+    number = 0
+    for group in groups:
+        for start in range(0, len(group), shard_size):
+            end = min(start + shard_size, len(group))
+            for first in range(start, end, batch_size):
+                last = min(first + batch_size, end)
+                yield Task(split, f"{split}/{number:06d}.tar", tuple(group[first:last]), last == end)
+            number += 1

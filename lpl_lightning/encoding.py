@@ -22,10 +22,11 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 
-from lpl_lightning.arguments import at_least, check_divides
+from lpl_lightning.agreement import autoencoder_fingerprint
+from lpl_lightning.arguments import at_least, check_divides, check_sizes
 from lpl_lightning.captions import Captions
 from lpl_lightning.data.base import REPORT, ImageDataModule
-from lpl_lightning.data.crops import SquareCrop
+from lpl_lightning.data.crops import CoveringCrop
 from lpl_lightning.data.latent_cache import FORMAT, MANIFEST
 from lpl_lightning.data.latent_shards import UNFINISHED
 from lpl_lightning.data.listing import some
@@ -100,6 +101,8 @@ class EncodingTrainer(SweepingTrainer):
         if text and captions is None:
             raise ValueError(f"`text`: the model goes by {type(model.conditioner).__name__}, not by Captions.")
         check_divides(datamodule.image_size, model.autoencoder.downscale)
+        why = f"the autoencoder downscales by {model.autoencoder.downscale}"
+        check_sizes(datamodule.image_sizes, model.autoencoder.downscale, why)
         folder = Path(out).expanduser().absolute()
         datamodule.faults.report = folder / REPORT
         if hasattr(datamodule, "verify"):
@@ -111,11 +114,14 @@ class EncodingTrainer(SweepingTrainer):
             raise ValueError(f"`flips`: {type(datamodule).__name__} does not mirror images. Leave it out.")
         both = [0.0, 1.0] if mirrored else [0.0]
         per_batch = max(1, datamodule.batch_size // (crops * len(both)))
-        todo = [task for split, items in sets.items() for task in tasks(split, len(items), shard_size, per_batch)]
+        # Images of a shard are of one size.
+        buckets = {split: found for split in sets if (found := datamodule.assignment(split)) is not None}
+        groups = {s: [m.tolist() for m in buckets[s].members] if s in buckets else [range(len(sets[s]))] for s in sets}
+        todo = [task for split, own in groups.items() for task in tasks(split, own, shard_size, per_batch)]
         encoders = {
             "autoencoder": {
                 "class": type(model.autoencoder.model).__name__,
-                "fingerprint": model.autoencoder.fingerprint(),
+                "fingerprint": autoencoder_fingerprint(model.autoencoder),
                 "precision": str(model.autoencoder.dtype),
             },
             "text": None if captions is None else {"fingerprint": captions.embedding_key()},
@@ -129,6 +135,7 @@ class EncodingTrainer(SweepingTrainer):
             "batch_size": datamodule.batch_size,
             "seed": seed,
             "data": {split: _described(items) for split, items in sets.items()},
+            "buckets": {split: found.sizes for split, found in buckets.items()},
         }
         begun = {
             "format": FORMAT,
@@ -141,7 +148,7 @@ class EncodingTrainer(SweepingTrainer):
             "versions": {name: version(name) for name in ("lpl-lightning", "torch", "diffusers", "pillow")},
         }
         _claim(folder, begun)
-        variants = Variants(sets, datamodule.faults, crops, both, seed)
+        variants = Variants(sets, buckets, datamodule.faults, crops, both, seed)
         stored: torch.dtype = getattr(torch, dtype)
         size, workers = datamodule.batch_size, datamodule.num_workers
         encoder = Encoder(model, captions, variants, todo, folder, stored, std, size, workers)
@@ -176,7 +183,7 @@ def _described(items: Any) -> dict[str, Any]:
         "class": type(items).__name__,
         "images": len(items),
         "names": digest.hexdigest(),
-        "transform": transform.provenance() if isinstance(transform, SquareCrop) else None,
+        "transform": transform.provenance() if isinstance(transform, CoveringCrop) else None,
     }
 
 
@@ -191,7 +198,7 @@ def _claim(folder: Path, begun: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(begun, indent=1))
         return
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known, begun = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(begun))
     differ = [
         f"{key} {json.dumps(was.get(key))} there, {json.dumps(now.get(key))} here"
         for was, now in ((known, begun), (known.get("settings", {}), begun["settings"]))

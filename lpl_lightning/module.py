@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from lpl_lightning.agreement import check_encoded, check_precision
-from lpl_lightning.arguments import check_divides
+from lpl_lightning.arguments import check_divides, check_sizes
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.conditioning import Conditioner
 from lpl_lightning.denoiser import Denoiser
@@ -125,11 +125,26 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
             check_divides(self._image_size, self.autoencoder.downscale)
         latent_size = None if self._image_size is None else self.latent_size
         self.denoiser.check(self.autoencoder.latent_channels, latent_size, self.conditioner)
+        self._check_sizes(getattr(getattr(self.trainer, "datamodule", None), "image_sizes", ()))
         self.conditioner.check(getattr(self.trainer, "datamodule", None))
         self.sampler.check(self.noise)
         check_encoded(getattr(self.trainer, "datamodule", None), self.autoencoder, self.conditioner)
         if self.trainer.training:
             check_precision(self.parameters(), str(self.trainer.precision))
+
+    def _check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Refuse images of many sizes, such as those of aspect-ratio buckets, where one does not fit."""
+        if len(sizes) < 2:
+            return
+        downscale, patch = self.autoencoder.downscale, self.denoiser.patch
+        if self.autoencoder.image_size is not None:
+            raise ValueError(
+                f"The autoencoder takes images of {self.autoencoder.image_size} x {self.autoencoder.image_size} alone: "
+                "leave `buckets` of the data out."
+            )
+        why = f"the autoencoder downscales by {downscale}, and sides of latents must be multiples of {patch}"
+        check_sizes(sizes, downscale * patch, why)
+        self.denoiser.check_sizes([(height // downscale, width // downscale) for height, width in sizes])
 
     def on_train_start(self) -> None:
         """Give each rank random numbers of its own."""

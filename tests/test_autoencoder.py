@@ -232,6 +232,16 @@ def test_it_keeps_out_of_the_state_dict_and_loads_strictly() -> None:
         parent.load_state_dict({"head.weight": state["head.weight"]}, strict=True)
 
 
+def test_a_move_in_a_validation_leaves_gradients_possible() -> None:
+    """Validations run in inference mode, and so may a ``to`` there."""
+    autoencoder = Autoencoder(tiny_kl())
+    with torch.inference_mode():
+        autoencoder.to("cpu")
+    z = torch.randn(1, 4, 4, 4, requires_grad=True)
+    autoencoder.features(z)[-1].sum().backward()
+    assert z.grad is not None
+
+
 def test_a_deep_copy_runs_its_own_weights() -> None:
     autoencoder = Autoencoder(tiny_kl())
     twin = copy.deepcopy(autoencoder)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lpl_lightning import Autoencoder, Captions, ClassTokens, LatentDiffusionModule, LossByNoise, LPLCallback
 from lpl_lightning.cli import main
-from lpl_lightning.data import ImageFolderDataModule, LatentCacheDataModule, ShapesDataModule
+from lpl_lightning.data import AspectBuckets, ImageFolderDataModule, LatentCacheDataModule, ShapesDataModule
 from lpl_lightning.data.batches import Request
 from lpl_lightning.data.faults import read_faults
 from lpl_lightning.data.latent_shards import LatentShard
@@ -389,3 +389,36 @@ def test_the_command(make_module: MakeModule, tmp_path: Path, monkeypatch: pytes
     cache = ["--data=lpl_lightning.data.LatentCacheDataModule", "--data.root=cache", "--data.batch_size=4"]
     main(["fit", *model, *cache, *few])
     assert not math.isnan(LatentCacheDataModule("cache").image_size)
+
+
+def test_buckets_are_cached_each_in_shards_of_its_own(make_module: MakeModule, tmp_path: Path) -> None:
+    """The same batches as from the images: of the same items, and latents of what these are encoded to."""
+    root, rng = tmp_path / "photos", np.random.default_rng(0)
+    for i in range(40):
+        side = [(16, 16), (16, 32), (33, 15)][i % 3]
+        path = root / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (side[1], side[0], 3), dtype=np.uint8)).save(path)
+    data = folder_data(root, buckets=AspectBuckets(divisor=4, max_aspect=2.0), batch_size=3)
+    autoencoder = Autoencoder(tiny_kl(scaling_factor=0.5, shift_factor=0.1), sample_posterior=False)
+    module = make_module(autoencoder=autoencoder, conditioner=ClassTokens(2, token_dim=8, pooled_dim=8))
+    out = encode(module, data, tmp_path / "cache", dtype="float32", shard_size=4)
+    cached = LatentCacheDataModule(out, batch_size=3)
+    assert len(cached.image_sizes) == 3
+    latents, images = cached.dataset("train"), folder_data(root, verify=False).dataset("train")
+    names = [latents.shard(n).item(r)["key"] for n in range(len(latents.paths)) for r in range(len(latents.shard(n)))]
+    assert sorted(names) == sorted(images.key(index) for index in range(len(images)))
+    shapes = set()
+    torch.manual_seed(0)
+    for batch in cached.train_dataloader():
+        assert len(batch["latent"]) == 3
+        shapes.add(tuple(batch["latent"].shape[2:]))
+        assert (batch["target_size"] == torch.tensor(batch["latent"].shape[2:]) * 4).all()
+    assert len(shapes) == 3
+    pixels = {tuple(batch["image"].shape[2:]): batch["image"] for batch in data.val_dataloader()}
+    encoded = {tuple(batch["latent"].shape[2:]): batch["latent"] for batch in cached.val_dataloader()}
+    assert len(pixels) == len(encoded)
+    for (height, width), image in pixels.items():
+        expected = autoencoder.encode(image)
+        torch.testing.assert_close(encoded[height // 4, width // 4], expected, rtol=1e-3, atol=1e-4)
+    trainer(tmp_path, max_steps=4).fit(module, cached)

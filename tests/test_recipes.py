@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import ROOT
 from full_size import stand_ins
+from PIL import Image
 from safetensors.torch import load_file
 from test_cli import in_folder, last_run, logged
 
@@ -299,6 +300,32 @@ def test_what_does_not_fit_is_one_error_before_data_are_read(
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         main(["fit", *given([*stack, "tiny"]), *options, *in_folder(tmp_path)])
     assert len(str(raised.value)) < 500
+
+
+BUCKETS = ["-c", str(CONFIGS / "data" / "buckets.yaml")]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_buckets_are_laid_over_a_recipe(tmp_path: Path) -> None:
+    """Trained, validated and tested on photos of several shapes; the log says which."""
+    photos = tmp_path / "photos"
+    for index in range(24):
+        folder = photos / f"class {index % 8}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise([(96, 64), (64, 96), (80, 80)][index % 3], 60).save(folder / f"{index}.png")
+    data = f"data: {{class_path: lpl_lightning.ImageFolderDataModule, init_args: {{root: {photos}, image_size: 128}}}}"
+    (tmp_path / "photos.yaml").write_text(data)
+    stack = [*given(["folder", "lpl", "tiny"]), "-c", str(tmp_path / "photos.yaml"), *BUCKETS]
+    quiet = ["--data.buckets.divisor=16", "--data.batch_size=2", "--data.num_workers=0", "--data.val_fraction=0.3"]
+    quiet += ["--trainer.enable_progress_bar=false", "--evaluation.cache=false", *in_folder(tmp_path)]
+    main(["fit", *stack, *quiet])
+    run = last_run(tmp_path)
+    saved = yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]
+    assert saved["buckets"] == {"divisor": 16, "max_aspect": 2.0}
+    assert logged(run)["val_loss"]
+    main(["test", *stack, *quiet, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")])
+    (folder,) = (run / "evaluation").iterdir()
+    assert Report.read(folder).images["image_size"] == 128
 
 
 def test_a_missing_text_encoder_is_named(tmp_path: Path) -> None:

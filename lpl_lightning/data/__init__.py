@@ -2,7 +2,7 @@
 
 Every data set here yields dictionaries; batches hold
 
-- ``image``: (B, 3, H, W) float32 in [-1, 1];
+- ``image``: (B, 3, H, W) float32 in [-1, 1], of one size in a batch, square unless there are buckets;
 - ``latent`` (B, C, h, w) float32 in place of it, where images were encoded before: the mean of the autoencoder's scaled
   latents, and ``latent_std`` of the same shape, where the posterior has a width;
 - ``label``: (B,) int64 class index, absent where there are no classes;
@@ -13,11 +13,13 @@ Every data set here yields dictionaries; batches hold
 """
 
 from lpl_lightning.data.base import ImageDataModule, SampleRequests
+from lpl_lightning.data.buckets import AspectBuckets
 from lpl_lightning.data.folder import ImageFolderDataModule, ImageFolderDataset
 from lpl_lightning.data.latent_cache import CachedLatents, LatentCacheDataModule
 from lpl_lightning.data.shapes import ShapesDataModule, ShapesDataset
 
 __all__ = [
+    "AspectBuckets",
     "CachedLatents",
     "ImageDataModule",
     "ImageFolderDataModule",

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.data.batches import EpochPlan, Shuffled, TrainingLoader
+from lpl_lightning.data.buckets import Assignment
 from lpl_lightning.data.captions import read_prompts
 from lpl_lightning.data.faults import Faults
 
@@ -141,6 +142,24 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
         """The images of one split."""
 
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of all that images may have; with more than one, each batch is of one of them."""
+        return ((self.image_size, self.image_size),)
+
+    def training_batches(self, batch_size: int) -> tuple[Dataset[dict[str, Any]], EpochPlan]:
+        """The training images, and which of them make the batches of an epoch.
+
+        Args:
+            batch_size: Images in a batch of all processes together.
+        """
+        dataset = self.dataset("train")
+        return dataset, self.plan(dataset, batch_size)
+
+    def assignment(self, split: Split) -> Assignment | None:
+        """Which size each image of a split is brought to, in the order of ``dataset``; None for squares alone."""
+        return None
+
     def plan(self, dataset: Dataset[dict[str, Any]], batch_size: int) -> EpochPlan:
         """Which items make the training batches of an epoch.
 
@@ -172,12 +191,12 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         self._write_faults_into_run()
         if getattr(self.trainer, "overfit_batches", 0):
             return self._eval_loader("train")
-        dataset, trainer = self.dataset("train"), self.trainer
+        trainer = self.trainer
         rank, ranks = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         if self._order_seed is None:
             own = torch.initial_seed() % 2**63
             self._order_seed = own if trainer is None else int(trainer.strategy.broadcast(own))
-        plan = self.plan(dataset, self.batch_size * ranks)
+        dataset, plan = self.training_batches(self.batch_size * ranks)
         return TrainingLoader(dataset, plan, self._order_seed, rank, ranks, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Square crops of images, and the record of where they were taken.
+"""Crops of images, square or of any size, and the record of where they were taken.
 
 SDXL is conditioned on the size that an image had and on the place of its crop (Podell et al., 2023, section 2.2).
 Both are recorded here in pixels, height or top before width or left. An image that is mirrored counts as mirrored
@@ -16,10 +16,78 @@ from torchvision.transforms import v2
 
 from lpl_lightning.data.base import to_unit_range
 
-__all__ = ["Crop", "Interpolation", "SquareCrop"]
+__all__ = ["CoveringCrop", "Crop", "Interpolation", "SquareCrop"]
 
 Crop = Literal["center", "random"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos"]
+
+
+class CoveringCrop:
+    """Resizes an image so that it just covers a size, anti-aliased, up or down, and crops the rest.
+
+    Args:
+        crop: Which part of the resized image: the centre, or one drawn anew each time.
+        horizontal_flip: Mirror half of the images, drawn anew each time.
+        interpolation: How to resize.
+    """
+
+    def __init__(
+        self, crop: Crop = "center", horizontal_flip: bool = False, interpolation: Interpolation = "bicubic"
+    ) -> None:
+        for name, value, choices in (
+            ("crop", crop, get_args(Crop)),
+            ("interpolation", interpolation, get_args(Interpolation)),
+        ):
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        self.crop: Crop = crop
+        self.interpolation = v2.InterpolationMode(interpolation)
+        self.flip_probability = 0.5 if horizontal_flip else 0.0
+
+    def provenance(self) -> dict[str, str | bool]:
+        """What is done to images besides the size that they are brought to."""
+        return {"resize": self.interpolation.value, "antialias": True, "crop": self.crop}
+
+    def __call__(self, image: Image.Image, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Make an image of a size.
+
+        Args:
+            image: RGB, upright.
+            size: Height H and width W, in pixels.
+
+        Returns:
+            ``image``: (3, H, W) float32 in [-1, 1];
+            ``original_size``: (2,) int64, height and width of the image given;
+            ``crop_top_left``: (2,) int64, top and left of the crop in the resized image.
+        """
+        height, width = covering(image.height, image.width, size)
+        resized = v2.functional.resize(image, [height, width], self.interpolation, antialias=True)
+        if self.crop == "center":
+            # As CenterCrop rounds.
+            top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+        else:
+            drawn = v2.RandomCrop(size).make_params([resized])
+            top, left = drawn["top"], drawn["left"]
+        cropped = v2.functional.crop(resized, top, left, *size)
+        # Drawn also where crops are and nothing is mirrored, so that switching it on leaves the crops of a seed as they
+        # are; not where nothing is drawn, so that validation leaves what training draws as it is.
+        is_drawn = self.crop == "random" or self.flip_probability > 0
+        if is_drawn and torch.rand(1).item() < self.flip_probability:
+            cropped = v2.functional.horizontal_flip(cropped)
+            left = width - size[1] - left
+        return {
+            "image": to_unit_range(v2.functional.pil_to_tensor(cropped)),
+            "original_size": torch.tensor([image.height, image.width]),
+            "crop_top_left": torch.tensor([top, left]),
+        }
+
+
+def covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width, in whole pixels, of the smallest image of the same shape that covers a size."""
+    # In integers: the side that is not met exactly is never rounded to less than it must cover.
+    if size[0] * width >= size[1] * height:
+        return size[0], width * size[0] // height
+    return height * size[1] // width, size[1]
 
 
 class SquareCrop:
@@ -39,56 +107,9 @@ class SquareCrop:
         horizontal_flip: bool = False,
         interpolation: Interpolation = "bicubic",
     ) -> None:
-        for name, value, choices in (
-            ("crop", crop, get_args(Crop)),
-            ("interpolation", interpolation, get_args(Interpolation)),
-        ):
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
-        self.image_size = image_size
-        self.resize = v2.Resize(image_size, interpolation=v2.InterpolationMode(interpolation), antialias=True)
-        self.random_crop = v2.RandomCrop(image_size) if crop == "random" else None
-        self.flip_probability = 0.5 if horizontal_flip else 0.0
-
-    def provenance(self) -> dict[str, str | int | bool]:
-        """What is done to images: the shorter side is resized to ``image_size``, and a square of it is taken."""
-        return {
-            "image_size": self.image_size,
-            "resize": self.resize.interpolation.value,
-            "antialias": bool(self.resize.antialias),
-            "crop": "center" if self.random_crop is None else "random",
-        }
+        self.size = (image_size, image_size)
+        self.covering = CoveringCrop(crop, horizontal_flip, interpolation)
 
     def __call__(self, image: Image.Image) -> dict[str, Tensor]:
-        """Make the square.
-
-        Args:
-            image: RGB, upright.
-
-        Returns:
-            ``image``: (3, S, S) float32 in [-1, 1];
-            ``original_size``: (2,) int64, height and width of the image given;
-            ``crop_top_left``: (2,) int64, top and left of the square in the resized image.
-        """
-        size = self.image_size
-        original_size = torch.tensor([image.height, image.width])
-        resized = self.resize(image)
-        height, width = resized.height, resized.width
-        if self.random_crop is None:
-            # As CenterCrop rounds.
-            top, left = round((height - size) / 2), round((width - size) / 2)
-        else:
-            drawn = self.random_crop.make_params([resized])
-            top, left = drawn["top"], drawn["left"]
-        square = v2.functional.crop(resized, top, left, size, size)
-        # Drawn also where crops are and nothing is mirrored, so that switching it on leaves the crops of a seed as they
-        # are; not where nothing is drawn, so that validation leaves what training draws as it is.
-        is_drawn = self.random_crop is not None or self.flip_probability > 0
-        if is_drawn and torch.rand(1).item() < self.flip_probability:
-            square = v2.functional.horizontal_flip(square)
-            left = width - size - left
-        return {
-            "image": to_unit_range(v2.functional.pil_to_tensor(square)),
-            "original_size": original_size,
-            "crop_top_left": torch.tensor([top, left]),
-        }
+        """Make the square of an RGB, upright image; see ``CoveringCrop``."""
+        return self.covering(image, self.size)

@@ -20,16 +20,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from lpl_lightning.arguments import read_settings
 from lpl_lightning.data.base import ImageDataModule, Split
+from lpl_lightning.data.batches import EpochPlan
+from lpl_lightning.data.bucketed import BucketedDataset, BucketedPlan, bucketed_loader, described
+from lpl_lightning.data.buckets import AspectBuckets, Assignment, Size
 from lpl_lightning.data.captions import CaptionSource, MissingCaptions, read_metadata, read_sidecars
-from lpl_lightning.data.crops import Crop, Interpolation, SquareCrop
-from lpl_lightning.data.faults import Faults, OnError, Unreadable, first_readable
+from lpl_lightning.data.crops import Crop, Interpolation
+from lpl_lightning.data.faults import Faults, OnError, Unreadable
+from lpl_lightning.data.folder_dataset import ImageFolderDataset
 from lpl_lightning.data.listing import images_below, path_hash, scan, some
-from lpl_lightning.data.reading import read_rgb, unreadable
+from lpl_lightning.data.reading import unreadable, upright_sizes
 
 __all__ = ["ImageFolderDataModule", "ImageFolderDataset"]
 
@@ -39,80 +43,6 @@ STAGE_SPLITS: dict[str | None, tuple[Split, ...]] = {
     "test": ("test",),
     "predict": (),
 }
-
-
-class ImageFolderDataset(Dataset[dict[str, Any]]):
-    """Image files as square images.
-
-    The shorter side is resized to ``image_size``, anti-aliased, up or down; the rest is cropped. Items also hold the
-    ``original_size`` and ``crop_top_left`` of ``SquareCrop``.
-
-    Args:
-        files: Path and class index of each image; an index of None leaves out the item's ``label``.
-        image_size: Side of the images, in pixels.
-        crop: Which square of the resized image: the centre, or one drawn anew each time.
-        horizontal_flip: Mirror half of the images, drawn anew each time.
-        interpolation: How to resize.
-        captions: Captions of each image, at least one; None leaves out the items' ``caption``.
-        draw_caption: Give one of an image's captions, drawn anew each time; otherwise its first.
-        faults: What becomes of images that cannot be read; one that is skipped is replaced by the next. None refuses
-            them.
-        root: Folder that all of them lie in.
-
-    Raises:
-        Unreadable: An image cannot be read, and is not skipped.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[tuple[str, int | None]],
-        image_size: int,
-        crop: Crop = "center",
-        horizontal_flip: bool = False,
-        interpolation: Interpolation = "bicubic",
-        captions: Sequence[Sequence[str]] | None = None,
-        draw_caption: bool = False,
-        faults: Faults | None = None,
-        root: Path | None = None,
-    ) -> None:
-        if captions is not None and len(captions) != len(files):
-            raise ValueError(f"`captions` must be those of {len(files)} files, got {len(captions)}.")
-        self.files = files
-        self.transform = SquareCrop(image_size, crop, horizontal_flip, interpolation)
-        self.captions = captions
-        self.draw_caption = draw_caption
-        self.faults = Faults("raise") if faults is None else faults
-        self.root = root
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return first_readable(self.item, index, len(self), self.faults)
-
-    def key(self, index: int) -> str:
-        """Path of an image, in ``root`` if it lies there."""
-        path = self.files[index][0]
-        return path if self.root is None else Path(path).relative_to(self.root).as_posix()
-
-    def captions_of(self, index: int) -> Sequence[str]:
-        """All captions of an image."""
-        return () if self.captions is None else self.captions[index]
-
-    def item(self, index: int) -> dict[str, Any]:
-        """An image, and nothing in its place where it cannot be read.
-
-        Raises:
-            Unreadable: It cannot be read.
-        """
-        path, label = self.files[index]
-        item: dict[str, Any] = {**self.transform(read_rgb(path))}
-        if label is not None:
-            item["label"] = label
-        if self.captions is not None:
-            captions = self.captions[index]
-            item["caption"] = captions[int(torch.randint(len(captions), ())) if self.draw_caption else 0]
-        return item
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -130,6 +60,9 @@ class ImageFolderDataModule(ImageDataModule):
         crop: Which square of a training image: the centre, or one drawn anew each time; else the centre.
         horizontal_flip: Mirror half of the training images, drawn anew each time.
         interpolation: How to resize; always anti-aliased.
+        buckets: Train and validate on images of many shapes and one area, ``image_size`` squared: each batch of one
+            size, near the shape of its images. See ``AspectBuckets``; {} takes its defaults. None: squares alone. Also
+            with buckets, ``dataset`` gives squares, which generated images are and are measured against.
         verify: Decode every image once before the first step; False saves that time, and images that cannot be read
             are found when they are met.
         on_error: What becomes of those: ``skip`` leaves them out, with a warning, or puts the next image in the place
@@ -164,6 +97,7 @@ class ImageFolderDataModule(ImageDataModule):
         crop: Crop = "center",
         horizontal_flip: bool = False,
         interpolation: Interpolation = "bicubic",
+        buckets: AspectBuckets | None = None,
         verify: bool = True,
         on_error: OnError = "skip",
         max_bad_share: float = 0.1,
@@ -197,6 +131,9 @@ class ImageFolderDataModule(ImageDataModule):
         self.crop: Crop = crop
         self.horizontal_flip = horizontal_flip
         self.interpolation: Interpolation = interpolation
+        self.buckets = None if buckets is None else read_settings(AspectBuckets, "buckets", buckets)
+        if self.buckets is not None:
+            self.buckets.check(image_size)
         self.verify = verify
         self.captions = captions
         self.caption_columns = [caption_column] if isinstance(caption_column, str) else list(caption_column)
@@ -205,6 +142,8 @@ class ImageFolderDataModule(ImageDataModule):
         self._listings: dict[Path, dict[str | None, list[str]]] = {}
         self._captions: dict[str, tuple[str, ...]] = {}
         self._datasets: dict[Split, ImageFolderDataset] = {}
+        self._sizes: dict[str, Size] = {}
+        self._described = ""
 
     def _listing(self, folder: Path, argument: str) -> dict[str | None, list[str]]:
         """Images of a folder by class, listed once; with captions, of no class, and their captions are read."""
@@ -293,6 +232,39 @@ class ImageFolderDataModule(ImageDataModule):
     def _root(self, split: Split) -> Path:
         return {"train": None, "val": self.val_root, "test": self.test_root}[split] or self.root
 
+    @property
+    def image_sizes(self) -> tuple[Size, ...]:
+        """Height and width of all that images may be brought to, known before any is looked at."""
+        return super().image_sizes if self.buckets is None else self.buckets.sizes(self.image_size)
+
+    def training_batches(self, batch_size: int) -> tuple[Dataset[dict[str, Any]], EpochPlan]:
+        """The training images, and which make the batches of an epoch; see the base class."""
+        if self.buckets is None:
+            return super().training_batches(batch_size)
+        bucketed = self._bucketed("train", self.buckets, least=batch_size)
+        plan = BucketedPlan(bucketed.assignment, batch_size)
+        if (said := described(plan)) != self._described:
+            rank_zero_info(said)
+            self._described = said
+        return bucketed, plan
+
+    def _eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
+        if self.buckets is None:
+            return super()._eval_loader(split)
+        bucketed = self._bucketed(split, self.buckets)
+        return bucketed_loader(bucketed, bucketed.assignment, self.batch_size, self.num_workers)
+
+    def assignment(self, split: Split) -> Assignment | None:
+        """Which size each image is brought to; see the base class."""
+        if self.buckets is None:
+            return None
+        return self._bucketed(split, self.buckets, self.batch_size if split == "train" else 1).assignment
+
+    def _bucketed(self, split: Split, buckets: AspectBuckets, least: int = 1) -> BucketedDataset:
+        images = self.dataset(split)
+        sizes = [self._sizes[path] for path, _ in images.files]
+        return BucketedDataset(images, buckets.assign(sizes, self.image_size, least))
+
     def _source(self, split: Split) -> Split:
         return "val" if split == "test" and self.test_root is None else split
 
@@ -328,6 +300,9 @@ class ImageFolderDataModule(ImageDataModule):
         if self.verify and paths:
             rank_zero_info(f"Decoding {len(paths):,} images once to verify them; `verify: false` skips this.")
         bad = unreadable(paths) if self.verify else {}
+        if self.buckets is not None:
+            sizes, unsized = upright_sizes([path for path in paths if path not in bad])
+            self._sizes, bad = self._sizes | sizes, bad | unsized
         if bad and self.faults.on_error == "raise":
             raise Unreadable(*next(iter(bad.items())))
         reasons = some(f"{path} ({reason})" for path, reason in bad.items())

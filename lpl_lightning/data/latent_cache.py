@@ -24,10 +24,12 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from lpl_lightning.data.base import ImageDataModule, Split
-from lpl_lightning.data.batches import Request
+from lpl_lightning.data.batches import EpochPlan, Request
+from lpl_lightning.data.bucketed import BucketedPlan, bucketed_loader, described
+from lpl_lightning.data.buckets import Assignment
 from lpl_lightning.data.faults import Faults, OnError
 from lpl_lightning.data.latent_shards import LatentShard, shard_hash
 from lpl_lightning.data.listing import some
@@ -89,10 +91,11 @@ class CachedLatents(Dataset[dict[str, Any]]):
     Args:
         paths: The shards.
         counts: How many items each has.
+        assignment: Which size the image of each item has, where there are several.
     """
 
-    def __init__(self, paths: Sequence[Path], counts: Sequence[int]) -> None:
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path], counts: Sequence[int], assignment: Assignment | None = None) -> None:
+        self.paths, self.assignment = list(paths), assignment
         self.starts = np.cumsum([0, *counts])
         self._shards: dict[int, LatentShard] = {}
 
@@ -276,6 +279,33 @@ class LatentCacheDataModule(ImageDataModule):
             self._datasets[source] = self._opened(shards[source])
         return self._datasets[source]
 
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of all images that were encoded."""
+        shards = [shard for found in self.manifest["shards"].values() for shard in found]
+        sizes = {(int(height), int(width)) for height, width in (shard.get("size", ()) for shard in shards)}
+        return tuple(sorted(sizes)) or super().image_sizes
+
+    def training_batches(self, batch_size: int) -> tuple[Dataset[dict[str, Any]], EpochPlan]:
+        """The training latents, and which make the batches of an epoch: of one size each."""
+        dataset = self.dataset("train")
+        if dataset.assignment is None:
+            return super().training_batches(batch_size)
+        plan = BucketedPlan(dataset.assignment, batch_size)
+        if not len(plan):
+            raise ValueError(
+                f"No size of {self.root} has {batch_size} images, a batch of all processes: lower `batch_size`, or "
+                "encode with fewer buckets."
+            )
+        rank_zero_info(described(plan))
+        return dataset, plan
+
+    def _eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
+        dataset = self.dataset(split)
+        if dataset.assignment is None:
+            return super()._eval_loader(split)
+        return bucketed_loader(dataset, dataset.assignment, self.batch_size, self.num_workers)
+
     def _opened(self, shards: Sequence[Mapping[str, Any]]) -> CachedLatents:
         if self.verify:
             rank_zero_info(f"Reading {len(shards):,} shards once to verify them; `verify: false` skips this.")
@@ -293,7 +323,13 @@ class LatentCacheDataModule(ImageDataModule):
             self.faults.check_share(lost, total, bad)
             rank_zero_warn(f"Left out {lost} of {total} images, in {len(bad)} shards that cannot be used: {reasons}.")
         kept = [shard for shard in shards if shard["file"] not in bad]
-        return CachedLatents([self.root / shard["file"] for shard in kept], [shard["items"] for shard in kept])
+        sizes = sorted({tuple(shard["size"]) for shard in kept if "size" in shard})
+        assignment = None
+        if len(sizes) > 1:
+            of_shards = [sizes.index(tuple(shard["size"])) for shard in kept]
+            assignment = Assignment(tuple(sizes), np.repeat(of_shards, [shard["items"] for shard in kept]))
+        paths, counts = [self.root / shard["file"] for shard in kept], [shard["items"] for shard in kept]
+        return CachedLatents(paths, counts, assignment)
 
     def _fault(self, shard: Mapping[str, Any]) -> str | None:
         path = self.root / shard["file"]

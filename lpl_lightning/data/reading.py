@@ -1,19 +1,23 @@
-"""Reading images of any mode as RGB, from files or from memory, and finding those that cannot be read."""
+"""Reading images of any mode as RGB, from files or from memory; their sizes; and finding those that cannot be read."""
 
 from __future__ import annotations
 
 import functools
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lpl_lightning.data.faults import Unreadable
 
-__all__ = ["load_rgb", "read_rgb", "reason", "unreadable"]
+__all__ = ["load_rgb", "read_rgb", "reason", "unreadable", "upright_size", "upright_sizes"]
+
+Found = TypeVar("Found")
 
 CHUNK = 64  # images per task: a task for each of a million images would itself fill the memory
 
@@ -87,17 +91,70 @@ def reason(error: Exception) -> str:
 
 def unreadable(paths: Sequence[str]) -> dict[str, str]:
     """Decode images once, in threads; return why, by path, for those that cannot be."""
+    return _in_threads(lambda path: load_rgb(path).size, paths)[1]
 
-    def check(start: int) -> list[tuple[str, str]]:
-        bad = []
+
+def upright_size(path: str) -> tuple[int, int]:
+    """Height and width of an image as it is seen upright, from its file's header: nothing is decoded.
+
+    A PNG whose EXIF data stand behind its pixels is the exception, since Pillow finds them no other way.
+
+    Raises:
+        Exception: Whatever Pillow says of a file that is no image.
+    """
+    with Image.open(path, formats=_formats()) as image:
+        width, height = image.size
+        if tags := getattr(image, "tag_v2", None):  # newer versions of Pillow turn the size of a TIFF themselves
+            width, height = tags.get(ExifTags.Base.ImageWidth, width), tags.get(ExifTags.Base.ImageLength, height)
+        if image.format == "PNG" and "exif" not in image.info and not _text_behind_pixels(path):
+            exif = Image.Image.getexif(image)  # a PNG's own decodes it
+        else:
+            exif = image.getexif()
+        turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+def _text_behind_pixels(path: str) -> bool:
+    """Whether a PNG holds data about it, such as its orientation, behind its pixels."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        behind = False
+        while len(head := file.read(8)) == 8:
+            behind |= head[4:] == b"IDAT"
+            if behind and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(int.from_bytes(head[:4], "big") + 4, 1)
+    return False
+
+
+def upright_sizes(paths: Sequence[str]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Read sizes, in threads.
+
+    Returns:
+        Height and width by path, and why, by path, for those that have none; see ``upright_size``.
+    """
+    return _in_threads(upright_size, paths)
+
+
+def _in_threads(function: Callable[[str], Found], paths: Sequence[str]) -> tuple[dict[str, Found], dict[str, str]]:
+    """What a function makes of images, and why, by path, it cannot."""
+
+    def each(start: int) -> list[tuple[str, Found | None, str | None]]:
+        made: list[tuple[str, Found | None, str | None]] = []
         for path in paths[start : start + CHUNK]:
             try:
-                load_rgb(path)
+                made.append((path, function(path), None))
             except Exception as error:  # Pillow's decoders do not agree on a type.
-                bad.append((path, reason(error)))
-        return bad
+                made.append((path, None, reason(error)))
+        return made
 
+    found, bad = {}, {}
     # The filters belong to the process: they are set here once, not by threads that would undo one another's.
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")
-        return dict(pair for chunk in pool.map(check, range(0, len(paths), CHUNK)) for pair in chunk)
+        for path, value, why in chain.from_iterable(pool.map(each, range(0, len(paths), CHUNK))):
+            if value is not None:
+                found[path] = value
+            elif why is not None:
+                bad[path] = why
+    return found, bad

@@ -1,13 +1,17 @@
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lpl_lightning.data.crops import SquareCrop
+from lpl_lightning.data.crops import CoveringCrop, SquareCrop, covering
 
 SIZE = 12
 # Wide, upright, square, enlarged, with an even and an odd number of pixels to cut off.
@@ -91,3 +95,48 @@ def test_mirroring_leaves_the_crops_of_a_seed_as_they_are() -> None:
     # The resized image is 31 wide: a crop at `left` begins at 31 - 12 - left of the mirrored one.
     assert all(right in (left, [left[0], 19 - left[1]]) for left, right in zip(*records, strict=True))
     assert records[0] != records[1]
+
+
+sides = st.integers(1, 4000)
+
+
+@given(sides, sides, st.tuples(sides, sides))
+def test_it_is_the_smallest_of_its_shape_that_covers(height: int, width: int, size: tuple[int, int]) -> None:
+    """In whole pixels: a side fits exactly, and the other is what the scale makes it, rounded down."""
+    found = covering(height, width, size)
+    scale = max(Fraction(size[0], height), Fraction(size[1], width))
+    assert found == (math.floor(height * scale), math.floor(width * scale))
+    assert found[0] >= size[0]
+    assert found[1] >= size[1]
+    assert size[0] == found[0] or size[1] == found[1]
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(8, 20), (20, 8), (11, 13)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_record_says_where_a_rectangle_is(
+    shape: tuple[int, int], size: tuple[int, int], flip: bool, crop: Any
+) -> None:
+    """Pillow alone, given the record, cuts out the same pixels, as of squares."""
+    image = noise(*shape)
+    height, width = covering(*shape, size)
+    plain = image.resize((width, height), Image.Resampling.BICUBIC)
+    rectangle, places = CoveringCrop(crop, flip), set()
+    for _ in range(20):
+        item = rectangle(image, size)
+        assert item["original_size"].tolist() == list(shape)
+        top, left = item["crop_top_left"].tolist()
+        assert 0 <= top <= height - size[0]
+        assert 0 <= left <= width - size[1]
+        box = (left, top, left + size[1], top + size[0])
+        found = levels(item["image"])
+        seen = [np.array_equal(found, np.asarray(i.crop(box))) for i in (plain, ImageOps.mirror(plain))]
+        assert seen in ([True, False], [False, True] if flip else [])
+        places.add((top, left))
+    if crop == "random" and max(height - size[0], width - size[1]) > 4:
+        assert len(places) > 2
+    if crop == "center":
+        assert all(
+            abs(2 * top + size[0] - height) <= 1 and abs(2 * left + size[1] - width) <= 1 for top, left in places
+        )
