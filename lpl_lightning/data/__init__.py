@@ -14,13 +14,19 @@ Every data set here yields dictionaries; batches hold
 
 from lpl_lightning.data.base import ImageDataModule, SampleRequests
 from lpl_lightning.data.folder import ImageFolderDataModule, ImageFolderDataset
+from lpl_lightning.data.huggingface import HuggingFaceDataModule
+from lpl_lightning.data.imagenet import ImageNetDataModule
 from lpl_lightning.data.shapes import ShapesDataModule, ShapesDataset
+from lpl_lightning.data.webdataset import WebDatasetDataModule
 
 __all__ = [
+    "HuggingFaceDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageFolderDataset",
+    "ImageNetDataModule",
     "SampleRequests",
     "ShapesDataModule",
     "ShapesDataset",
+    "WebDatasetDataModule",
 ]
