@@ -120,18 +120,18 @@ def held_out(names: Sequence[str], fraction: float, what: str) -> list[bool]:
     Args:
         names: Paths or URLs, of which the last part counts.
         fraction: The share, in (0, 1).
-        what: The arguments that would give validation data instead, for the error.
+        what: The argument that would give validation data instead, for the error.
 
     Raises:
-        ValueError: That would be all of them.
+        ValueError: There is one shard alone.
     """
-    hashes = [path_hash(name.rpartition("/")[2], Path()) for name in names]
-    out = [value < fraction for value in hashes]
-    if not any(out):
-        out[hashes.index(min(hashes))] = True
-    if all(out):
+    if len(names) < 2:
         raise ValueError(
-            f"`val_fraction` holds out whole shards of a stream, but {fraction:g} of {len(names)} ({some(names)}) "
-            f"leaves none to train on. Give {what}, or more shards."
+            f"`val_fraction` holds out whole shards of a stream, but there is one alone: {some(names)}. Give {what}, or "
+            "more shards."
         )
-    return out
+    count = min(max(1, round(fraction * len(names))), len(names) - 1)
+    hashes = [path_hash(name.rpartition("/")[2], Path()) for name in names]
+    out = sorted(range(len(names)), key=lambda shard: (hashes[shard], shard))[:count]
+    chosen = frozenset(out)
+    return [shard in chosen for shard in range(len(names))]
