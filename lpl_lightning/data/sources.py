@@ -127,8 +127,8 @@ def held_out(names: Sequence[str], fraction: float, what: str) -> list[bool]:
     """
     if len(names) < 2:
         raise ValueError(
-            f"`val_fraction` holds out whole shards of a stream, but there is one alone: {some(names)}. Give {what}, or "
-            "more shards."
+            f"`val_fraction` holds out whole shards of a stream, but there is one alone: {some(names)}. Give {what}, "
+            "or more shards."
         )
     count = min(max(1, round(fraction * len(names))), len(names) - 1)
     hashes = [path_hash(name.rpartition("/")[2], Path()) for name in names]
