@@ -129,7 +129,7 @@ def test_a_key_of_another_shard_is_one_too_many_unless_that_is_allowed(tmp_path:
 def test_a_shard_cut_off_anywhere_loses_only_what_is_cut(tmp_path: Path) -> None:
     whole = bare_tar(samples(0, 1, 2))
     ends = [tarfile_end(whole, f"{number:03}.txt") for number in range(3)]
-    for cut in range(0, len(whole), 97):
+    for cut in [*range(0, len(whole), 97), *(end - 3 for end in ends)]:
         (shard,) = shards = written(tmp_path, whole[:cut])
         captions, bad = read(shards)
         assert captions == [f"photo {number}" for number in range(3) if ends[number] <= cut], cut

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lpl_lightning.data import WebDatasetDataModule
 from lpl_lightning.data.faults import Unreadable, read_faults
+from lpl_lightning.data.shards import TarStream
 from lpl_lightning.data.webdataset import find_shards
 
 
@@ -116,9 +117,11 @@ def test_pipes_and_urls_where_they_are_allowed(tmp_path: Path) -> None:
         data = module(urls, **{allow: True})
         assert captions(data.val_dataloader()) == [f"photo {number}" for number in range(5)]
         assert len(list(data.train_dataloader())) == 1
-    data = module(f"pipe:cat {shard}; exit 3", allow_pipe=True, max_bad_share=1.0)
-    with pytest.warns(UserWarning, match=r"exit 3 \(the shard is cut off or damaged \(.*exit"):
-        data.setup("validate")
+    # A program that fails is noticed, at its end or, as it happens, while its output is read.
+    url = f"pipe:cat {shard}; exit 3"
+    faults = TarStream([url], module(url).contents).scan().faults
+    assert "exit 3" in faults[url]
+    assert "cut off or damaged" in faults[url]
 
 
 @pytest.mark.parametrize(
