@@ -60,6 +60,20 @@ def test_validation_is_the_same_with_workers(tmp_path: Path) -> None:
         assert captions(loader) == [f"photo {number}" for number in range(19)]
 
 
+def test_each_loader_process_has_a_lane_of_its_own(tmp_path: Path) -> None:
+    """Else each would read all shards, and pass over what the others give."""
+    data = module(write_shards(tmp_path, [7, 5, 7]), num_workers=3)
+    assert data.train_dataloader().state_dict()["settings"] == {  # type: ignore[attr-defined]
+        "batches_in_epoch": 4,
+        "images": 19,
+        "shards": 3,
+        "batch_size": 4,
+        "processes": 1,
+        "num_workers": 3,
+        "shuffle_buffer": 6,
+    }
+
+
 def test_whole_shards_are_held_out_by_their_names(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [2] * 20)
     data = module(shards, val_urls=None, val_fraction=0.2, batch_size=1)
