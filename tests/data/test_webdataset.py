@@ -62,14 +62,14 @@ def test_validation_is_the_same_with_workers(tmp_path: Path) -> None:
 
 def test_each_loader_process_has_a_lane_of_its_own(tmp_path: Path) -> None:
     """Else each would read all shards, and pass over what the others give."""
-    data = module(write_shards(tmp_path, [7, 5, 7]), num_workers=3)
+    data = module(write_shards(tmp_path, [7, 5, 7]), num_workers=2)
     assert data.train_dataloader().state_dict()["settings"] == {  # type: ignore[attr-defined]
         "batches_in_epoch": 4,
         "images": 19,
         "shards": 3,
         "batch_size": 4,
         "processes": 1,
-        "num_workers": 3,
+        "num_workers": 2,
         "shuffle_buffer": 6,
     }
 
