@@ -79,12 +79,10 @@ class Variants(Dataset[Any]):
 
     def _drawn(self, split: Split, index: int, crop: int, flip: float) -> dict[str, Any]:
         items: Any = self.sets[split]
-        transform = getattr(items, "transform", None)
-        if transform is not None:
-            transform.flip_probability = flip
-        size = self.buckets[split].size_of(index) if split in self.buckets else None
+        items = items.mirrored(flip) if hasattr(items, "mirrored") else items
+        where = (index, self.buckets[split].size_of(index)) if split in self.buckets else (index,)
         with drawing(self.seed, crop, index):
-            item = dict(items.item(index, size) if hasattr(items, "item") else items[index])
+            item = dict(items.item(*where) if hasattr(items, "item") else items[index])
         said = getattr(items, "captions_of", None)
         item["captions"] = list(said(index)) if said is not None else [item["caption"]] if "caption" in item else []
         item["key"] = items.key(index) if hasattr(items, "key") else str(index)

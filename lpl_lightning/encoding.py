@@ -8,9 +8,8 @@ would have made in one go, byte for byte, on the same kind of machine.
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +24,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lpl_lightning.agreement import autoencoder_fingerprint
 from lpl_lightning.arguments import at_least, check_divides, check_sizes
 from lpl_lightning.captions import Captions
-from lpl_lightning.data.base import REPORT, ImageDataModule
-from lpl_lightning.data.crops import CoveringCrop
+from lpl_lightning.data.base import REPORT, ImageDataModule, Split
 from lpl_lightning.data.latent_cache import FORMAT, MANIFEST
 from lpl_lightning.data.latent_shards import UNFINISHED
 from lpl_lightning.data.listing import some
+from lpl_lightning.data.streams import StreamDataset
 from lpl_lightning.encoder import Encoder, Task, Variants, said_of, tasks
 from lpl_lightning.evaluation.report import write_whole
 from lpl_lightning.module import LatentDiffusionModule
@@ -108,9 +107,14 @@ class EncodingTrainer(SweepingTrainer):
         if hasattr(datamodule, "verify"):
             datamodule.verify = False  # images are decoded once, here
         datamodule.prepare_data()
-        sets = {split: _plain(datamodule.dataset(split)) for split in dict.fromkeys(splits)}
+        sets: dict[Split, Any] = {split: datamodule.dataset(split) for split in dict.fromkeys(splits)}
+        if streamed := [split for split, items in sets.items() if isinstance(items, StreamDataset)]:
+            raise ValueError(
+                f"`data`: the {streamed[0]} images of {type(datamodule).__name__} are a stream, whose images cannot be "
+                "asked for by position. Encode them from a folder or a table."
+            )
         mirrored = bool(getattr(datamodule, "horizontal_flip", False)) if flips is None else flips
-        if mirrored and any(not hasattr(items, "transform") for split, items in sets.items() if split == "train"):
+        if mirrored and any(not hasattr(items, "mirrored") for split, items in sets.items() if split == "train"):
             raise ValueError(f"`flips`: {type(datamodule).__name__} does not mirror images. Leave it out.")
         both = [0.0, 1.0] if mirrored else [0.0]
         per_batch = max(1, datamodule.batch_size // (crops * len(both)))
@@ -163,27 +167,16 @@ class EncodingTrainer(SweepingTrainer):
         return folder
 
 
-def _plain(dataset: Any) -> Any:
-    """A copy whose transform may be set."""
-    if not isinstance(dataset, Sized):
-        raise ValueError(f"`data` must have a length, and give items by position, got {type(dataset).__name__}.")
-    found: Any = copy.copy(dataset)
-    if hasattr(found, "transform"):
-        found.transform = copy.copy(found.transform)
-    return found
-
-
 def _described(items: Any) -> dict[str, Any]:
     """What a set is: its class, how many images it has, a hash of their names, and what is done to them."""
     digest = blake2b(digest_size=16)
     for index in range(len(items)):
         digest.update((items.key(index) if hasattr(items, "key") else str(index)).encode() + b"\0")
-    transform = getattr(items, "transform", None)
     return {
         "class": type(items).__name__,
         "images": len(items),
         "names": digest.hexdigest(),
-        "transform": transform.provenance() if isinstance(transform, CoveringCrop) else None,
+        "preparation": items.preparation() if hasattr(items, "preparation") else None,
     }
 
 

@@ -15,17 +15,23 @@ Every data set here yields dictionaries; batches hold
 from lpl_lightning.data.base import ImageDataModule, SampleRequests
 from lpl_lightning.data.buckets import AspectBuckets
 from lpl_lightning.data.folder import ImageFolderDataModule, ImageFolderDataset
+from lpl_lightning.data.huggingface import HuggingFaceDataModule
+from lpl_lightning.data.imagenet import ImageNetDataModule
 from lpl_lightning.data.latent_cache import CachedLatents, LatentCacheDataModule
 from lpl_lightning.data.shapes import ShapesDataModule, ShapesDataset
+from lpl_lightning.data.webdataset import WebDatasetDataModule
 
 __all__ = [
     "AspectBuckets",
     "CachedLatents",
+    "HuggingFaceDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageFolderDataset",
+    "ImageNetDataModule",
     "LatentCacheDataModule",
     "SampleRequests",
     "ShapesDataModule",
     "ShapesDataset",
+    "WebDatasetDataModule",
 ]

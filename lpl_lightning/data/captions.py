@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from lpl_lightning.data.listing import some
 
-__all__ = ["CaptionSource", "MissingCaptions", "read_metadata", "read_prompts", "read_sidecars"]
+__all__ = ["CaptionSource", "MissingCaptions", "read_metadata", "read_prompts", "read_sidecars", "texts_of"]
 
 CaptionSource = Literal["sidecar", "metadata"]
 MissingCaptions = Literal["raise", "skip", "empty"]
@@ -96,7 +96,7 @@ def read_metadata(
             continue
         path = os.path.join(folder, name.removeprefix(prefix))
         if path in captions:
-            captions[path] += [text for column in columns for text in _texts(row.get(column), line, column)]
+            captions[path] += [text for column in columns for text in texts_of(row.get(column), line, column)]
         elif not os.path.exists(path):
             absent[name] = None
     if lacking := [column for column in columns if column not in known]:
@@ -113,14 +113,19 @@ def read_metadata(
     return {path: tuple(texts) for path, texts in captions.items() if texts}
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Read a text file of one prompt a line; empty lines are passed over.
+def read_prompts(path: Path, argument: str = "prompts", what: str = "prompt") -> tuple[str, ...]:
+    """Read a text file of one prompt, or another thing, a line; empty lines are passed over.
+
+    Args:
+        path: The file.
+        argument: The argument that named it, for the errors.
+        what: What its lines are.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is none, holds no prompt, or is not UTF-8.
     """
-    wanted = "`prompts` must be a text file with one prompt a line, but"
+    wanted = f"`{argument}` must be a text file with one {what} a line, but"
     if not path.exists():
         raise FileNotFoundError(f"{wanted} {path} does not exist.")
     if not path.is_file():
@@ -230,8 +235,12 @@ def _parquet_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[str, Ma
         raise ValueError(f"{table} must be a Parquet file, but cannot be read as one: {error}") from error
 
 
-def _texts(cell: object, place: str, column: str) -> list[str]:
-    """The captions in one cell."""
+def texts_of(cell: object, place: str, column: str) -> list[str]:
+    """The captions in one cell: a string, a list of strings or nothing.
+
+    Raises:
+        ValueError: It is something else, or holds half a character.
+    """
     texts = []
     for text in cell if isinstance(cell, list) else [cell]:
         if text is None:

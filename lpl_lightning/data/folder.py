@@ -149,9 +149,13 @@ class ImageFolderDataModule(ImageDataModule):
         """Images of a folder by class, listed once; with captions, of no class, and their captions are read."""
         if folder not in self._listings:
             self._listings[folder] = (
-                {None: self._captioned(folder, argument)} if self.has_captions else scan(folder, argument)
+                {None: self._captioned(folder, argument)} if self.has_captions else self._scan(folder, argument)
             )
         return self._listings[folder]
+
+    def _scan(self, folder: Path, argument: str) -> dict[str | None, list[str]]:
+        """Images of a folder by class."""
+        return scan(folder, argument)
 
     def _captioned(self, folder: Path, argument: str) -> list[str]:
         paths = images_below(folder, argument)

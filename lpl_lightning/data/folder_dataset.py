@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils.data import Dataset
@@ -66,6 +67,17 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         # Behind the end there is none, which is where a loop over the data set ends.
         return first_readable(self.item, range(len(self))[index], len(self), self.faults)
+
+    def mirrored(self, probability: float) -> Self:
+        """The same images, each of which is mirrored with a probability."""
+        found = copy.copy(self)
+        found.transform = copy.copy(self.transform)
+        found.transform.flip_probability = probability
+        return found
+
+    def preparation(self) -> dict[str, str | bool]:
+        """What is done to images besides the size that they are brought to."""
+        return self.transform.provenance()
 
     def key(self, index: int) -> str:
         """Path of an image, in ``root`` if it lies there."""

@@ -1,0 +1,270 @@
+"""Images from Hugging Face data sets, as tables or as streams.
+
+A data set is a folder that ``save_to_disk`` wrote, a loader with its files (``imagefolder``, ``parquet``, ``arrow``,
+``json``, ...), or a folder or a repository of the hub that ``datasets.load_dataset`` reads. Images are decoded here,
+not by ``datasets``, and code that comes with a data set is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+
+from lpl_lightning.data.base import Split
+from lpl_lightning.data.crops import Crop, Interpolation
+from lpl_lightning.data.faults import OnError
+from lpl_lightning.data.listing import some
+from lpl_lightning.data.rows import Columns, RowsDataset, RowStream, row_hashes, spread_order
+from lpl_lightning.data.samples import optional, read_classes
+from lpl_lightning.data.sources import SourceDataModule, held_out
+from lpl_lightning.data.streams import StreamDataset
+
+__all__ = ["HuggingFaceDataModule"]
+
+
+class HuggingFaceDataModule(SourceDataModule):
+    """Images from a Hugging Face data set; see the module's docstring.
+
+    Tables are read by row, and training goes on exactly after a stop. Streams are shuffled as tar shards are, their
+    files being the shards (``lanes.py``).
+
+    Args:
+        path: A folder of ``save_to_disk``; or what ``datasets.load_dataset`` takes: a loader's name, a folder, a hub
+            id.
+        image_size: Side of the images, in pixels; the shorter side is resized to it, the rest cropped.
+        name: Which configuration of the data set.
+        split: Split of the training images.
+        val_split: Split of the validation images; None holds out a part of ``split``.
+        val_fraction: Share to hold out, in (0, 1), at least one image; of a stream, whole files.
+        test_split: Split of the test images; None tests on the validation images.
+        data_files: Files for the loader: a path or pattern, a list, or either by split.
+        data_dir: Folder for the loader.
+        revision: Branch, tag or commit of a hub repository.
+        streaming: Read the files one after the other during training instead of preparing a table beforehand.
+        image: Column of the images, or of their paths or URLs.
+        label: Column of the class: an index or a name. None has no classes.
+        caption: Column of captions, strings or lists of strings, or several columns. Of several captions of a training
+            image one is drawn anew each time; else its first is taken. None has no captions.
+        classes: The classes where the column does not say them: how many, a list of their names, or a text file with a
+            name a line. Of a table of names None takes those that there are, sorted.
+        images_per_epoch: Images of an epoch of a stream, of all processes. None takes what the data set says, or reads
+            the stream once to count them, which shares images out exactly.
+        shuffle_buffer: Images that each loader process of a stream holds, as stored, to draw the next from.
+        batch_size: Images per batch and process.
+        num_workers: Loader processes; 0 decodes in the training process.
+        crop: Which square of a training image: the centre, or one drawn anew each time; else the centre.
+        horizontal_flip: Mirror half of the training images, drawn anew each time.
+        interpolation: How to resize; always anti-aliased.
+        on_error: What becomes of rows that cannot be used: ``skip`` puts the next in the place of one that is met;
+            ``raise`` ends the run with an error that names the first.
+        max_bad_share: Share of them, in [0, 1], above which the run ends all the same.
+        report: File that names them, a JSON object a line; by default ``bad_data.jsonl`` in the run's folder.
+        num_generate: How many images ``lpl predict`` generates.
+        generate_seed: Generated image ``i`` is drawn from seed ``generate_seed + i``.
+        prompts: Text file of the captions that ``lpl predict`` goes round, one a line; None takes those of the
+            validation images.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        image_size: int,
+        name: str | None = None,
+        split: str = "train",
+        val_split: str | None = None,
+        val_fraction: float = 0.05,
+        test_split: str | None = None,
+        data_files: str | list[str] | dict[str, str | list[str]] | None = None,
+        data_dir: str | None = None,
+        revision: str | None = None,
+        streaming: bool = False,
+        image: str = "image",
+        label: str | None = None,
+        caption: str | list[str] | None = None,
+        classes: int | list[str] | str | None = None,
+        images_per_epoch: int | None = None,
+        shuffle_buffer: int = 1000,
+        batch_size: int = 32,
+        num_workers: int = 2,
+        crop: Crop = "center",
+        horizontal_flip: bool = False,
+        interpolation: Interpolation = "bicubic",
+        on_error: OnError = "skip",
+        max_bad_share: float = 0.1,
+        report: str | Path | None = None,
+        num_generate: int = 64,
+        generate_seed: int = 0,
+        prompts: str | Path | None = None,
+    ) -> None:
+        super().__init__(
+            image_size,
+            val_fraction,
+            images_per_epoch,
+            shuffle_buffer,
+            batch_size,
+            num_workers,
+            crop,
+            horizontal_flip,
+            interpolation,
+            on_error,
+            max_bad_share,
+            report,
+            num_generate,
+            generate_seed,
+            prompts,
+        )
+        self.path, self.name, self.revision = path, name, revision
+        self.splits: dict[Split, str | None] = {"train": split, "val": val_split, "test": test_split}
+        self.data_files, self.data_dir, self.streaming = data_files, data_dir, streaming
+        captions = [caption] if isinstance(caption, str) else caption or []
+        self.columns = Columns(image, label, tuple(captions))
+        self.classes = read_classes(classes)
+        self._loaded: dict[str, Any] = {}
+        self._class_names: tuple[str, ...] | None = None
+        self._datasets: dict[Split, RowsDataset | StreamDataset] = {}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes: ``classes``, or those of the training data, which are loaded for it."""
+        if self._class_names is None:
+            self._class_names = self._classes() if self.columns.label is not None else ()
+        return self._class_names
+
+    def _classes(self) -> tuple[str, ...]:
+        label, data = str(self.columns.label), self._data(str(self.splits["train"]))
+        feature = (data.features or {}).get(label)
+        found: tuple[str, ...] = tuple(getattr(feature, "names", None) or ())
+        if self.classes:
+            if found and len(found) != len(self.classes):
+                raise ValueError(f"`classes` must be the {len(found)} of the column {label}, got {len(self.classes)}.")
+            return self.classes
+        if found:
+            return found
+        if getattr(feature, "dtype", None) == "string" and not self.streaming:
+            return tuple(sorted(value for value in data.unique(label) if value is not None))
+        raise ValueError(
+            f"`classes` must be given, how many or their names, for the column {label} ({feature}) does not say which "
+            "there are."
+        )
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether ``caption`` is read."""
+        return bool(self.columns.captions)
+
+    def validation_captions(self) -> Iterator[str]:
+        """The first caption of each validation image that has one, in order."""
+        if self.has_captions:
+            yield from self.dataset("val").captions()
+
+    def prepare_data(self) -> None:
+        """Download and prepare tables, in one process before the others."""
+        if not self.streaming:
+            for split in dict.fromkeys(name for name in self.splits.values() if name is not None):
+                self._data(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load what a stage needs.
+
+        Raises:
+            FileNotFoundError: The data set is not there.
+            ValueError: It lacks a split or a column, or does not say its classes.
+        """
+        self._write_faults_into_run()
+        _ = self.class_names
+        stages: dict[str | None, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for split in () if stage == "predict" else stages.get(stage, ("train", "val", "test")):
+            self.dataset(split)
+
+    def _data(self, split: str) -> Any:
+        """A split, its images undecoded."""
+        if split not in self._loaded:
+            data = self._load(split)
+            features = data.features or {}
+            wanted = self.columns.names()
+            if features and (lacking := [column for column in wanted if column not in features]):
+                raise ValueError(
+                    f"`image`, `label` and `caption` must be columns of the data, but {some(lacking)} is not among "
+                    f"{some(features)}."
+                )
+            library = optional("datasets")
+            if isinstance(features.get(self.columns.image), library.Image):
+                data = data.cast_column(self.columns.image, library.Image(decode=False))
+            self._loaded[split] = data
+        return self._loaded[split]
+
+    def _load(self, split: str) -> Any:
+        library, folder = optional("datasets"), Path(self.path).expanduser()
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            saved = library.load_from_disk(str(folder))
+            if isinstance(saved, Mapping):
+                if split not in saved:
+                    raise ValueError(f"There is no split {split!r} in {folder}, which has {some(saved)}.")
+                saved = saved[split]
+            elif split != self.splits["train"]:
+                raise ValueError(
+                    f"{folder} holds one split, but {split!r} is asked for too. Save a `DatasetDict` of both, or leave "
+                    "`val_split` and `test_split` out."
+                )
+            return saved.to_iterable_dataset(num_shards=min(64, max(1, len(saved)))) if self.streaming else saved
+        options = {"name": self.name, "data_files": self.data_files, "data_dir": self.data_dir, "split": split}
+        path = str(folder) if folder.exists() else self.path
+        return library.load_dataset(path, revision=self.revision, streaming=self.streaming, **options)
+
+    def dataset(self, split: Split) -> RowsDataset | StreamDataset:
+        """The images of one split, loaded as by ``setup`` where they have not been yet."""
+        if split == "test" and self.splits["test"] is None:
+            split = "val"
+        if split not in self._datasets:
+            own = self.splits[split]
+            data = self._data(str(own or self.splits["train"]))
+            if self.columns.label is not None:
+                names = getattr((data.features or {}).get(self.columns.label), "names", None)
+                if names and not self.classes and tuple(names) != self.class_names:
+                    raise ValueError(
+                        f"The split {own} must have the classes {some(self.class_names)}, not {some(names)}."
+                    )
+            columns = self.columns._replace(class_names=self.class_names)
+            name = f"{self.path}, {own or self.splits['train']}"
+            make = self._stream if self.streaming else self._table
+            self._datasets[split] = make(split, data, columns, name)
+        return self._datasets[split]
+
+    def _table(self, split: Split, data: Any, columns: Columns, name: str) -> RowsDataset:
+        rows = np.arange(len(data))
+        whole = self.splits["val"] is not None or split == "test"
+        if split != "train" or not whole:
+            hashes, paths = row_hashes(data, columns.image)
+            if not whole:
+                out = hashes < self.val_fraction
+                if len(rows) and not out.any():
+                    out[np.argmin(hashes)] = True
+                rows = rows[out == (split == "val")]
+            if split != "train":
+                rows = spread_order(data, columns.label, rows, hashes, paths)
+        if not len(rows):
+            raise ValueError(
+                f"There must be {split} images, but of the {len(data)} rows of {name} none is left for them. Give "
+                "more, another `val_fraction`, or `val_split`."
+            )
+        return RowsDataset(data, rows.tolist(), columns, name, self._preparation(split), self.faults)
+
+    def _stream(self, split: Split, data: Any, columns: Columns, name: str) -> StreamDataset:
+        stream = RowStream(data, columns, name)
+        shards = list(range(len(stream.shards)))
+        whole = self.splits["val"] is not None or split == "test"
+        if not whole:
+            out = held_out(stream.shards, self.val_fraction, "`val_split`")
+            shards = [shard for shard in shards if out[shard] == (split == "val")]
+        if split == "train" and self.images_per_epoch is not None:
+            return self._streamed(split, stream, shards, None, self.images_per_epoch)
+        said = (data.info.splits or {}).get(str(data.split)) if data.info is not None else None
+        if whole and said is not None and said.num_examples:
+            return self._streamed(split, stream, shards, None, said.num_examples)
+        rank_zero_info(f"Reading {name} once to count its images; `images_per_epoch` skips this in training.")
+        lengths = [stream.count(shard) for shard in shards]
+        return self._streamed(split, stream, shards, lengths, sum(lengths))

@@ -1,0 +1,138 @@
+"""The same photos as a folder, a Hugging Face data set and tar shards give the same batches."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_files import bare_tar, photo, png
+from torch import Tensor
+
+from lpl_lightning.data import HuggingFaceDataModule, ImageDataModule, ImageFolderDataModule, WebDatasetDataModule
+
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("webdataset")
+Make = Callable[[Path, Path], ImageDataModule]
+COMMON: dict[str, Any] = {"image_size": 16, "batch_size": 8, "num_workers": 0}
+
+
+@pytest.fixture(autouse=True)
+def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def folder_module(root: Path) -> ImageFolderDataModule:
+    return ImageFolderDataModule(root, val_root=root, verify=False, **COMMON)
+
+
+def in_order(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """The photos as the folder's module validates on them, and the classes."""
+    data = folder_module(root)
+    return [(Path(path), int(label or 0)) for path, label in data.dataset("val").files], data.class_names
+
+
+def rows(root: Path, to: Path) -> dict[str, Any]:
+    files, classes = in_order(root)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(classes)))
+    found = [{"image": {"bytes": path.read_bytes(), "path": None}, "label": label} for path, label in files]
+    to.mkdir()
+    half = len(found) // 2
+    for shard, part in enumerate((found[:half], found[half:])):
+        datasets.Dataset.from_list(part, features=features).to_parquet(to / f"{shard}.parquet")
+    return {"path": "parquet", "data_files": str(to / "*.parquet"), "label": "label", "val_split": "train"}
+
+
+def as_table(root: Path, to: Path) -> ImageDataModule:
+    return HuggingFaceDataModule(**rows(root, to), **COMMON)
+
+
+def as_stream(root: Path, to: Path) -> ImageDataModule:
+    return HuggingFaceDataModule(**rows(root, to), streaming=True, **COMMON)
+
+
+def as_image_folder(root: Path, to: Path) -> ImageDataModule:
+    files = str(root / "**")
+    return HuggingFaceDataModule("imagefolder", data_files=files, label="label", val_split="train", **COMMON)
+
+
+def as_shards(root: Path, to: Path) -> ImageDataModule:
+    files, classes = in_order(root)
+    to.mkdir()
+    half = len(files) // 2
+    for shard, part in enumerate((files[:half], files[half:])):
+        members = [
+            (f"{shard}-{number:04}{ending}", data)
+            for number, (path, label) in enumerate(part)
+            for ending, data in ((path.suffix, path.read_bytes()), (".cls", classes[label].encode()))
+        ]
+        (to / f"{shard}.tar").write_bytes(bare_tar(members))
+    urls = str(to / "{0..1}.tar")
+    return WebDatasetDataModule(urls, val_urls=urls, label="cls", classes=list(classes), **COMMON)
+
+
+SOURCES = [as_table, as_stream, as_image_folder, as_shards]
+
+
+def assert_same(batch: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert batch.keys() == other.keys() == {"image", "label", "original_size", "crop_top_left"}
+    for key in batch:
+        assert batch[key].dtype == other[key].dtype
+        assert torch.equal(batch[key], other[key]), key
+
+
+@pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
+def test_real_photos(shared: Path, tmp_path: Path, make: Make) -> None:
+    archive = shared / "data" / "clothing64.zip"
+    if not archive.is_file():
+        pytest.skip("no clothing64.zip in ../shared/data: real photos are not at hand")
+    with zipfile.ZipFile(archive) as files:
+        names = [name for name in files.namelist() if name.startswith("test/")][::12]
+        files.extractall(tmp_path, names)
+    root = tmp_path / "test"
+    first, *_ = folder_module(root).val_dataloader()
+    other, *_ = make(root, tmp_path / "made").val_dataloader()
+    assert len(first["label"].unique()) > 2
+    assert_same(first, other)
+
+
+def odd_photos() -> dict[str, bytes]:
+    """An image of each mode, most of which decoders give as something other than upright RGB."""
+    image, grey = photo(0, (24, 18)), photo(1, (24, 18)).convert("L")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    alpha = image.convert("RGBA")
+    alpha.putalpha(grey)
+    deep = Image.fromarray(np.random.default_rng(2).integers(0, 65536, (18, 24), dtype=np.uint16))
+    return {
+        "turned.jpg": png(image, "JPEG", exif=exif),
+        "palette.png": png(image.quantize(16)),
+        "alpha.png": png(alpha),
+        "grey.png": png(grey),
+        "grey_alpha.png": png(alpha.convert("LA")),
+        "deep.png": png(deep),
+        "cmyk.jpg": png(image.convert("CMYK"), "JPEG"),
+        "plain.webp": png(image, "WEBP", lossless=True),
+    }
+
+
+@pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
+def test_images_of_all_modes(tmp_path: Path, make: Make) -> None:
+    for number, (name, content) in enumerate(odd_photos().items()):
+        path = tmp_path / "photos" / f"class {number % 2}" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (first,) = folder_module(tmp_path / "photos").val_dataloader()
+    (other,) = make(tmp_path / "photos", tmp_path / "made").val_dataloader()
+    assert_same(first, other)
+    sizes = sorted(map(tuple, other["original_size"].tolist()))
+    assert sizes == [(18, 24)] * 7 + [(24, 18)], "the turned one is upright"
