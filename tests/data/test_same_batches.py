@@ -10,11 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_sd3
 from PIL import Image
 from shard_files import bare_tar, photo, png
 from torch import Tensor
 
-from lpl_lightning.data import HuggingFaceDataModule, ImageDataModule, ImageFolderDataModule, WebDatasetDataModule
+from lpl_lightning import Autoencoder, ClassTokens, FlowMatching, LatentDiffusionModule
+from lpl_lightning.data import (
+    HuggingFaceDataModule,
+    ImageDataModule,
+    ImageFolderDataModule,
+    LatentCacheDataModule,
+    WebDatasetDataModule,
+)
+from lpl_lightning.encoding import EncodingTrainer
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("webdataset")
@@ -90,15 +99,19 @@ def assert_same(batch: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(batch[key], other[key]), key
 
 
-@pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
-def test_real_photos(shared: Path, tmp_path: Path, make: Make) -> None:
+def real_photos(shared: Path, to: Path) -> Path:
     archive = shared / "data" / "clothing64.zip"
     if not archive.is_file():
         pytest.skip("no clothing64.zip in ../shared/data: real photos are not at hand")
     with zipfile.ZipFile(archive) as files:
         names = [name for name in files.namelist() if name.startswith("test/")][::12]
-        files.extractall(tmp_path, names)
-    root = tmp_path / "test"
+        files.extractall(to, names)
+    return to / "test"
+
+
+@pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
+def test_real_photos(shared: Path, tmp_path: Path, make: Make) -> None:
+    root = real_photos(shared, tmp_path)
     first, *_ = folder_module(root).val_dataloader()
     other, *_ = make(root, tmp_path / "made").val_dataloader()
     assert len(first["label"].unique()) > 2
@@ -136,3 +149,26 @@ def test_images_of_all_modes(tmp_path: Path, make: Make) -> None:
     assert_same(first, other)
     sizes = sorted(map(tuple, other["original_size"].tolist()))
     assert sizes == [(18, 24)] * 7 + [(24, 18)], "the turned one is upright"
+
+
+@pytest.mark.parametrize("source", ["folder", "table"])
+def test_a_cache_of_latents_gives_the_latents_of_the_same_first_batch(
+    shared: Path, tmp_path: Path, source: str
+) -> None:
+    """Real photos and a real autoencoder, from the folder and from the table."""
+    root, images = real_photos(shared, tmp_path / "photos"), {**COMMON, "image_size": 64}
+    data = (
+        ImageFolderDataModule(root, val_root=root, verify=False, **images)
+        if source == "folder"
+        else HuggingFaceDataModule(**rows(root, tmp_path / "rows"), **images)
+    )
+    autoencoder = Autoencoder(str(shared / "weights" / "taesd3"))
+    classes = ClassTokens(data.num_classes, token_dim=8, pooled_dim=8)
+    module = LatentDiffusionModule(autoencoder, FlowMatching(), tiny_sd3(), classes)
+    run = EncodingTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    out = run.encode(module, data, str(tmp_path / "latents"), splits=("val",), dtype="float32", shard_size=11)
+    found = next(iter(LatentCacheDataModule(out, batch_size=8).val_dataloader()))
+    expected = next(iter(ImageFolderDataModule(root, val_root=root, verify=False, **images).val_dataloader()))
+    torch.testing.assert_close(found["latent"], autoencoder.encode(expected["image"]), rtol=1e-4, atol=1e-4)
+    for key in ("label", "original_size", "crop_top_left"):
+        assert torch.equal(found[key], expected[key])
