@@ -106,9 +106,10 @@ def check_size(images: Tensor, image_size: int) -> None:
 
 def _rings(side: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Rings of the coefficients of a real transform, (side, side // 2 + 1), and how many each stands for, 1 or 2."""
-    rows = torch.fft.fftfreq(side, 1 / side, dtype=torch.float64, device=device)
-    columns = torch.fft.rfftfreq(side, 1 / side, dtype=torch.float64, device=device)
-    rings = torch.hypot(rows[:, None], columns).round().long()
+    # Integers, which torch.fft.fftfreq(side, 1 / side) does not always give: 49.00000000000001 of side 98.
+    columns = torch.arange(side // 2 + 1, device=device)
+    rows = (torch.arange(side, device=device) + side // 2) % side - side // 2  # 0, 1, ..., -2, -1
+    rings = torch.hypot(rows[:, None].double(), columns.double()).round().long()
     mirrored = (columns > 0) & (2 * columns != side)  # the conjugate is left out of a real transform
     return rings, (1 + mirrored.double()).expand(side, -1)
 
