@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lpl_lightning.arguments import at_least
@@ -41,6 +40,7 @@ from lpl_lightning.metrics.pair_distances import (
     slices,
     upper_bounds,
 )
+from lpl_lightning.metrics.two_sets import TwoSetsMetric
 
 __all__ = ["PRDC", "Neighbours", "Overlap", "nearest_distances", "neighbours", "prdc"]
 
@@ -83,12 +83,11 @@ class Neighbours(NamedTuple):
         )
 
 
-class PRDC(Metric):
+class PRDC(TwoSetsMetric):
     """Precision, recall, density and coverage of generated images' features.
 
     All features are kept, in float32: 50,000 of 2,048 dimensions take 400 MB, twice that while ``compute`` runs, and
     after a sync each process has those of all. ``set_dtype(torch.float64)`` before the first update keeps float64.
-    Call ``update`` and ``compute``: a batch alone, as ``forward`` would have it, has no value.
 
     Args:
         k: Which neighbour a ball reaches to.

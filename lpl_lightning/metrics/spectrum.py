@@ -30,6 +30,7 @@ from torch import Tensor
 from lpl_lightning.arguments import at_least
 from lpl_lightning.metrics.gaussian import DoubleMetric
 from lpl_lightning.metrics.preparation import check_images
+from lpl_lightning.metrics.two_sets import TwoSetsMetric
 
 __all__ = ["PowerSpectrum", "Spectra", "check_size", "radial_counts", "radial_power"]
 
@@ -178,7 +179,7 @@ def radial_power(images: Tensor, window: bool = False, corners: bool = False) ->
     return _binned(power * counts, rings, bins) / _binned(counts[None], rings, bins)
 
 
-class PowerSpectrum(DoubleMetric):
+class PowerSpectrum(TwoSetsMetric, DoubleMetric):
     """Mean power spectra of real and generated images, and how they differ: ``compute`` gives ``Spectra``.
 
     States are sums in float64, of a size that depends on the images' side alone.

@@ -161,6 +161,14 @@ def test_a_reference_stands_in_for_real_images() -> None:
         few.compute()
 
 
+def test_a_call_is_refused_and_loses_nothing() -> None:
+    real, generated = pair()
+    found = metric(real, generated)
+    with pytest.raises(ValueError, match=r"`FrechetDistance` must be given batches by `update`, got a call"):
+        found(generated, real=False)
+    torch.testing.assert_close(found.compute(), metric(real, generated).compute(), rtol=0, atol=0)
+
+
 def test_two_processes_are_equal_to_one(tmp_path: Path) -> None:
     """Two real processes, of which one has too few samples for a covariance of its own."""
     save_tower(tmp_path / "tower")

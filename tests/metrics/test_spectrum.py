@@ -242,6 +242,16 @@ def test_what_has_no_rings_is_refused() -> None:
         PowerSpectrum(1)
 
 
+def test_a_call_is_refused_and_loses_nothing() -> None:
+    real, generated = noise(5), noise(4)
+    metric = PowerSpectrum(16)
+    metric.update(real, real=True)
+    metric.update(generated, real=False)
+    with pytest.raises(ValueError, match=r"`PowerSpectrum` must be given batches by `update`, got a call"):
+        metric(generated, real=False)
+    torch.testing.assert_close(metric.compute(), spectra_of(real, generated), rtol=1e-12, atol=0)
+
+
 def test_a_set_without_images_is_refused() -> None:
     metric = PowerSpectrum(16)
     metric.update(noise(), real=True)
