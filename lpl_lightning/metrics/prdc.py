@@ -138,7 +138,7 @@ class PRDC(TwoSetsMetric):
         new = self.dimensions.new_tensor(features.shape[1])
         self.dimensions = _same_dimensions(torch.stack([self.dimensions, new]))
         kept: Any = getattr(self, kind)
-        kept.append(features.detach().to(self.dtype).flatten())
+        kept.append(features.detach().to(self.dtype, copy=True).flatten())  # the caller's may be written over
 
     def compute(self) -> dict[str, Tensor]:
         """The values by name, of all features of all processes.
@@ -172,7 +172,8 @@ def nearest_distances(
         k: Which neighbour, 1 for the nearest. A repeated point is its own copies' neighbour, at distance 0.
         block_bytes: Memory for one block of pairs. The features are held once more, in the type of each pass.
         passes: Types of the products that decide most pairs, each for what the one before leaves open; float64 comes
-            last. None: what this CPU is fastest at, or on other devices float64 alone. The result is the same.
+            last. None: what this CPU is fastest at, or on other devices float64 alone. The result is the same, but for
+            the rounding of sums of D terms where more than 3 k + 11 points are equally near.
 
     Returns:
         Distances (N,), float64.
