@@ -74,6 +74,16 @@ def test_states_stay_double_in_a_module_in_another_precision() -> None:
     torch.testing.assert_close(statistics.compute().covariance, before, rtol=0, atol=0)
 
 
+def test_features_that_require_a_gradient_leave_no_graph() -> None:
+    """As those of a network that is being trained: a graph would keep all batches in memory."""
+    features = torch.randn(20, 3, requires_grad=True)
+    statistics = streamed(features, 7)
+    assert not statistics.moments.requires_grad
+    found = statistics.compute()
+    torch.testing.assert_close(found.covariance, features.detach().double().T.cov())
+    assert not found.mean.requires_grad
+
+
 def test_other_features_are_refused() -> None:
     statistics = GaussianStatistics(3)
     for wrong in (torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, 3, dtype=torch.long)):
