@@ -148,13 +148,14 @@ def test_images_follow_a_network_that_has_buffers_alone(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which meta has not
 
     class Fixed(nn.Module):
+        projection: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("projection", torch.randn(48, 5))
 
         def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.projection
-            return found
+            return nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.projection
 
     extractor = ModuleFeatures(Fixed())
     assert extractor.dim == 5
