@@ -29,8 +29,9 @@ from lpl_lightning.evaluation.generated import (
     goes_by_labels,
 )
 from lpl_lightning.evaluation.image_files import ImageFiles
-from lpl_lightning.evaluation.image_metrics import ReconstructionMetrics, SpectrumMetrics
+from lpl_lightning.evaluation.image_metrics import SpectrumMetrics
 from lpl_lightning.evaluation.measure import Sets
+from lpl_lightning.evaluation.reconstruction_metrics import ReconstructionMetrics
 from lpl_lightning.evaluation.report import VALIDATION, Report
 from lpl_lightning.evaluation.suite import Suite
 from lpl_lightning.frozen import weights_hash

@@ -23,7 +23,8 @@ from lpl_lightning.metrics.tensor_files import read_tensors, write_tensors
 
 __all__ = ["Cached", "ReferenceCache", "default_folder"]
 
-_FORMAT = "lpl_lightning reference cache 1"
+_FORMAT = "lpl_lightning reference cache 2"
+"""Part of a file's name: states whose meaning has changed since are not found."""
 
 
 def default_folder() -> Path:
@@ -122,7 +123,7 @@ class ReferenceCache:
 
 
 def _said(images_key: str, provenance: Mapping[str, Any]) -> str:
-    return json.dumps({"images": images_key, "provenance": dict(provenance)}, sort_keys=True)
+    return json.dumps({"format": _FORMAT, "images": images_key, "provenance": dict(provenance)}, sort_keys=True)
 
 
 def _hash(tensors: Mapping[str, Tensor], about: str) -> str:

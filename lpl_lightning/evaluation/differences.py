@@ -154,7 +154,13 @@ def differences(
             notes.append(f"{name}: no interval of {run.name}, since {error}.")
             advance(count)
             return None
-        return None if statistic is None else replicates(statistic, count, seed, stream, advance)
+        if statistic is None:
+            return None
+        found = replicates(statistic, count, seed, stream, advance)
+        if found.isfinite().all():
+            return found
+        notes.append(f"{name}: no interval of {run.name}, since it is not finite for other images.")
+        return None
 
     rows = {}
     for name in dict.fromkeys(name for run in runs for name in run.report.values):
@@ -219,7 +225,7 @@ def _interval(value: Value, found: float, replicated: Tensor | None) -> Interval
 
 
 def _verdict(spread: Interval | None, better: str | None) -> Verdict | None:
-    if spread is None or 0 in spread or math.isnan(spread.low):
+    if spread is None or 0 in spread:
         return None
     if better is None:
         return "differs"
@@ -249,10 +255,9 @@ def _incomparable(base: Value | None, value: Value) -> str:
     if keys and not COUNTS.issuperset(keys):
         differ = [f"`{key}` ({_text(other.get(key))}, not {_text(one.get(key))})" for key in keys if key not in COUNTS]
         return f"it was made with another {', '.join(differ)}"
-    kinds = [value.resampling.kind for value in (base, value) if value.resampling is not None]
-    if keys and "frechet" in kinds:
-        differ = [f"`{key}` {_text(other.get(key))}, not {_text(one.get(key))}" for key in keys]
-        return f"a Frechet distance is biased by the number of images ({', '.join(differ)})"
+    if counts := [key for key in keys if key in (*base.biased_by, *value.biased_by)]:
+        differ = [f"`{key}` {_text(other.get(key))}, not {_text(one.get(key))}" for key in counts]
+        return f"it is biased by the number of images ({', '.join(differ)})"
     return ""
 
 
@@ -263,8 +268,8 @@ def _counts(runs: Sequence[Run]) -> list[str]:
         return []
     said = ", ".join(f"{count} of {name}" for name, count in counts.items())
     return [
-        f"The numbers of images differ ({said}). Metrics that are biased by it, as Frechet distances, precision and "
-        "recall are, do not compare."
+        f"The numbers of images differ ({said}). Metrics that are biased by it, as Frechet distances, recall and "
+        "coverage are, do not compare."
     ]
 
 

@@ -214,12 +214,15 @@ class FeatureMetrics(Measure):
         distance = frechet_distance(mean, covariance, generated.mean, generated.covariance)
         counts = {"generated": generated.samples, **settings}
         resampling = Resampling("frechet", self.label) if whole else None
-        values = {self._named("fid", "frechet"): self._value(distance, "lower", counts, resampling=resampling)}
+        # A covariance of fewer images has wider and narrower axes than that of all (Chong & Forsyth, 2020).
+        value = self._value(distance, "lower", counts, None, resampling, ("generated", "real"))
+        values = {self._named("fid", "frechet"): value}
         if "reconstructed" in found:
             again = gaussian(found["reconstructed"], f"{self.name}, reconstructed", self._least)
             distance = frechet_distance(mean, covariance, again.mean, again.covariance)
             counts = {"reconstructed": again.samples, **settings}
-            values[self._named("rfid", "reconstruction_frechet")] = self._value(distance, "lower", counts)
+            value = self._value(distance, "lower", counts, biased_by=("reconstructed", "real"))
+            values[self._named("rfid", "reconstruction_frechet")] = value
         if self._pairs or self.is_inception:
             values |= self._of_pairs(found["rows"], rows)
         return values
@@ -242,7 +245,9 @@ class FeatureMetrics(Measure):
                 score.update(self.extractor.logits(generated))
                 mean, std = score.compute()
                 settings = {"generated": len(generated), "splits": SPLITS, "seed": SEED}
-                values[self._named("inception_score", "")] = self._value(mean, "higher", settings, std)
+                # A part's own mean stands in for p(y): the score rises with the size of parts.
+                value = self._value(mean, "higher", settings, std, biased_by=("generated",))
+                values[self._named("inception_score", "")] = value
             if self.kernel:
                 size = min(self.kernel_subset, len(real), len(generated))
                 kernel = KernelInceptionDistance(
@@ -252,6 +257,7 @@ class FeatureMetrics(Measure):
                 kernel.update(generated.double(), real=False)
                 mean, std = kernel.compute()
                 settings = counts | {"subsets": SUBSETS, "subset_size": size, "seed": SEED}
+                # Unbiased for any number of images (Binkowski et al., 2018).
                 values[self._named("kid", "kernel")] = self._value(mean, "lower", settings, std)
             if self.memorization:
                 memorized = MemorizationInformedFrechetInceptionDistance(
@@ -259,27 +265,38 @@ class FeatureMetrics(Measure):
                 )
                 memorized.update(real, real=True)
                 memorized.update(generated, real=False)
-                values[self._named("mifid", "memorization")] = self._value(memorized.compute(), "lower", counts)
+                # Both the distance and the nearest real image are nearer where there are more.
+                value = self._value(memorized.compute(), "lower", counts, biased_by=("generated", "real"))
+                values[self._named("mifid", "memorization")] = value
         if self.neighbours is not None:
             members = neighbours(real, generated, self.neighbours)
             values |= self._overlap(members, counts | {"k": self.neighbours})
         return values
 
     def _overlap(self, members: Neighbours, settings: dict[str, int]) -> dict[str, Value]:
+        """Precision and density are resampled as what they are, means over generated images.
+
+        The real images, and so the radii of their balls, are held fixed. Those radii depend on the number of real
+        images; that of generated ones moves neither mean.
+
+        Recall and coverage are of what the generated images do together. Means over the real images would hold them
+        fixed, and with them all that another set of them would change; to draw them with replacement, with the radii
+        as they are, gives intervals that are too narrow where few balls hold a point. Neither is resampled.
+        """
         overlap, values = members.overlap, {}
-        parts: tuple[tuple[str, float, Tensor, Literal["generated", "real"], float], ...] = (
-            ("precision", overlap.precision, members.holding > 0, "generated", 1.0),
-            ("recall", overlap.recall, members.recalled, "real", 1.0),
-            ("density", overlap.density, members.holding, "generated", 1 / members.k),
-            ("coverage", overlap.coverage, members.covered, "real", 1.0),
+        parts: tuple[tuple[str, float, Tensor, Literal["generated", "real"], float, tuple[str, ...]], ...] = (
+            ("precision", overlap.precision, members.holding > 0, "generated", 1.0, ("real",)),
+            ("recall", overlap.recall, members.recalled, "real", 1.0, ("generated",)),
+            ("density", overlap.density, members.holding, "generated", 1 / members.k, ("real",)),
+            ("coverage", overlap.coverage, members.covered, "real", 1.0, ("generated", "real")),
         )
-        for name, value, each, of, scale in parts:
+        for name, value, each, of, scale, biased_by in parts:
             key = f"{name}_{self.name}"
             whole = len(each) == getattr(self.sets, of)
             if whole:
                 self._samples[key] = each.float()
-            resampling = Resampling("mean", key, of, scale) if whole else None
-            values[key] = self._value(value, "higher", settings, resampling=resampling)
+            resampling = Resampling("mean", key, of, scale) if whole and of == "generated" else None
+            values[key] = self._value(value, "higher", settings, None, resampling, biased_by)
         return values
 
     def _named(self, of_inception: str, of_others: str) -> str:
@@ -294,9 +311,10 @@ class FeatureMetrics(Measure):
         settings: Mapping[str, int | str],
         std: Tensor | None = None,
         resampling: Resampling | None = None,
+        biased_by: tuple[str, ...] = (),
     ) -> Value:
         provenance = {**self._made_with, **settings}
-        return Value(float(value), better, provenance, None if std is None else float(std), resampling)
+        return Value(float(value), better, provenance, None if std is None else float(std), resampling, biased_by)
 
     def samples(self) -> dict[str, Tensor]:
         """Features of the generated images, and of which balls each image is a member."""
@@ -306,12 +324,18 @@ class FeatureMetrics(Measure):
         """Write what the Frechet distance is taken to."""
         reference = self._reference()
         reference.save(folder / f"reference_{self.name}.safetensors")
-        if min(reference.count, self.sets.generated) >= self.extractor.dim:
-            return []
-        return [
-            f"{self.name}: there are fewer images than the {self.extractor.dim} features, so that the Frechet distance "
-            "depends on their number and compares with none of another number."
-        ]
+        notes = []
+        if min(reference.count, self.sets.generated) < self.extractor.dim:
+            notes.append(
+                f"{self.name}: there are fewer images than the {self.extractor.dim} features, so that the Frechet "
+                "distance depends on their number and compares with none of another number."
+            )
+        if self.neighbours is not None:
+            notes.append(
+                f"recall_{self.name}, coverage_{self.name}: no intervals, since drawing images anew does not tell how "
+                "far they would go with other generated ones."
+            )
+        return notes
 
 
 class _Passing(nn.Identity):

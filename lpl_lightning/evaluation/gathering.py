@@ -74,8 +74,9 @@ class Rows:
             index: (B,) integer, positions of its images.
             rows: (B, ``width``), or (B,) where that is 1.
         """
-        self._index.append(index.to(self.device, torch.long))
-        self._rows.append(rows.detach().to(self.device, torch.float32).reshape(len(index), self.width))
+        # Copies: the caller's tensors may be written over.
+        self._index.append(index.to(self.device, torch.long, copy=True))
+        self._rows.append(rows.detach().to(self.device, torch.float32, copy=True).reshape(len(index), self.width))
 
     def all(self) -> tuple[Tensor, Tensor]:
         """Those of all processes.

@@ -1,10 +1,10 @@
-"""Measures that need no network, or one of their own: spectra, wavelets, captions and reconstructions."""
+"""Measures that need no network, or one of their own: spectra, wavelets and captions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +14,12 @@ from lpl_lightning.arguments import at_least
 from lpl_lightning.evaluation.gathering import Rows
 from lpl_lightning.evaluation.measure import Measure, Role, Sets
 from lpl_lightning.evaluation.report import Resampling, Value
-from lpl_lightning.frozen import weights_hash
 from lpl_lightning.metrics.clip_score import CLIPScore
-from lpl_lightning.metrics.reconstruction import LPIPS, Reconstruction
 from lpl_lightning.metrics.spectrum import FLOOR, PowerSpectrum, Spectra, radial_power
 from lpl_lightning.metrics.spectrum_plot import plot_spectra, write_spectra
 from lpl_lightning.metrics.wavelet import FrechetWaveletDistance
 
-__all__ = ["CaptionMetrics", "ReconstructionMetrics", "SpectrumMetrics", "WaveletMetrics"]
+__all__ = ["CaptionMetrics", "SpectrumMetrics", "WaveletMetrics"]
 
 PACKET_SIDE = 4
 """Least side of a wavelet packet, in coefficients, down to which images are split by default."""
@@ -99,9 +97,11 @@ class SpectrumMetrics(Measure):
         _, self._log_power = self._rows.all()
         made = self.provenance() | {"generated": self.sets.generated, "real": self.sets.real}
         difference, resampling = float(self.spectra.mean_absolute_log_difference), Resampling("spectrum", "log_power")
-        values = {"spectrum_log_difference": Value(difference, "lower", made, resampling=resampling)}
+        # Means of fewer images have more noise, and absolute values of it do not cancel.
+        biased_by = ("generated", "real")
+        values = {"spectrum_log_difference": Value(difference, "lower", made, None, resampling, biased_by)}
         for band, error in zip(("low", "middle", "high"), self.spectra.band_errors().tolist(), strict=True):
-            values[f"spectrum_error_{band}"] = Value(error, "lower", made)
+            values[f"spectrum_error_{band}"] = Value(error, "lower", made, biased_by=biased_by)
         return values
 
     def samples(self) -> dict[str, Tensor]:
@@ -202,10 +202,13 @@ class WaveletMetrics(Measure):
         """The distances."""
         made = self.provenance()
         counts = {"generated": self.sets.generated, "real": self.sets.real}
-        values = {"frechet_wavelet": Value(float(self._metric.compute()), "lower", made | counts)}
+        # As all Frechet distances are.
+        found = Value(float(self._metric.compute()), "lower", made | counts, biased_by=tuple(counts))
+        values = {"frechet_wavelet": found}
         if self._reconstruction is not None:
             counts = {"reconstructed": self.sets.real, "real": self.sets.real}
-            values["reconstruction_frechet_wavelet"] = Value(float(self._reconstruction), "lower", made | counts)
+            found = Value(float(self._reconstruction), "lower", made | counts, biased_by=tuple(counts))
+            values["reconstruction_frechet_wavelet"] = found
         return values
 
 
@@ -267,74 +270,3 @@ class CaptionMetrics(Measure):
     def samples(self) -> dict[str, Tensor]:
         """Score of each image."""
         return {"clip_score": self._scores[:, 0]}
-
-
-class ReconstructionMetrics(Measure):
-    """What the autoencoder gives back of real images, the ceiling of any model on it.
-
-    ``reconstruction_psnr`` in dB, ``reconstruction_ssim`` and, if asked for, ``reconstruction_lpips``: means over
-    images. Where nothing is reconstructed, as of images from elsewhere, there are none.
-
-    Args:
-        lpips: The perceptual distance; None leaves it out, since its weights are not everywhere.
-    """
-
-    def __init__(self, lpips: LPIPS | None = None) -> None:
-        super().__init__()
-        self.reconstruction = Reconstruction(lpips)
-        self._lpips_weights = None if lpips is None else weights_hash(lpips)
-
-    @property
-    def label(self) -> str:
-        """``reconstruction``."""
-        return "reconstruction"
-
-    def provenance(self) -> dict[str, Any]:
-        """Of what, and by which network."""
-        made: dict[str, Any] = {"class": "Reconstruction"}
-        return made if self._lpips_weights is None else made | {"lpips_weights": self._lpips_weights}
-
-    def begin_real(self) -> None:
-        """Forget the real images and their reconstructions."""
-        self._rows = Rows(len(self.reconstruction.names), self.device)
-        self._state: dict[str, Tensor] = {}
-        self._images: Tensor | None = None
-
-    def begin_generated(self) -> None:
-        """Nothing is kept of generated images."""
-
-    def update(self, images: Tensor, role: Role, index: Tensor, captions: Sequence[str] | None = None) -> None:
-        """Take a batch."""
-        if role == "real":
-            self._images = images
-        elif role == "reconstructed" and self._images is not None:
-            self._rows.add(index, self.reconstruction.each(images, self._images).T)
-            self._images = None
-
-    def real_state(self) -> dict[str, Tensor]:
-        """Values of each image."""
-        return {"rows": self._rows.all()[1]}
-
-    def put_real_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take what ``real_state`` gave."""
-        self._state = dict(state)
-
-    def compute(self) -> dict[str, Value]:
-        """The means, if anything was reconstructed."""
-        if self.sets.autoencoder is None:
-            return {}
-        rows = self._state["rows"].double()
-        made = self.provenance() | {"autoencoder": self.sets.autoencoder, "reconstructed": len(rows)}
-        values = {}
-        for name, mean in zip(self.reconstruction.names, rows.mean(dim=0).tolist(), strict=True):
-            key = f"reconstruction_{name}"
-            better: Literal["lower", "higher"] = "lower" if name == "lpips" else "higher"
-            values[key] = Value(mean, better, made, resampling=Resampling("mean", key, "real"))
-        return values
-
-    def samples(self) -> dict[str, Tensor]:
-        """Values of each image."""
-        if self.sets.autoencoder is None:
-            return {}
-        names = [f"reconstruction_{name}" for name in self.reconstruction.names]
-        return dict(zip(names, self._state["rows"].T, strict=True))

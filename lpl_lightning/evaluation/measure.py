@@ -106,7 +106,7 @@ class Measure(nn.Module, ABC):
         """The values by name; generated images must have come."""
 
     def samples(self) -> dict[str, Tensor]:
-        """What was found of each image, by the keys that ``Resampling`` names; after ``compute``."""
+        """What was found of each image, what ``Resampling`` names by its keys among it; after ``compute``."""
         return {}
 
     def write(self, folder: Path) -> list[str]:

@@ -26,7 +26,7 @@ SAMPLES = "samples.safetensors"
 VALIDATION = "validation"
 """Folder, in a run's, of what ``lpl validate`` has found."""
 
-_FORMAT = "lpl_lightning evaluation 1"
+_FORMAT = "lpl_lightning evaluation 2"
 
 Provenance = Mapping[str, Any]
 """What something depends on, by name; plain values, as JSON holds them."""
@@ -64,6 +64,8 @@ class Value:
         provenance: What it depends on besides the images: extractor, weights' hash, resizing, counts of images.
         std: Standard deviation over the splits or subsets that it is a mean of, where it is one.
         resampling: How it is computed anew of other images; None where it is not.
+        biased_by: Which counts in ``provenance`` move its expectation, so that it compares with none of another count;
+            empty for means over images and other unbiased estimates.
     """
 
     value: float
@@ -71,6 +73,7 @@ class Value:
     provenance: Provenance
     std: float | None = None
     resampling: Resampling | None = None
+    biased_by: tuple[str, ...] = ()
 
 
 @dataclass
@@ -118,7 +121,7 @@ class Report:
 
         Raises:
             FileNotFoundError: There is none.
-            ValueError: It is something else.
+            ValueError: It is something else, or of a version whose values do not compare with this one's.
         """
         path = Path(path)
         path = path / REPORT if path.is_dir() else path
@@ -126,14 +129,15 @@ class Report:
             raise FileNotFoundError(f"There is no {path}: make one by `lpl test` or `lpl evaluate`.")
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            if found.pop("format") != _FORMAT:
-                raise ValueError("its `format` is another")
+            if (written := found.pop("format")) != _FORMAT:
+                raise ValueError(f"its `format` is {written!r}, not {_FORMAT!r}; evaluate the images again")
             values = found.pop("values")
             for value in values.values():
                 if value["resampling"] is not None:
                     value["resampling"] = Resampling(**value["resampling"])
                 value["value"] = float(value["value"])
                 value["std"] = None if value["std"] is None else float(value["std"])
+                value["biased_by"] = tuple(value["biased_by"])
             return cls(values={name: Value(**value) for name, value in values.items()}, **found)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no report as this version writes it: {error}.") from error

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lpl_lightning.evaluation.image_metrics import ReconstructionMetrics, SpectrumMetrics, WaveletMetrics
+from lpl_lightning.evaluation.image_metrics import SpectrumMetrics, WaveletMetrics
 from lpl_lightning.evaluation.measure import Measure, Role, Sets
+from lpl_lightning.evaluation.reconstruction_metrics import ReconstructionMetrics
 from lpl_lightning.evaluation.report import SAMPLES, Value
 from lpl_lightning.metrics.tensor_files import write_tensors
 

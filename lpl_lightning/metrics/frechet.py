@@ -19,6 +19,7 @@ from torch import Tensor
 from lpl_lightning.arguments import at_least
 from lpl_lightning.metrics.gaussian import DoubleMetric, Gaussian, add_features, empty_moments, gaussian, merge_moments
 from lpl_lightning.metrics.reference import ReferenceStatistics
+from lpl_lightning.metrics.two_sets import TwoSetsMetric
 
 __all__ = ["FrechetDistance", "frechet_distance"]
 
@@ -66,7 +67,7 @@ def _root(covariance: Tensor) -> Tensor:
     return root
 
 
-class FrechetDistance(DoubleMetric):
+class FrechetDistance(TwoSetsMetric, DoubleMetric):
     """The squared Frechet distance of features of generated images to those of real ones.
 
     Args:

@@ -222,16 +222,28 @@ def nearest_squares(points: Points, k: int, side: int, passes: list[torch.dtype]
             squares = torch.full_like(near, math.inf, dtype=torch.float64)
             squares[near] = exact_squares(points, points, i[near], index[rows][near])
             found[rows] = squares.kthvalue(k, 1).values
-        # Points that were left out are no nearer than the last that was kept.
-        open_rows = (found > lower.amax(1).clamp(min=0)).nonzero().flatten() if width < count - 1 else index[:0, 0]
+        # Points that were left out are no nearer than the last that was kept, but for what a sum of D terms is rounded
+        # by: many that are equally near, as corners of a simplex are, need no look at all of them.
+        least = lower.amax(1).clamp(min=0) * (1 + points.features.shape[1] * torch.finfo(torch.float64).eps)
+        open_rows = (found > least).nonzero().flatten() if width < count - 1 else index[:0, 0]
         if SCARCE * len(open_rows) <= count:
             break
-    for row in open_rows.tolist():
-        others = torch.arange(count, device=found.device)
-        squares = exact_squares(points, points, others.new_full((count,), row), others)
-        squares[row] = math.inf
-        found[row] = squares.kthvalue(k).values
+    for part in slices(len(open_rows), max(1, side**2 // count)):
+        found[open_rows[part]] = _nearest_of_all(points, rounded, open_rows[part], k)
     return found
+
+
+def _nearest_of_all(points: Points, rounded: Rounded, rows: Tensor, k: int) -> Tensor:
+    """Squared distances of some points to their k-th nearest other, of which many may be equally near."""
+    i = rows[:, None].expand(-1, len(points))
+    j = torch.arange(len(points), device=rows.device).expand_as(i)
+    some = Rounded(rounded.values[rows], rounded.squares[rows], rounded.error)
+    lower = lower_bounds(some, rounded)
+    upper = upper_bounds(rounded, rounded, i, j, lower).masked_fill_(i == j, math.inf)
+    near = (lower <= upper.kthvalue(k, 1, keepdim=True).values).logical_and_(i != j)
+    squares = torch.full_like(upper, math.inf)
+    squares[near] = exact_squares(points, points, i[near], j[near])
+    return squares.kthvalue(k, 1).values
 
 
 def _smallest(rounded: Rounded, width: int, side: int) -> tuple[Tensor, Tensor]:

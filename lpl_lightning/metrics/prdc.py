@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lpl_lightning.arguments import at_least
@@ -41,6 +40,7 @@ from lpl_lightning.metrics.pair_distances import (
     slices,
     upper_bounds,
 )
+from lpl_lightning.metrics.two_sets import TwoSetsMetric
 
 __all__ = ["PRDC", "Neighbours", "Overlap", "nearest_distances", "neighbours", "prdc"]
 
@@ -83,12 +83,11 @@ class Neighbours(NamedTuple):
         )
 
 
-class PRDC(Metric):
+class PRDC(TwoSetsMetric):
     """Precision, recall, density and coverage of generated images' features.
 
     All features are kept, in float32: 50,000 of 2,048 dimensions take 400 MB, twice that while ``compute`` runs, and
     after a sync each process has those of all. ``set_dtype(torch.float64)`` before the first update keeps float64.
-    Call ``update`` and ``compute``: a batch alone, as ``forward`` would have it, has no value.
 
     Args:
         k: Which neighbour a ball reaches to.
@@ -139,7 +138,7 @@ class PRDC(Metric):
         new = self.dimensions.new_tensor(features.shape[1])
         self.dimensions = _same_dimensions(torch.stack([self.dimensions, new]))
         kept: Any = getattr(self, kind)
-        kept.append(features.detach().to(self.dtype).flatten())
+        kept.append(features.detach().to(self.dtype, copy=True).flatten())  # the caller's may be written over
 
     def compute(self) -> dict[str, Tensor]:
         """The values by name, of all features of all processes.
@@ -173,7 +172,8 @@ def nearest_distances(
         k: Which neighbour, 1 for the nearest. A repeated point is its own copies' neighbour, at distance 0.
         block_bytes: Memory for one block of pairs. The features are held once more, in the type of each pass.
         passes: Types of the products that decide most pairs, each for what the one before leaves open; float64 comes
-            last. None: what this CPU is fastest at, or on other devices float64 alone. The result is the same.
+            last. None: what this CPU is fastest at, or on other devices float64 alone. The result is the same, but for
+            the rounding of sums of D terms where more than 3 k + 11 points are equally near.
 
     Returns:
         Distances (N,), float64.

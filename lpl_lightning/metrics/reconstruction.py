@@ -2,9 +2,13 @@ r"""How well an autoencoder gives images back: PSNR, SSIM and LPIPS, the ceiling
 
 .. math:: PSNR(\hat x, x) = 10 \log_{10} \frac{2^2}{\frac{1}{3 H W} \|\hat x - x\|^2}
 
-in dB for images in [-1, 1], whose range is 2. Each value is the mean over images of that of an image, as autoencoders
-are reported. PSNR of the error of all pixels of a set, which ``AutoencoderModule`` logs while it trains, is no larger
-(Jensen's inequality), and equal where all images are equally hard; do not compare the two.
+in dB for images in [-1, 1], whose range is 2. SSIM is that of (x + 1) / 2, whose range is 1, as the field has it: its
+term of luminance, (2 m n + C_1) / (m^2 + n^2 + C_1) of the means m and n of a window, depends on where black is, unlike
+PSNR.
+
+Each value is the mean over images of that of an image, as autoencoders are reported. PSNR of the error of all pixels of
+a set, which ``AutoencoderModule`` logs while it trains, is no larger (Jensen's inequality), and equal where all images
+are equally hard; do not compare the two.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ class LPIPS(FrozenModule):
     Args:
         network: Which one: "alex" (the usual choice for evaluation), "vgg" or "squeeze". Or a module called with the
             reconstruction and the image, (B, 3, H, W) in [-1, 1], that gives a value per image, such as ``lpips.LPIPS``
-            with weights from elsewhere.
+            with weights from elsewhere. It is put in float32, if it came in less.
 
     Raises:
         FileNotFoundError: The weights are not there and cannot be downloaded; it says where to put which file.
@@ -48,8 +52,7 @@ class LPIPS(FrozenModule):
     def __init__(self, network: Literal["alex", "vgg", "squeeze"] | nn.Module = "alex") -> None:
         super().__init__()
         self.network = network if isinstance(network, nn.Module) else _pretrained(network)
-        self.requires_grad_(False)
-        self.train(False)
+        self.float().requires_grad_(False).train(False)
 
     def forward(self, reconstructed: Tensor, images: Tensor) -> Tensor:
         """Distances (B,) of images (B, 3, H, W) in [-1, 1].
@@ -57,7 +60,10 @@ class LPIPS(FrozenModule):
         Raises:
             ValueError: The network gives another number of values.
         """
-        values: Tensor = self.network(reconstructed, images)
+        # It may have come in double precision, or a trainer in that may have widened it.
+        weights = (tensor for tensor in (*self.parameters(), *self.buffers()) if tensor.is_floating_point())
+        precision = next((tensor.dtype for tensor in weights), torch.float32)
+        values: Tensor = self.network(reconstructed.to(precision), images.to(precision))
         if values.numel() != len(images):
             raise ValueError(
                 f"`network` must give one value per image, got {tuple(values.shape)} for {len(images)} images. "
@@ -88,7 +94,8 @@ class Reconstruction(DoubleMetric):
 
     Reconstructions are clamped to [-1, 1], as an image file would hold them, and not rounded to 8 bits (which takes
     under 0.01 dB off a PSNR of 30 dB). An image given back exactly has an infinite PSNR, and so then has the set.
-    SSIM is torchmetrics': a Gaussian window of 11 px, and images reflected beyond their borders. States are sums.
+    SSIM is torchmetrics', of images moved to [0, 1] with a range of 1: a Gaussian window of 11 px, and images reflected
+    beyond their borders. States are sums.
 
     Args:
         lpips: The perceptual distance; None leaves it out, since its weights are not everywhere.
@@ -122,7 +129,7 @@ class Reconstruction(DoubleMetric):
             images: What they are of, (B, 3, H, W) in [-1, 1].
 
         Returns:
-            (2 or 3, B) float64: PSNR in dB, SSIM and, if asked for, LPIPS, as ``names`` says.
+            (2 or 3, B) float64: PSNR in dB, SSIM (of the images in [0, 1]) and, if asked for, LPIPS, as ``names`` says.
 
         Raises:
             ValueError: Shapes that differ, images smaller than SSIM's window, values that are not finite, or images
@@ -148,11 +155,11 @@ class Reconstruction(DoubleMetric):
         with torch.autocast(images.device.type, enabled=False):
             images = images.float()
             reconstructed = reconstructed.float().clamp(-1, 1)
+            # In float64, since variances of windows are differences of squares, and C_2 is 9e-4.
+            one, other = (reconstructed.double() + 1) / 2, (images.double() + 1) / 2
             values: list[Any] = [  # torchmetrics types what comes without `return_full_image` as a pair too
-                peak_signal_noise_ratio(
-                    reconstructed.double(), images.double(), data_range=2.0, reduction="none", dim=(1, 2, 3)
-                ),
-                structural_similarity_index_measure(reconstructed, images, data_range=2.0, reduction="none"),
+                peak_signal_noise_ratio(one, other, data_range=1.0, reduction="none", dim=(1, 2, 3)),
+                structural_similarity_index_measure(one, other, data_range=1.0, reduction="none"),
             ]
             if self.lpips is not None:
                 values.append(self.lpips(reconstructed, images))

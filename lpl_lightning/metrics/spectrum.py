@@ -30,6 +30,7 @@ from torch import Tensor
 from lpl_lightning.arguments import at_least
 from lpl_lightning.metrics.gaussian import DoubleMetric
 from lpl_lightning.metrics.preparation import check_images
+from lpl_lightning.metrics.two_sets import TwoSetsMetric
 
 __all__ = ["PowerSpectrum", "Spectra", "check_size", "radial_counts", "radial_power"]
 
@@ -106,9 +107,10 @@ def check_size(images: Tensor, image_size: int) -> None:
 
 def _rings(side: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Rings of the coefficients of a real transform, (side, side // 2 + 1), and how many each stands for, 1 or 2."""
-    rows = torch.fft.fftfreq(side, 1 / side, dtype=torch.float64, device=device)
-    columns = torch.fft.rfftfreq(side, 1 / side, dtype=torch.float64, device=device)
-    rings = torch.hypot(rows[:, None], columns).round().long()
+    # Integers, which torch.fft.fftfreq(side, 1 / side) does not always give: 49.00000000000001 of side 98.
+    columns = torch.arange(side // 2 + 1, device=device)
+    rows = (torch.arange(side, device=device) + side // 2) % side - side // 2  # 0, 1, ..., -2, -1
+    rings = torch.hypot(rows[:, None].double(), columns.double()).round().long()
     mirrored = (columns > 0) & (2 * columns != side)  # the conjugate is left out of a real transform
     return rings, (1 + mirrored.double()).expand(side, -1)
 
@@ -177,7 +179,7 @@ def radial_power(images: Tensor, window: bool = False, corners: bool = False) ->
     return _binned(power * counts, rings, bins) / _binned(counts[None], rings, bins)
 
 
-class PowerSpectrum(DoubleMetric):
+class PowerSpectrum(TwoSetsMetric, DoubleMetric):
     """Mean power spectra of real and generated images, and how they differ: ``compute`` gives ``Spectra``.
 
     States are sums in float64, of a size that depends on the images' side alone.

@@ -29,6 +29,7 @@ from lpl_lightning.metrics.frechet import frechet_distance
 from lpl_lightning.metrics.gaussian import DoubleMetric
 from lpl_lightning.metrics.preparation import check_images
 from lpl_lightning.metrics.spectrum import check_size
+from lpl_lightning.metrics.two_sets import TwoSetsMetric
 
 __all__ = ["FrechetWaveletDistance", "WaveletFeatures"]
 
@@ -80,7 +81,7 @@ class WaveletFeatures(nn.Module):
         return packets.flatten(3).flatten(1, 2)
 
 
-class FrechetWaveletDistance(DoubleMetric):
+class FrechetWaveletDistance(TwoSetsMetric, DoubleMetric):
     """Frechet Wavelet Distance of generated from real images, as the module says: 0 for equal sets, unbounded.
 
     States are sums in float64: for either set P D + P D^2 = 4^n (D + D^2) numbers, whatever the number of images. A

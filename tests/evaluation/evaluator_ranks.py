@@ -25,13 +25,9 @@ from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.evaluation.cache import ReferenceCache
 from lpl_lightning.evaluation.evaluator import Evaluator
 from lpl_lightning.evaluation.feature_metrics import FeatureMetrics
-from lpl_lightning.evaluation.image_metrics import (
-    CaptionMetrics,
-    ReconstructionMetrics,
-    SpectrumMetrics,
-    WaveletMetrics,
-)
+from lpl_lightning.evaluation.image_metrics import CaptionMetrics, SpectrumMetrics, WaveletMetrics
 from lpl_lightning.evaluation.measure import Sets
+from lpl_lightning.evaluation.reconstruction_metrics import ReconstructionMetrics
 from lpl_lightning.evaluation.suite import Suite
 from lpl_lightning.metrics.classifier_features import InceptionFeatures
 from lpl_lightning.metrics.clip_score import CLIPScore

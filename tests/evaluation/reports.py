@@ -57,17 +57,25 @@ def write_run(
     x = of_images.double()
     distance = frechet_distance(real.mean, real.covariance, x.mean(0), x.T.cov())
     scores = 0.3 - 0.05 * quality + 0.02 * drawn(count, seed=4)
-    recalled = (drawn(200, seed=5) > quality).float()
+    similarity = 0.8 - 0.1 * quality + 0.05 * drawn(200, seed=5)
     images = (0.4 * drawn(count, 3, SIDE, SIDE, seed=6) * (1 - quality / 2)).clamp(-1, 1)
     spectrum = PowerSpectrum(SIDE)
     spectrum.update((0.4 * drawn(50, 3, SIDE, SIDE, seed=7)).clamp(-1, 1), real=True)
     spectrum.update(images, real=False)
     spectra = spectrum.compute()
     values = {
-        "fid": Value(distance.item(), "lower", made | counts, resampling=Resampling("frechet", "features_given")),
+        "fid": Value(
+            distance.item(),
+            "lower",
+            made | counts,
+            resampling=Resampling("frechet", "features_given"),
+            biased_by=("generated", "real"),
+        ),
         "kid": Value(0.01 + quality, "lower", made | counts, std=0.002),
         "clip_score": Value(100 * scores.mean().item(), "higher", {}, resampling=Resampling("mean", "clip", scale=100)),
-        "recall": Value(recalled.mean().item(), "higher", made, resampling=Resampling("mean", "recall", "real")),
+        "reconstruction_ssim": Value(
+            similarity.mean().item(), "higher", made, resampling=Resampling("mean", "ssim", "real")
+        ),
         "brightness": Value(
             images.mean((1, 2, 3)).mean().item(), None, {}, resampling=Resampling("mean", "brightness")
         ),
@@ -92,7 +100,7 @@ def write_run(
             "index_real": torch.arange(200),
             "features_given": of_images,
             "clip": scores,
-            "recall": recalled,
+            "ssim": similarity,
             "brightness": images.mean((1, 2, 3)),
             "log_power": radial_power(images).clamp(min=FLOOR).log().float(),
             "log_power_real": spectra.real_log_power,

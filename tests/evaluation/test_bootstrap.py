@@ -87,6 +87,26 @@ def test_frechet_distances_are_those_of_the_rows_drawn(count: int, dim: int, ran
     assert whole(FrechetToReference(x, given)) == pytest.approx(of(x, given), rel=1e-7)
 
 
+def test_frechet_distances_far_from_the_origin() -> None:
+    """A mean of 1e7, whose square would leave 14 of 16 digits of a variance of 1 to rounding."""
+    factor = drawn(8, 8, seed=1).double()
+    given = ReferenceStatistics(drawn(8, seed=2).double() + 1e7, factor @ factor.T, 99, {})
+    x = drawn(40, 8, seed=3).double() + 1e7
+    found = replicates(FrechetToReference(x, given), 10, seed=5)
+    expected = [of(x[rows], given) for rows in draws(40, 10, 5)]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-8)
+
+
+def test_frechet_distances_of_few_images_have_no_noise_of_rounding() -> None:
+    """Eigenvalues that are 0 but for rounding have roots of 1e-8."""
+    factor = drawn(30, 30, seed=1).double()
+    given = ReferenceStatistics(drawn(30, seed=2).double(), factor @ factor.T, 99, {})
+    x = drawn(9, 30, seed=3).double()
+    found = replicates(FrechetToReference(x, given), 25, seed=5)
+    expected = [of(x[rows], given) for rows in draws(9, 25, 5)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-10)
+
+
 def test_spectra_are_those_of_the_rows_drawn() -> None:
     log_power, real = drawn(30, 9, seed=1), drawn(9, seed=2)
     found = replicates(LogPowerDifference(log_power, real), 25, seed=1)

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lpl_lightning.evaluation.comparison_images import embedded
 from lpl_lightning.evaluation.comparison_runs import read_runs
 from lpl_lightning.evaluation.comparison_text import markdown
 from lpl_lightning.evaluation.differences import differences
-from lpl_lightning.evaluation.report import Report
+from lpl_lightning.evaluation.report import Report, Resampling
 from lpl_lightning.metrics.reference import ReferenceStatistics
 from lpl_lightning.metrics.spectrum_plot import read_spectra
 
@@ -72,14 +73,59 @@ def test_differences_and_their_intervals(two: list[str], tmp_path: Path) -> None
     assert (cell["difference_interval"]["low"], cell["difference_interval"]["high"]) == pytest.approx(expected)
 
 
+def test_intervals_of_means_are_not_shifted(two: list[str], tmp_path: Path) -> None:
+    """Of few draws the shift, which takes the bias of other values away, would be noise alone."""
+    found = result(two, tmp_path / "out", resamples=10)["rows"]["clip_score"]["cells"]["base"]
+    scores = load_file(Path(two[0]) / "samples.safetensors")["clip"]
+    replicated = replicates(Mean(scores, 100), 10, 0)
+    ends = replicated.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert [found["interval"]["low"], found["interval"]["high"]] == pytest.approx(ends, rel=1e-9)
+    shift = found["value"] - replicated.mean().item()
+    assert abs(shift) > 1e-3 * (ends[1] - ends[0])
+
+
+def changed(run: str, name: str, **changes: Any) -> None:
+    """Write a run's report with another value in the place of one."""
+    report = Report.read(run)
+    report.values[name] = replace(report.values[name], **changes)
+    report.write(run)
+
+
+def test_values_that_are_resampled_in_two_ways_have_no_interval_of_the_difference(
+    two: list[str], tmp_path: Path
+) -> None:
+    """Of one number of the generated images, and of another of the real ones: no draw is of both."""
+    how = Resampling("mean", "ssim", "real", 1.0)
+    mean = load_file(Path(two[1]) / "samples.safetensors")["ssim"].mean().item()
+    changed(two[1], "clip_score", value=mean, resampling=how)
+    found = result(two, tmp_path / "out")["rows"]["clip_score"]["cells"]["lpl"]
+    assert found["interval"] is not None
+    assert found["difference"] is not None
+    assert found["difference_interval"] is found["verdict"] is found["paired"] is None
+
+
+def test_intervals_that_are_not_finite_are_left_out(two: list[str], tmp_path: Path) -> None:
+    """A mean of numbers too large for their sum is infinite, and a difference of two such means is not a number."""
+    for run in two:
+        tensors = load_file(Path(run) / "samples.safetensors")
+        tensors["clip"] = torch.full((COUNT,), 1e308, dtype=torch.float64)
+        save_file(tensors, Path(run) / "samples.safetensors")
+        changed(run, "clip_score", value=float("inf"))
+    found = result(two, tmp_path / "out")
+    for cell in found["rows"]["clip_score"]["cells"].values():
+        assert cell["interval"] is cell["difference_interval"] is cell["verdict"] is None
+    for run in ("base", "lpl"):
+        assert said(found, f"clip_score: no interval of {run}, since it is not finite")
+
+
 def test_verdicts_go_by_what_is_better(two: list[str], tmp_path: Path) -> None:
     rows = result(two, tmp_path / "out")["rows"]
     verdicts = {name: row["cells"]["lpl"]["verdict"] for name, row in rows.items()}
-    assert verdicts["fid"] == verdicts["clip_score"] == verdicts["recall"] == "better"
+    assert verdicts["fid"] == verdicts["clip_score"] == verdicts["reconstruction_ssim"] == "better"
     assert verdicts["kid"] is None  # without an interval nothing is clear
     rows = result(two[::-1], tmp_path / "turned")["rows"]
     verdicts = {name: row["cells"]["base"]["verdict"] for name, row in rows.items()}
-    assert verdicts["fid"] == verdicts["clip_score"] == verdicts["recall"] == "worse"
+    assert verdicts["fid"] == verdicts["clip_score"] == verdicts["reconstruction_ssim"] == "worse"
     again = result(two, tmp_path / "other", baseline=1)
     assert again["baseline"] == "lpl"
     assert again["rows"]["fid"]["cells"]["base"]["verdict"] == "worse"
@@ -113,7 +159,7 @@ def test_runs_of_other_seeds_are_no_pairs(two: list[str], tmp_path: Path) -> Non
         found = result(two, tmp_path / "out")
         cells = {name: row["cells"]["lpl"] for name, row in found["rows"].items()}
         assert cells["clip_score"]["paired"] is cells["fid"]["paired"] is False
-        assert cells["recall"]["paired"] is True  # of real images, which are the same
+        assert cells["reconstruction_ssim"]["paired"] is True  # of real images, which are the same
         width = {
             name: cell["difference_interval"]["high"] - cell["difference_interval"]["low"]
             for name, cell in cells.items()
@@ -143,11 +189,11 @@ def test_rows_are_paired_by_their_images(two: list[str], tmp_path: Path) -> None
     tensors["index_generated"] += 7
     save_file(tensors, path)
     assert result(two, tmp_path / "out")["rows"]["clip_score"]["cells"]["lpl"]["paired"] is False
-    assert result(two, tmp_path / "out")["rows"]["recall"]["cells"]["lpl"]["paired"] is True
+    assert result(two, tmp_path / "out")["rows"]["reconstruction_ssim"]["cells"]["lpl"]["paired"] is True
 
 
 def test_a_run_with_a_value_more(two: list[str], tmp_path: Path) -> None:
-    for run, lost in zip(two, ("fid", "recall"), strict=True):
+    for run, lost in zip(two, ("fid", "reconstruction_ssim"), strict=True):
         report = Report.read(run)
         del report.values[lost]
         report.write(run)
@@ -155,7 +201,7 @@ def test_a_run_with_a_value_more(two: list[str], tmp_path: Path) -> None:
     assert found["rows"]["fid"]["cells"]["lpl"]["interval"] is not None
     assert found["rows"]["fid"]["cells"]["lpl"]["difference"] is None
     assert list(found["rows"]["fid"]["cells"]) == ["lpl"]
-    assert list(found["rows"]["recall"]["cells"]) == ["base"]
+    assert list(found["rows"]["reconstruction_ssim"]["cells"]) == ["base"]
     assert said(found, "fid: no difference of lpl to base, since the latter does not have it")
 
 
@@ -190,6 +236,24 @@ def test_other_numbers_of_images(two: list[str], tmp_path: Path) -> None:
     assert clip["difference"] is not None
     assert clip["paired"] is False
     assert found["rows"]["kid"]["cells"]["lpl"]["difference"] is not None
+
+
+@pytest.mark.parametrize("biased", ["both", "base", "lpl"])
+def test_what_is_biased_by_a_count_has_no_difference_where_it_differs(
+    two: list[str], tmp_path: Path, biased: str
+) -> None:
+    """Whether it is resampled or not."""
+    write_run(Path(two[1]), "lpl", 0.1, count=COUNT + 20)
+    for run, name in zip(two, ("base", "lpl"), strict=True):
+        if biased in ("both", name):
+            changed(run, "kid", biased_by=("generated",))
+    found = result(two, tmp_path / "out")
+    assert found["rows"]["kid"]["cells"]["lpl"]["difference"] is None
+    assert said(found, "kid: no difference of lpl to base, since it is biased", "(`generated` 80, not 60)")
+    # Of a count that is the same, nothing follows.
+    for run in two:
+        changed(run, "kid", biased_by=("real",))
+    assert result(two, tmp_path / "out")["rows"]["kid"]["cells"]["lpl"]["difference"] is not None
 
 
 def test_what_differs_in_how_they_were_made(two: list[str], tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from torchmetrics.image import (
     MemorizationInformedFrechetInceptionDistance,
 )
 
+from lpl_lightning.evaluation.comparison_runs import read_runs
+from lpl_lightning.evaluation.differences import differences
 from lpl_lightning.evaluation.feature_metrics import SEED, FeatureMetrics
 from lpl_lightning.evaluation.measure import Sets
-from lpl_lightning.evaluation.report import Value
+from lpl_lightning.evaluation.report import Report, Value
+from lpl_lightning.evaluation.suite import Suite
 from lpl_lightning.metrics.classifier_features import InceptionFeatures
 from lpl_lightning.metrics.features import FeatureExtractor, ModuleFeatures
-from lpl_lightning.metrics.prdc import prdc
+from lpl_lightning.metrics.prdc import Overlap, prdc
 from lpl_lightning.metrics.reference import ReferenceStatistics
 
 REAL, GENERATED = photos(61, 1), photos(45, 2, 0.6)
@@ -128,6 +133,9 @@ def test_the_kernel_distance_is_torchmetrics_and_a_naive_one() -> None:
     assert all_images.provenance["subset_size"] == 61
     fewer = values(of(extractor, kernel=True))["kernel_x"]
     assert fewer.provenance["subset_size"] == 45
+    fewer = values(of(extractor, kernel=True), real=REAL[:20])["kernel_x"]
+    assert fewer.provenance["subset_size"] == 20
+    assert math.isfinite(fewer.value)
 
 
 def test_the_memorization_distance_is_torchmetrics_and_the_formulas() -> None:
@@ -224,7 +232,7 @@ def test_pairs_are_of_some_images_drawn_by_a_seed() -> None:
     assert (found["frechet_x"].provenance["real"], found["frechet_x"].provenance["generated"]) == (61, 45)
     assert all(value.resampling is None for value in found.values())
     assert measure.samples() == {}
-    # Where one set alone has more, what is a mean over the other can be resampled.
+    # Where the real set alone has more, what is of the generated one can be resampled.
     found = values(of(extractor, neighbours=2, max_images=50))
     kinds = {name: value.resampling and (value.resampling.kind, value.resampling.of) for name, value in found.items()}
     assert kinds == {
@@ -236,18 +244,80 @@ def test_pairs_are_of_some_images_drawn_by_a_seed() -> None:
     }
 
 
+def test_recall_and_coverage_are_not_resampled(tmp_path: Path) -> None:
+    """Neither way of drawing images anew tells how far they go with other generated images."""
+    measure = of(neighbours=3)
+    found = values(measure)
+    assert {name for name, value in found.items() if value.resampling is None} == {"recall_x", "coverage_x"}
+    (note,) = measure.write(tmp_path)
+    assert note.startswith("recall_x, coverage_x: no intervals, since")
+    values(measure := of())
+    assert measure.write(tmp_path) == []
+
+
+def test_values_say_what_counts_they_are_biased_by() -> None:
+    """The counts that move a value's expectation, given the other set."""
+    found = values(of(neighbours=3, kernel=True, memorization=True), reconstructed=REAL * 0.8)
+    assert {name: set(value.biased_by) for name, value in found.items()} == {
+        "frechet_x": {"generated", "real"},
+        "reconstruction_frechet_x": {"reconstructed", "real"},
+        "kernel_x": set(),
+        "memorization_x": {"generated", "real"},
+        "precision_x": {"real"},
+        "density_x": {"real"},
+        "recall_x": {"generated"},
+        "coverage_x": {"generated", "real"},
+    }
+    for value in found.values():
+        assert set(value.biased_by) <= set(value.provenance)
+
+
+def test_what_the_number_of_generated_images_moves() -> None:
+    """Means over many sets of one distribution, small ones and larger ones, with the real images held fixed."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(100, 6, generator=generator)
+    means = []
+    for count in (20, 160):
+        sets = [0.5 * torch.randn(count, 6, generator=generator) for _ in range(3200 // count)]
+        means.append(np.mean([prdc(real, one, 3) for one in sets], axis=0))
+    few, many = (dict(zip(Overlap._fields, mean, strict=True)) for mean in means)
+    assert few["precision"] == pytest.approx(many["precision"], abs=0.02)
+    assert few["density"] == pytest.approx(many["density"], rel=0.05)
+    assert many["coverage"] > few["coverage"] + 0.2
+
+
+def test_sets_of_one_distribution_seldom_differ_clearly(tmp_path: Path) -> None:
+    """Of 95 % intervals, those of about one in twenty differences leave 0 out; here with other generated images."""
+    measure, sets, trials = of(neighbours=3), Sets(16, 60, 60), 60
+    suite, clear = Suite([measure]), Counter[str]()
+    real = photos(60, 1, 0.8)
+    for trial in range(trials):
+        for name in ("one", "other"):
+            generated = photos(60, 100 + 2 * trial + (name == "one"), 0.7)
+            values(measure, real, generated)
+            folder = tmp_path / name
+            Report(name, measure.compute(), reference={"hash": "a"}).write(folder)
+            suite.write(folder, sets)
+        runs = read_runs([str(tmp_path / name) for name in ("one", "other")])
+        for name, row in differences(runs, resamples=100, seed=trial).rows.items():
+            clear[name] += row.cells["other"].verdict is not None
+    assert max(clear.values()) <= 0.1 * trials, clear
+    assert clear["precision_x"] + clear["density_x"] > 0
+
+
 def test_values_can_be_computed_anew_of_what_is_written(tmp_path: Path) -> None:
     measure = of(neighbours=3, kernel=True)
     found = values(measure)
-    assert measure.write(tmp_path) == []
+    assert len(measure.write(tmp_path)) == 1
     samples = measure.samples()
     reference = ReferenceStatistics.load(tmp_path / "reference_x.safetensors")
     assert reference.count == 61
     reference.check(measure.extractor.provenance())
     resampled = {name: value.resampling for name, value in found.items() if value.resampling is not None}
-    assert set(resampled) == {f"{name}_x" for name in ("frechet", "precision", "recall", "density", "coverage")}
+    assert set(resampled) == {f"{name}_x" for name in ("frechet", "precision", "density")}
     for name, how in resampled.items():
-        assert len(samples[how.key]) == {"generated": 45, "real": 61}[how.of]
+        assert len(samples[how.key]) == 45
+        assert how.of == "generated"
         if how.kind == "mean":
             assert how.scale * float(samples[how.key].double().mean()) == pytest.approx(found[name].value, rel=1e-12)
     assert resampled["frechet_x"].key == measure.label == "features_x"
@@ -313,6 +383,7 @@ def test_inception_has_the_names_that_papers_use(inception: InceptionFeatures, t
     assert score.std == pytest.approx(float(std), rel=1e-2)
     assert score.better == "higher"
     assert score.provenance == inception.provenance() | {"generated": 12, "splits": 10, "seed": SEED}
+    assert score.biased_by == ("generated",)
     # And by Salimans et al., 2016: exp of the mean divergence of p(y|x) from p(y), by parts in the order drawn.
     torch.manual_seed(SEED)
     scores = []

@@ -41,6 +41,14 @@ def test_a_position_that_came_twice_is_there_once() -> None:
     torch.testing.assert_close(found, torch.tensor([[0.2], [0.4], [0.7], [0.9]]), rtol=0, atol=0)
 
 
+def test_rows_and_positions_may_be_written_over() -> None:
+    kept, index, rows = Rows(2, torch.device("cpu")), torch.empty(3, dtype=torch.long), torch.empty(3, 2)
+    for start in (0, 3):
+        kept.add(index.copy_(torch.arange(start, start + 3)), rows.fill_(start))
+    assert kept.all()[0].tolist() == list(range(6))
+    assert kept.all()[1][:, 1].tolist() == [0, 0, 0, 3, 3, 3]
+
+
 def test_no_rows_are_an_empty_table() -> None:
     index, found = Rows(4, torch.device("cpu")).all()
     assert index.shape == (0,)

@@ -23,7 +23,13 @@ MADE = {
 
 def report(**overrides: Any) -> Report:
     values = {
-        "fid": Value(12.3456, "lower", MADE, resampling=Resampling("frechet", "features_inception")),
+        "fid": Value(
+            12.3456,
+            "lower",
+            MADE,
+            resampling=Resampling("frechet", "features_inception"),
+            biased_by=("generated", "real"),
+        ),
         "inception_score": Value(9.1, "higher", MADE, std=0.25),
         "density_x": Value(0.5, "higher", {}, resampling=Resampling("mean", "density_x", "real", 0.2)),
         "psnr": Value(math.inf, None, {}),
@@ -55,6 +61,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
         assert str(found) == str(written)  # NaN is unequal to itself
         for name in ("fid", "inception_score", "density_x", "psnr"):
             assert found.values[name] == written.values[name]
+        assert found.values["fid"].biased_by == ("generated", "real")
         assert found.values["density_x"].resampling == Resampling("mean", "density_x", "real", 0.2)
     # Any reader of JSON takes it: no NaN or Infinity, which the format lacks.
     json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))
@@ -112,6 +119,21 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
         (tmp_path / REPORT).write_bytes(broken.encode("utf-8", "surrogateescape"))
         with pytest.raises(ValueError, match=r"report\.json is no report as this version writes it"):
             Report.read(tmp_path)
+
+
+def test_a_report_of_an_earlier_version_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    """It says of no value what it is biased by, and its SSIM is of another range."""
+    whole = report().as_dict()
+    values = {
+        name: {key: said for key, said in value.items() if key != "biased_by"}
+        for name, value in whole.pop("values").items()
+    }
+    old = whole | {"format": "lpl_lightning evaluation 1", "values": values}
+    (tmp_path / REPORT).write_text(json.dumps(old))
+    with pytest.raises(
+        ValueError, match="`format` is 'lpl_lightning evaluation 1', not .* 2'; evaluate the images again"
+    ):
+        Report.read(tmp_path)
 
 
 def test_a_report_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,13 +85,13 @@ def test_what_is_written_gives_the_values_again(tmp_path: Path) -> None:
     sets = Sets(16, 60, 45, True, "a")
     found = measured(suite, sets, photos(45, 2, 0.6))
     notes = suite.write(tmp_path / "tower", sets)
-    assert notes == []
+    assert [note.split(":")[0] for note in notes] == [f"recall_{name}, coverage_{name}" for name in ("some", "all")]
     assert not list(tmp_path.rglob("*.unfinished"))
     samples = load_file(tmp_path / "tower" / SAMPLES)
     assert samples["index_generated"].tolist() == list(range(45))
     assert samples["index_real"].tolist() == list(range(60))
     resampled = {name: value for name, value in found.items() if value.resampling is not None}
-    overlap = [f"{name}_all" for name in ("precision", "recall", "density", "coverage")]
+    overlap = [f"{name}_all" for name in ("precision", "density")]
     means = ["clip_score", "reconstruction_psnr", "reconstruction_ssim", *overlap]
     assert set(resampled) == {"frechet_all", "spectrum_log_difference", *means}
     for name, value in resampled.items():

@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,27 @@ def test_torchscript_is_the_module_that_was_saved(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="is no TorchScript file"):
         TorchScriptFeatures(str(tmp_path / "state.pt"))
+
+
+def test_images_follow_a_network_that_has_buffers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a fixed random projection. The device "meta" stands in for any other than that of the images."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which meta has not
+
+    class Fixed(nn.Module):
+        projection: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("projection", torch.randn(48, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.projection
+
+    extractor = ModuleFeatures(Fixed())
+    assert extractor.dim == 5
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    assert extractor(images).device.type == "cpu"
+    assert extractor.to("meta")(images).device.type == "meta"
 
 
 def test_modules_that_give_no_vectors_are_refused() -> None:

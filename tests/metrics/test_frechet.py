@@ -76,6 +76,23 @@ def test_covariances_of_low_rank() -> None:
     assert frechet_distance(m, zero, m, zero) == 0
 
 
+def test_no_distance_is_below_zero() -> None:
+    """Rounding leaves some of those between equal Gaussians a little below 0, of which no root can be taken."""
+    for dim in range(1, 41):
+        mean, c = torch.randn(dim, dtype=torch.float64), covariance(dim)
+        assert 0 <= frechet_distance(mean, c, mean, c).item() < 1e-12 * dim
+
+
+def test_a_covariance_that_rounding_made_unsymmetric() -> None:
+    """As sums of products in another order do. Both halves count, where eigh would read the lower one alone."""
+    dim, mean = 6, torch.zeros(6, dtype=torch.float64)
+    c, other = covariance(dim), covariance(dim)
+    skew = 1e-3 * torch.randn(dim, dim, dtype=torch.float64).triu(1)
+    expected = by_scipy(mean, c, mean, other)
+    assert frechet_distance(mean, c + skew - skew.T, mean, other).item() == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(mean, c, mean, other + skew - skew.T).item() == pytest.approx(expected, rel=1e-9)
+
+
 def test_what_is_no_gaussian_is_refused() -> None:
     m, c = torch.zeros(3), torch.eye(3)
     with pytest.raises(ValueError, match=r"`cov2` must be \(3, 3\), finite.*got the shape \(2, 2\)"):
@@ -159,6 +176,14 @@ def test_a_reference_stands_in_for_real_images() -> None:
     few.update(generated, real=False)
     with pytest.raises(ValueError, match="`reference`: .*needs 16 images or more, got 9"):
         few.compute()
+
+
+def test_a_call_is_refused_and_loses_nothing() -> None:
+    real, generated = pair()
+    found = metric(real, generated)
+    with pytest.raises(ValueError, match=r"`FrechetDistance` must be given batches by `update`, got a call"):
+        found(generated, real=False)
+    torch.testing.assert_close(found.compute(), metric(real, generated).compute(), rtol=0, atol=0)
 
 
 def test_two_processes_are_equal_to_one(tmp_path: Path) -> None:

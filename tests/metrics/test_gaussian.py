@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lpl_lightning.metrics.gaussian import GaussianStatistics, merge_moments
+from lpl_lightning.metrics.gaussian import GaussianStatistics, add_features, empty_moments, merge_moments
 
 
 def streamed(features: Tensor, batch_size: int) -> GaussianStatistics:
@@ -72,6 +72,17 @@ def test_states_stay_double_in_a_module_in_another_precision() -> None:
     assert statistics.moments.dtype == torch.float64
     statistics.update(torch.empty(0, 3))
     torch.testing.assert_close(statistics.compute().covariance, before, rtol=0, atol=0)
+
+
+def test_features_that_require_a_gradient_leave_no_graph() -> None:
+    """As those of a network that is being trained: a graph would keep all batches in memory."""
+    features = torch.randn(20, 3, requires_grad=True)
+    moments = empty_moments(3)
+    for batch in features.split(7):
+        add_features(moments, batch)  # beneath torchmetrics, which takes no gradients either
+    assert not moments.requires_grad
+    torch.testing.assert_close(moments[1:, 1:] / 19, features.detach().double().T.cov())
+    assert not streamed(features, 7).moments.requires_grad
 
 
 def test_other_features_are_refused() -> None:

@@ -151,6 +151,30 @@ def test_distances_to_neighbours() -> None:
     assert nearest_distances(line, 4).tolist() == [7, 6, 4, 4, 7]
 
 
+def test_points_at_equal_distances() -> None:
+    """Corners of a simplex, each of which has all others as its nearest: none can be left out by bounds."""
+    corners = torch.eye(1500)
+    assert nearest_distances(corners, 5).tolist() == [math.sqrt(2)] * 1500
+    few = torch.eye(120)
+    assert nearest_distances(few, 5).tolist() == [math.sqrt(2)] * 120
+    # Itself at the centre of its ball, and all others at its edge, outside.
+    assert prdc(few, few, 5) == pytest.approx((1, 1, 1 / 5, 1))
+
+
+@pytest.mark.parametrize("passes", PASSES, ids=str)
+@pytest.mark.parametrize("side", [11, 40, 500])
+def test_many_ties_equal_a_double_loop(side: int, passes: list[torch.dtype] | None) -> None:
+    """More points equally near than are kept for each: a lattice, copies, a simplex beside a point far away."""
+    lattice = torch.cartesian_prod(*[torch.arange(3.0)] * 4) + 0.1
+    copies = torch.randn(4, 5).repeat(30, 1)
+    simplex = torch.cat([torch.eye(60), torch.full((1, 60), 1e5)])
+    for points in (lattice, copies, simplex, torch.cat([copies, 50 + torch.randn(30, 5)])):
+        for k in (1, 3):
+            radii = torch.tensor(naive_radii(points.double().tolist(), k), dtype=torch.float64)
+            found = nearest_distances(points, k, 160 * side**2, passes)
+            torch.testing.assert_close(found, radii, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("passes", PASSES, ids=str)
 def test_block_size_changes_nothing(passes: list[torch.dtype] | None) -> None:
     real, generated = normal(130, 110, 40)
@@ -238,6 +262,26 @@ def test_what_torchmetrics_users_expect() -> None:
     moved = copy.to("meta")
     assert moved.device.type == "meta"
     assert moved.real[0].device.type == "meta"
+
+
+def test_batches_may_be_written_over() -> None:
+    """By the next ones, as where features come in one buffer."""
+    real, generated = normal(42, 36, 6)
+    expected = measure([(real, True), (generated, False)])
+    metric, buffer = PRDC(k=3), torch.empty(6, 6)
+    for features, is_real in ((real, True), (generated, False)):
+        for batch in features.split(6):
+            metric.update(buffer.copy_(batch), real=is_real)
+    assert {name: value.item() for name, value in metric.compute().items()} == expected
+
+
+def test_a_call_is_refused_and_loses_nothing() -> None:
+    real, generated = normal(40, 50, 6)
+    metric = PRDC(k=3)
+    expected = measure([(real, True), (generated, False)], metric)
+    with pytest.raises(ValueError, match=r"`PRDC` must be given batches by `update`, got a call"):
+        metric(generated, real=False)
+    assert {name: value.item() for name, value in metric.compute().items()} == expected
 
 
 def test_features_keep_their_precision() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,15 @@ def naive_psnr(reconstructed: Tensor, images: Tensor) -> list[float]:
 
 
 def naive_ssim(one: Any, other: Any) -> float:
-    """Of one image (3, N, N), window by window (Wang et al., 2004, eq. 13), reflected beyond its borders."""
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    """Of one image (3, N, N) in [-1, 1], window by window (Wang et al., 2004, eq. 13), reflected beyond its borders.
+
+    Its values are moved to [0, 1], where black is 0 as in their 0 to 255.
+    """
+    c1, c2 = 0.01**2, 0.03**2
     ramp = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     weights = np.outer(ramp, ramp) / ramp.sum() ** 2
     values = []
-    for a, b in zip(np.asarray(one, float), np.asarray(other, float), strict=True):
+    for a, b in zip((np.asarray(one, float) + 1) / 2, (np.asarray(other, float) + 1) / 2, strict=True):
         x, y = np.pad(a, 5, "reflect"), np.pad(b, 5, "reflect")
         for row in range(len(a)):
             for column in range(len(a)):
@@ -81,6 +85,16 @@ def test_a_known_error_in_closed_form() -> None:
     assert measured(images, images) == {"psnr": math.inf, "ssim": 1.0}
 
 
+@pytest.mark.parametrize(("one", "other"), [(0.02, -0.02), (-0.9, -0.8), (0.7, 1.0)])
+def test_the_ssim_of_flat_images_in_closed_form(one: float, other: float) -> None:
+    """Nothing but luminance differs: (2 a b + C1) / (a^2 + b^2 + C1) of the images in [0, 1]."""
+    a, b = (one + 1) / 2, (other + 1) / 2
+    expected = (2 * a * b + 1e-4) / (a**2 + b**2 + 1e-4)
+    shape = (1, 3, 16, 16)
+    found = measured(torch.full(shape, one), torch.full(shape, other))["ssim"]
+    assert found == pytest.approx(expected, abs=1e-6)  # images are float32
+
+
 class Difference(nn.Module):
     """A distance with weights, to stand where LPIPS's network is not."""
 
@@ -110,6 +124,26 @@ def test_neither_autocast_nor_a_lower_precision_changes_the_values() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         metric.update(reconstructed, images)
     assert {name: float(value) for name, value in metric.compute().items()} == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_in_another_precision(dtype: torch.dtype) -> None:
+    reconstructed, images = pairs()
+    network = Difference().to(dtype)
+    exact = copy.deepcopy(network).double()  # the same weights
+    with torch.no_grad():
+        expected = exact(reconstructed.clamp(-1, 1).double(), images.double()).mean()
+    found = measured(reconstructed, images, lpips=LPIPS(network))["lpips"]
+    assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_network_that_a_trainer_puts_in_double_precision() -> None:
+    reconstructed, images = pairs()
+    lpips = LPIPS(Difference())
+    expected = measured(reconstructed, images, lpips=lpips)
+    metric = Reconstruction(lpips).to(torch.float64)
+    metric.update(reconstructed.double(), images.double())
+    assert {name: float(value) for name, value in metric.compute().items()} == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_network_is_frozen_and_not_saved() -> None:

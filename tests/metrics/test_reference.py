@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ def test_a_file_gives_back_what_was_saved(reference: ReferenceStatistics, tmp_pa
     torch.testing.assert_close(found.covariance, reference.covariance, rtol=0, atol=0)
     assert found.hash == reference.hash
     found.check(SAYS)
+
+
+def test_the_hash_is_of_mean_covariance_and_count(reference: ReferenceStatistics) -> None:
+    moved = replace(reference, mean=reference.mean + 1e-12)
+    wider = replace(reference, covariance=reference.covariance * (1 + 1e-12))
+    more = replace(reference, count=21)
+    assert len({found.hash for found in (reference, moved, wider, more)}) == 4
+    assert replace(reference, images={"name": "the same"}).hash == reference.hash
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,25 @@ def test_equals_a_loop_over_frequencies(side: int, window: bool, corners: bool) 
     torch.testing.assert_close(radial_power(images, window, corners), expected, rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("side", [98, 196])
+def test_sides_whose_frequencies_are_no_integers_in_floating_point(side: int) -> None:
+    """1 / side, of which torch makes frequencies, is rounded: Nyquist must be told from its neighbours all the same."""
+    assert torch.fft.rfftfreq(side, 1 / side, dtype=torch.float64)[-1] != side // 2
+    image = noise(1, side)
+    expected = torch.tensor(naive(image[0], corners=True), dtype=torch.float64)
+    found = radial_power(image, corners=True)
+    torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-18)
+    counts = radial_counts(side, corners=True)
+    assert counts.sum() == side**2
+    grey = image[:, :1]
+    whole = (radial_power(grey, corners=True) * counts).sum()
+    torch.testing.assert_close(whole, grey.double().square().mean(), rtol=1e-12, atol=0)
+    # One column of coefficients or one row holds all of these, a column that no other mirrors.
+    for x, y in ((side // 2, 0), (0, side // 2)):
+        power = radial_power(grating(side, x, y))[0, -1] * radial_counts(side)[-1]
+        assert power == pytest.approx((0.5 * math.cos(0.3)) ** 2, rel=1e-6)
+
+
 @pytest.mark.parametrize(("x", "y", "ring"), [(5, 0, 5), (3, 4, 5), (-4, 3, 5), (0, 1, 1), (2, 2, 3), (0, 16, 16)])
 def test_a_grating_is_in_one_ring(x: int, y: int, ring: int) -> None:
     power = radial_power(grating(32, x, y))[0]
@@ -221,6 +240,16 @@ def test_what_has_no_rings_is_refused() -> None:
         radial_power(images)
     with pytest.raises(ValueError, match="`image_size` must be 2 or more"):
         PowerSpectrum(1)
+
+
+def test_a_call_is_refused_and_loses_nothing() -> None:
+    real, generated = noise(5), noise(4)
+    metric = PowerSpectrum(16)
+    metric.update(real, real=True)
+    metric.update(generated, real=False)
+    with pytest.raises(ValueError, match=r"`PowerSpectrum` must be given batches by `update`, got a call"):
+        metric(generated, real=False)
+    torch.testing.assert_close(metric.compute(), spectra_of(real, generated), rtol=1e-12, atol=0)
 
 
 def test_a_set_without_images_is_refused() -> None:

@@ -139,6 +139,22 @@ def test_sums_stay_in_double_precision_in_a_module_of_lower_precision() -> None:
     assert not metric.state_dict()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_features_are_exact_in_a_module_of_lower_precision(dtype: torch.dtype) -> None:
+    images = noise(3)
+    torch.testing.assert_close(WaveletFeatures(2).to(dtype)(images), WaveletFeatures(2)(images), rtol=0, atol=0)
+
+
+def test_a_call_is_refused_and_loses_nothing() -> None:
+    real, generated = noise(33), noise(31)
+    metric = FrechetWaveletDistance(8, 2)
+    metric.update(real, real=True)
+    metric.update(generated, real=False)
+    with pytest.raises(ValueError, match=r"`FrechetWaveletDistance` must be given batches by `update`, got a call"):
+        metric(generated, real=False)
+    assert float(metric.compute()) == pytest.approx(distance(real, generated), rel=1e-12)
+
+
 def test_too_few_images_are_refused_unless_allowed() -> None:
     metric = FrechetWaveletDistance(8, 2)
     metric.update(noise(12), real=True)
