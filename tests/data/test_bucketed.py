@@ -251,13 +251,14 @@ def test_one_cut_off_is_replaced_by_the_next_of_its_bucket(tmp_path: Path) -> No
 
 def test_alone_in_its_bucket_it_is_replaced_at_its_size(tmp_path: Path) -> None:
     """In validation, where a bucket may have a single image."""
-    root = spoilt(tmp_path / "val", cut=(4,))
+    root = spoilt(tmp_path / "val", cut=(3,))
     for index in range(5, 40):
         (root / f"{index:03}.png").unlink()
     data = photos(write(tmp_path / "photos"), val_root=root, batch_size=2, max_bad_share=1.0)
     batches = [said(batch) for batch in data.val_dataloader()]
     assert sorted(len(items) for _, items in batches) == [1, 1, 1, 2]
-    assert {index for _, items in batches for index, *_ in items} == {0, 1, 2, 3}
+    assert {index for _, items in batches for index, *_ in items} == {0, 1, 2, 4}
+    assert {size for size, _ in batches} == {BUCKETS.assign([shape], 32).sizes[0] for shape in SHAPES[:5]}
 
 
 # With Lightning
