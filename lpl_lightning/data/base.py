@@ -123,6 +123,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
         """The images of one split."""
 
+    def describe(self, split: Split) -> dict[str, Any]:
+        """What a report says of the images of a split: their ``name`` and the ``split`` that they are of, at least."""
+        return {"name": f"{split} images of {type(self).__name__}", "split": split, "image_size": self.image_size}
+
     def _loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         dataset = self.dataset(split)
         assert isinstance(dataset, Sized)

@@ -259,6 +259,19 @@ class ImageFolderDataModule(ImageDataModule):
         self._prepare([split])
         return self._datasets[self._source(split)]
 
+    def describe(self, split: Split) -> dict[str, Any]:
+        """Where the images of a split really are, and what is done to them."""
+        split = self._source(split)
+        own = {"train": None, "val": self.val_root, "test": self.test_root}[split]
+        crop = self.crop if split == "train" else "center"
+        return {
+            **super().describe(split),
+            "folder": str(own or self.root),
+            **({"held_out": self.val_fraction} if own is None and self.val_root is None and split == "val" else {}),
+            "resize": f"{self.interpolation}, antialiased",
+            "crop": "middle square" if crop == "center" else f"{crop} square",
+        }
+
     def _source(self, split: Split) -> Split:
         return "val" if split == "test" and self.test_root is None else split
 
