@@ -62,7 +62,7 @@ class FeatureMetrics(Measure):
         name: NAME above; by default that of the network, ``inception`` of FID's.
         neighbours: Which neighbour a ball of precision, recall, density and coverage reaches to; None leaves them out.
         kernel: Whether to compute the kernel distance, the mean over 100 draws of ``kernel_subset`` images of a set.
-        kernel_subset: Images in a draw; all where there are fewer.
+        kernel_subset: Images in a draw; all where there are fewer, and then one draw if both sets are as many.
         memorization: Whether to compute MiFID, which real images should be the training images for.
         max_images: Images of a set that pairs are made of; 50,000 of 2,048 features take 400 MB a set.
         allow_few: Allow fewer images than features, of which the Frechet distance is biased by their number.
@@ -159,6 +159,7 @@ class FeatureMetrics(Measure):
         self._generated_rows = Rows(self.extractor.dim, self.device)
         self._generated_kept = self._drawn(self.sets.generated)
         self._samples: dict[str, Tensor] = {}
+        self._draws_are_one = False
 
     def _drawn(self, count: int) -> Tensor:
         """Which images of a set are kept for pairs, (count,)."""
@@ -245,14 +246,17 @@ class FeatureMetrics(Measure):
                 values[self._named("inception_score", "")] = self._value(mean, "higher", settings, std)
             if self.kernel:
                 size = min(self.kernel_subset, len(real), len(generated))
+                self._draws_are_one = size == len(real) == len(generated)
+                subsets = 1 if self._draws_are_one else SUBSETS
                 kernel = KernelInceptionDistance(
-                    feature=nn.Identity(), subsets=SUBSETS, subset_size=size, sync_on_compute=False
+                    feature=nn.Identity(), subsets=subsets, subset_size=size, sync_on_compute=False
                 )
                 kernel.update(real.double(), real=True)
                 kernel.update(generated.double(), real=False)
                 mean, std = kernel.compute()
-                settings = counts | {"subsets": SUBSETS, "subset_size": size, "seed": SEED}
-                values[self._named("kid", "kernel")] = self._value(mean, "lower", settings, std)
+                settings = counts | {"subsets": subsets, "subset_size": size, "seed": SEED}
+                spread = None if self._draws_are_one else std
+                values[self._named("kid", "kernel")] = self._value(mean, "lower", settings, spread)
             if self.memorization:
                 memorized = MemorizationInformedFrechetInceptionDistance(
                     feature=_Passing(self.extractor.dim), sync_on_compute=False
@@ -306,11 +310,18 @@ class FeatureMetrics(Measure):
         """Write what the Frechet distance is taken to."""
         reference = self._reference()
         reference.save(folder / f"reference_{self.name}.safetensors")
+        notes = []
+        if self._draws_are_one:
+            notes.append(
+                f"{self._named('kid', 'kernel')}: `kernel_subset` takes in all images of both sets, of which there is "
+                "but one draw, and no standard deviation."
+            )
         if min(reference.count, self.sets.generated) >= self.extractor.dim:
-            return []
+            return notes
         return [
+            *notes,
             f"{self.name}: there are fewer images than the {self.extractor.dim} features, so that the Frechet distance "
-            "depends on their number and compares with none of another number."
+            "depends on their number and compares with none of another number.",
         ]
 
 
