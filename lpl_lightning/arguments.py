@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-__all__ = ["above", "at_least", "check_divides", "check_sizes", "read_settings", "refusal"]
+__all__ = ["above", "at_least", "check_divides", "check_sizes", "raised_in", "read_settings", "refusal"]
 
 Settings = TypeVar("Settings")
 
@@ -75,12 +75,12 @@ def refusal(error: BaseException) -> BaseException:
         The first of its causes that was not raised by the parser itself.
     """
     found = error
-    while found.__cause__ is not None and _raised_in(found).startswith("jsonargparse"):
+    while found.__cause__ is not None and raised_in(found).startswith("jsonargparse"):
         found = found.__cause__
     return found
 
 
-def _raised_in(error: BaseException) -> str:
+def raised_in(error: BaseException) -> str:
     """Name of the module that raised it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -3,16 +3,19 @@
 ``lpl fit | validate | test | predict | sweep | encode | profile -c CONFIG.yaml [-c OVERLAY.yaml ...] [--key value]``.
 Files given later are laid over those before them; ``callbacks+:`` in one appends to the list of the last. Commands that
 need no trainer (``WITHOUT_TRAINER``), such as ``lpl export --ckpt CKPT --out DIR``, are functions with their arguments.
+
+What the package refuses is one line on the terminal; with ``LPL_TRACEBACK=1`` in the environment, Python's traceback.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +24,7 @@ from jsonargparse import Namespace, auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from lpl_lightning.arguments import refusal
+from lpl_lightning.arguments import raised_in, refusal
 from lpl_lightning.callbacks import Evaluation, ImagesPerSecond, ImageWriter, LossByNoise
 from lpl_lightning.captioning import caption_folder
 from lpl_lightning.encoding import EncodingTrainer
@@ -39,6 +42,15 @@ WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
     "caption": caption_folder,
 }
 """Commands that need no trainer, by name."""
+
+OF_A_FOLDER = ("evaluate", "caption")
+"""Those that take a folder of images without a name."""
+
+REFUSALS = (ValueError, FileNotFoundError, ModuleNotFoundError)
+"""What the package raises where it is a user's to mend."""
+
+TRACEBACK = "LPL_TRACEBACK"
+"""Variable of the environment that, set to anything but 0, lets tracebacks be shown."""
 
 
 class LPLCLI(LightningCLI):
@@ -98,11 +110,16 @@ class LPLCLI(LightningCLI):
         """Refuse to generate from a model that nothing has trained."""
         self._refuse_untrained("predict")
 
+    def before_test(self) -> None:
+        """The same, unless only the loss is asked for."""
+        if self.config.test.evaluation.num_images:
+            self._refuse_untrained("test", " For the loss alone, set `--evaluation.num_images 0`.")
+
     def before_sweep(self) -> None:
         """The same."""
         self._refuse_untrained("sweep")
 
-    def _refuse_untrained(self, command: str) -> None:
+    def _refuse_untrained(self, command: str, remedy: str = "") -> None:
         if (
             isinstance(self.model, LatentDiffusionModule)
             and not self.model.weights
@@ -111,7 +128,7 @@ class LPLCLI(LightningCLI):
         ):
             raise ValueError(
                 f"`lpl {command}` needs trained weights: give `--ckpt_path` a checkpoint, or `--model.weights` a "
-                "checkpoint or .safetensors file."
+                f"checkpoint or .safetensors file.{remedy}"
             )
 
     def _parse_ckpt_path(self) -> None:
@@ -142,24 +159,60 @@ def _rules(path: Any) -> StandIns:
     return rules
 
 
-def _named(command: str, args: list[str]) -> list[str]:
-    """Arguments of a command, with what stands before its options by name: a folder, or runs to compare."""
-    leading = list(takewhile(lambda arg: not arg.startswith("-"), args))
-    rest = args[len(leading) :]
-    if command == "compare" and leading:
-        return ["--runs", json.dumps(leading), *rest]
-    if command in ("evaluate", "caption") and len(leading) == 1:
-        return ["--images", *leading, *rest]
-    return args
+def _named(command: str, args: Sequence[str]) -> list[str]:
+    """Arguments of a command, with what no option takes by name: a folder to evaluate, runs to compare."""
+    plain, options = [], []
+    rest = iter(args)
+    for arg in rest:
+        if not arg.startswith("-"):
+            plain.append(arg)
+            continue
+        options.append(arg)
+        if "=" not in arg and arg not in ("-h", "--help") and not arg.startswith("--print_"):
+            options += [value for value in [next(rest, None)] if value is not None]
+    if command == "compare" and plain:
+        return ["--runs", json.dumps(plain), *options]
+    if command in OF_A_FOLDER and len(plain) == 1:
+        return ["--images", *plain, *options]
+    if plain:
+        wanted = "one folder, that of the images" if command in OF_A_FOLDER else "options alone"
+        raise ValueError(f"`lpl {command}` takes {wanted}, got {' '.join(plain)}: give what else there is by --NAME.")
+    return options
+
+
+def _check_suites(args: Sequence[str]) -> None:
+    """Refuse files of suites that do not exist, which the parser would take for classes."""
+    for arg, after in zip(args, [*args[1:], ""], strict=True):
+        name, given, value = arg.partition("=")
+        value = value if given else after
+        is_suite = name.startswith("--") and name.split(".")[-1].removeprefix("--") == "suite"
+        if is_suite and value.endswith((".yaml", ".yml", ".json")) and not Path(value).is_file():
+            raise FileNotFoundError(f"`{name.removeprefix('--')}`: there is no file {value}.")
 
 
 def main(args: ArgsType = None) -> None:
     """Run the command line.
 
     Args:
-        args: Arguments as a list of strings or a config as a dictionary; by default those of the process.
+        args: Arguments as a list of strings or a config as a dictionary; by default those of the process, of which what
+            the package refuses ends the process with one line.
     """
+    if args is not None:
+        _run(args)
+        return
+    try:
+        _run(None)
+    except REFUSALS as error:
+        if os.environ.get(TRACEBACK, "0") != "0" or not raised_in(error).startswith("lpl_lightning"):
+            raise
+        print(f"lpl: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _run(args: ArgsType) -> None:
     given = sys.argv[1:] if args is None else args
+    if isinstance(given, list):
+        _check_suites(given)
     if isinstance(given, list) and given and given[0] in WITHOUT_TRAINER:
         name, *rest = given
         with _plain_refusals():
@@ -176,6 +229,9 @@ def main(args: ArgsType = None) -> None:
         auto_configure_optimizers=False,
         # A resumed or repeated run may write into a folder that has a config already.
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"epilog": f"Without a trainer: lpl {' | '.join(WITHOUT_TRAINER)}; see lpl COMMAND --help."},
+        parser_kwargs={
+            "epilog": f"Without a trainer: lpl {' | '.join(WITHOUT_TRAINER)}; see lpl COMMAND --help. "
+            f"{TRACEBACK}=1 in the environment shows where an error comes from."
+        },
         args=args,
     )

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lpl_lightning.arguments import at_least
 from lpl_lightning.callbacks import Evaluation
 from lpl_lightning.evaluation.report import Report, formatted, write_whole
+from lpl_lightning.evaluation.settings import digest
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.pretrained import chosen_state, read_checkpoint
 from lpl_lightning.profiling import ProfilingTrainer
@@ -36,11 +37,29 @@ class Sweep:
         argument: What was swept, such as ``num_steps``.
         settings: Its values; None of ``ema`` are the weights as they were trained.
         reports: One of each.
+        source: What the checkpoint is called, or ``weights`` without one.
     """
 
     argument: str
     settings: list[float | None]
     reports: list[Report]
+    source: str = "weights"
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """How the images of all reports were made, but for what was swept."""
+        first, *others = [report.generation for report in self.reports]
+        return {
+            key: said
+            for key, said in first.items()
+            if key != self.argument and all(key in other and other[key] == said for other in others)
+        }
+
+    @property
+    def stem(self) -> str:
+        """Name of the files, which no other sweep of this or another checkpoint has."""
+        of = [self.settings, self.shared, [report.made for report in self.reports]]
+        return f"sweep_{self.argument}_{self.source}-{digest(of)}"
 
     @property
     def names(self) -> list[str]:
@@ -52,11 +71,16 @@ class Sweep:
         return [report.values[name].value for report in self.reports]
 
     def write(self, folder: Path) -> Path:
-        """Write ``sweep_ARGUMENT.md``, ``.csv``, ``.json`` and, with matplotlib, ``.png``; returns the first's path."""
+        """Write a table as Markdown, CSV and JSON and, with matplotlib, a plot, under the name ``stem``.
+
+        Returns:
+            Path of the Markdown.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        stem = f"sweep_{self.argument}"
+        stem = self.stem
         reports = [{"setting": s, "report": r.as_dict()} for s, r in zip(self.settings, self.reports, strict=True)]
-        write_whole(folder / f"{stem}.json", json.dumps({"argument": self.argument, "reports": reports}, indent=1))
+        about = {"argument": self.argument, "source": self.source, "shared": self.shared}
+        write_whole(folder / f"{stem}.json", json.dumps(about | {"reports": reports}, indent=1))
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow([self.argument, *self.names])
@@ -77,6 +101,10 @@ class Sweep:
             lines.append("| " + " | ".join([_said(setting), *values]) + " |")
         if plot is not None:
             lines += ["", f"![{self.argument}]({plot})"]
+        lines += ["", "## Shared by all rows", ""]
+        lines += [
+            f"- {key}: {said if isinstance(said, str) else json.dumps(said)}" for key, said in self.shared.items()
+        ]
         return "\n".join(lines) + "\n"
 
     def _plot(self, path: Path) -> bool:
@@ -159,7 +187,7 @@ class SweepingTrainer(ProfilingTrainer):
             for decay in ema:
                 chosen_state(checkpoint, ckpt_path, decay)
         evaluation = self._evaluation()
-        found = Sweep(argument, settings, [])
+        found = Sweep(argument, settings, [], "weights" if ckpt_path is None else Path(ckpt_path).stem)
         dirname, before = evaluation.dirname, getattr(model.sampler, argument, None)
         limit, self.limit_test_batches = self.limit_test_batches, 1
         try:
@@ -181,7 +209,8 @@ class SweepingTrainer(ProfilingTrainer):
             if ema is None:
                 setattr(model.sampler, argument, before)
         if self.is_global_zero and evaluation.folder is not None:
-            path = found.write(evaluation.folder.parent)
+            # Beside the folders of images, in each of which lies a report.
+            path = found.write(evaluation.folder.parent.parent if dirname is None else Path(dirname).expanduser())
             print(found.markdown())
             rank_zero_info(f"Sweep: {path}")
         return found

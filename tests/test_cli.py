@@ -18,7 +18,8 @@ from conftest import ROOT, tiny_taesd
 from PIL import Image
 
 from lpl_lightning import Autoencoder, LatentDiffusionModule
-from lpl_lightning.cli import main
+from lpl_lightning.cli import WITHOUT_TRAINER, main
+from lpl_lightning.evaluation import compare
 
 CONFIGS = ROOT / "configs"
 SHORT = [
@@ -294,3 +295,54 @@ def test_the_losss_options_from_the_command_line(tmp_path: Path) -> None:
 def test_a_bad_option_of_the_loss_is_one_clear_sentence(tmp_path: Path, options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         main(["fit", "-c", str(CONFIGS / "quickstart.yaml"), *SHORT, *options, *in_folder(tmp_path)])
+
+
+def test_a_test_of_an_untrained_model_is_refused(photos: Path, tmp_path: Path) -> None:
+    base = ["test", "-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *folder_args(photos), *in_folder(tmp_path)]
+    base += ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    with pytest.raises(ValueError, match="`lpl test` needs trained weights.*For the loss alone, set .*num_images 0"):
+        main(base)
+    main([*base, "--evaluation.num_images=0"])
+    assert not list(tmp_path.rglob("report.json"))
+
+
+def on_the_terminal(args: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lpl_lightning", *args]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def test_what_is_refused_on_the_terminal_is_one_line(tmp_path: Path) -> None:
+    args = ["compare", str(tmp_path / "a"), str(tmp_path / "b")]
+    done = on_the_terminal(args)
+    assert done.returncode == 1
+    said = f"`runs`: there is no {tmp_path / 'a'}. Give the folder of an evaluation, or its report.json."
+    assert done.stderr.strip() == f"lpl: error: {said}"
+    told = on_the_terminal(args, LPL_TRACEBACK="1")
+    assert told.returncode == 1
+    assert "Traceback (most recent call last)" in told.stderr
+    assert told.stderr.strip().splitlines()[-1] == f"FileNotFoundError: {said}"
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        main(args)
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An error that another library raises is none of our refusals."""
+    monkeypatch.setattr(sys, "argv", ["lpl", "compare", str(tmp_path), str(tmp_path)])
+    monkeypatch.setitem(WITHOUT_TRAINER, "compare", _stumbles)
+    with pytest.raises(ValueError, match="invalid literal"):
+        main()
+    monkeypatch.setitem(WITHOUT_TRAINER, "compare", compare)
+    with pytest.raises(SystemExit):
+        main()
+
+
+def _stumbles(runs: list[str]) -> None:
+    int("x")
+
+
+@pytest.mark.parametrize("key", ["suite", "evaluation.suite", "validation.suite"])
+def test_a_suite_that_is_not_there_is_named(key: str) -> None:
+    command = ["evaluate", "images"] if key == "suite" else ["test", "-c", str(CONFIGS / "quickstart.yaml")]
+    for given in ([f"--{key}", "nope.yaml"], [f"--{key}=nope.yaml"]):
+        with pytest.raises(FileNotFoundError, match=f"`{key}`: there is no file nope.yaml"):
+            main([*command, *given])

@@ -54,16 +54,26 @@ def test_each_setting_is_what_a_test_with_it_finds(module: LatentDiffusionModule
         assert report.generation["num_steps"] == steps
     assert values(found.reports[0]) != values(found.reports[1])
     folder = tmp_path / "sweep" / "evaluation"
-    with (folder / "sweep_num_steps.csv").open() as file:
+    (table,) = folder.glob("sweep_num_steps_weights-*.md")
+    with table.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["num_steps"] for row in rows] == ["3", "1"]
     for row, report in zip(rows, found.reports, strict=True):
         assert {name: float(row[name]) for name in values(report)} == values(report)
-    written = json.loads((folder / "sweep_num_steps.json").read_text())
+    written = json.loads(table.with_suffix(".json").read_text())
     assert [entry["setting"] for entry in written["reports"]] == [3, 1]
-    assert "| 3 |" in (folder / "sweep_num_steps.md").read_text()
+    assert "| 3 |" in table.read_text()
+    assert "- guidance_scale: 1.5\n" in table.read_text()
+    assert "- num_steps" not in table.read_text()
+    assert written["shared"]["guidance_scale"] == 1.5
     pytest.importorskip("matplotlib")
-    assert (folder / "sweep_num_steps.png").stat().st_size > 10_000
+    assert table.with_suffix(".png").stat().st_size > 10_000
+    # Another sweep of the same argument has its own table.
+    kept = table.read_bytes()
+    module.sampler.guidance_scale = 2.0
+    trainer(tmp_path / "sweep", callbacks=[evaluation()], limit_test_batches=2).sweep(module, data(), num_steps=[3, 1])
+    assert len(list(folder.glob("sweep_num_steps_weights-*.md"))) == 2
+    assert table.read_bytes() == kept
 
 
 def test_guidance_in_folders_of_ones_own(module: LatentDiffusionModule, tmp_path: Path) -> None:
@@ -72,7 +82,7 @@ def test_guidance_in_folders_of_ones_own(module: LatentDiffusionModule, tmp_path
     assert module.sampler.guidance_scale == 1.5
     for name, report in zip(("guidance_scale-1", "guidance_scale-2.5"), found.reports, strict=True):
         assert values(Report.read(tmp_path / "mine" / name)) == values(report)
-    assert (tmp_path / "mine" / "sweep_guidance_scale.md").is_file()
+    assert len(list((tmp_path / "mine").glob("sweep_guidance_scale_weights-*.md"))) == 1
 
 
 def test_averages_of_a_checkpoint(module: LatentDiffusionModule, make_module: MakeModule, tmp_path: Path) -> None:
@@ -90,7 +100,9 @@ def test_averages_of_a_checkpoint(module: LatentDiffusionModule, make_module: Ma
         trainer(tmp_path, callbacks=[callback]).test(module, data(), verbose=False)
         assert callback.report is not None
         assert callback.report.images["hash"] == report.images["hash"]
-    assert (tmp_path / "evaluation" / "sweep_ema.md").read_text().count("| as trained |") == 1
+    (table,) = (tmp_path / "evaluation").glob("sweep_ema_last-*.md")
+    assert table.read_text().count("| as trained |") == 1
+    assert f"- checkpoint: {path}\n" in table.read_text()
 
 
 @pytest.mark.parametrize(

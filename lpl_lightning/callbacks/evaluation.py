@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -32,7 +31,8 @@ from lpl_lightning.evaluation.image_files import ImageFiles
 from lpl_lightning.evaluation.image_metrics import SpectrumMetrics
 from lpl_lightning.evaluation.measure import Sets
 from lpl_lightning.evaluation.reconstruction_metrics import ReconstructionMetrics
-from lpl_lightning.evaluation.report import VALIDATION, Report
+from lpl_lightning.evaluation.report import VALIDATION, Report, check_folder, check_other
+from lpl_lightning.evaluation.settings import digest
 from lpl_lightning.evaluation.suite import Suite
 from lpl_lightning.frozen import weights_hash
 from lpl_lightning.module import LatentDiffusionModule
@@ -49,17 +49,18 @@ class Evaluation(Callback):
     ``eval_NAME``, which ``ModelCheckpoint`` may monitor. Where an ``EMA`` callback averages weights, the average is
     evaluated.
 
-    A report lies in ``evaluation/NAME``, or ``validation/NAME``, of the run's folder: of the checkpoint's run, if there
-    is a checkpoint, or else of this one. NAME is the checkpoint's or step's with a hash of all that makes the images,
-    which lie beside it in ``images``. Images that are there are not made again, so that an evaluation goes on where it
-    was stopped; processes must see one file system.
+    The images of a model lie in ``evaluation/NAME/images``, or ``validation/NAME/images``, of the run's folder: of the
+    checkpoint's run, if there is a checkpoint, or else of this one. NAME is the checkpoint's or step's with a hash of
+    all that makes the images. Images that are there are not made again, so that an evaluation goes on where it was
+    stopped; processes must see one file system. A report of them lies beside, in ``evaluation/NAME/COUNT-images-HASH``,
+    whose hash is of suite, real images and numbers, so that none takes the place of another.
 
     Args:
         num_images: How many images are generated, going round the classes or captions; 0 evaluates nothing.
         suite: What is measured; by default what needs no downloaded weights, and in validation what a few images
             suffice for. ``configs/metrics/paper.yaml`` is one with FID.
         reference: Folder of the real images, brought to the data's size; by default those of the data's test set, or
-            in validation of its validation set.
+            in validation and during training of its validation set, so that no checkpoint is chosen by test images.
         convert: Read images of ``reference`` that are not RGB of 8 bits as training does; by default they are refused.
         reconstruct: Whether the autoencoder's reconstructions of the real images are measured too.
         every_n_steps: Optimizer steps of training between evaluations; None evaluates in ``stage``.
@@ -68,7 +69,8 @@ class Evaluation(Callback):
             validation images.
         batch_size: Images generated, or passed through networks, at once by a process.
         num_workers: Processes that read images, for each process that evaluates.
-        dirname: Folder of the report, in place of the above.
+        dirname: Folder of the one report, and of ``images`` beside it, in place of the above; another report that lies
+            there is refused. During training it takes the place of ``evaluation``.
         cache: Whether to keep what was computed of the real images for the next time, in the user's folder for caches.
         stage: The command that evaluates.
 
@@ -113,6 +115,7 @@ class Evaluation(Callback):
         self._evaluator: Evaluator | None = None
         self._measured: Any = None  # data that the evaluator has seen
         self._sets: Sets | None = None
+        self._autoencoder = ""  # hash of its weights, taken once
         self._last_step = -1
 
     @property
@@ -189,10 +192,11 @@ class Evaluation(Callback):
         requests = self._requests(trainer, module)
         side = module.latent_size * module.autoencoder.downscale
         dataset, _, _, _ = self._real(trainer, side)
-        autoencoder = None
-        if self.reconstruct:
-            model = module.autoencoder.model
-            autoencoder = f"{type(model).__name__} {weights_hash(model)}"
+        model = module.autoencoder.model
+        self._autoencoder = weights_hash(model)
+        autoencoder = f"{type(model).__name__} {self._autoencoder}" if self.reconstruct else None
+        if self.dirname is not None:
+            check_folder(Path(self.dirname).expanduser(), "dirname")
         self._sets = Sets(side, len(dataset), len(requests), goes_by_captions(module), autoencoder)
         self.suite.check(self._sets)
 
@@ -222,9 +226,9 @@ class Evaluation(Callback):
                     f"Evaluation needs real images, and {type(data).__name__} holds latents: give it `reference`, a "
                     "folder of images."
                 )
-            split: Literal["val", "test"] = "val" if trainer.validating else "test"
-            return data.dataset(split), {"name": f"{split} images of {type(data).__name__}"}, None, None
-        loaded = trainer.val_dataloaders if trainer.validating else trainer.test_dataloaders
+            split: Literal["val", "test"] = "test" if trainer.testing else "val"
+            return data.dataset(split), data.describe(split), None, None
+        loaded = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         dataset = getattr(loaded, "dataset", None)
         if not hasattr(dataset, "__len__"):
             raise ValueError(
@@ -241,12 +245,25 @@ class Evaluation(Callback):
         with isolate_rng():
             requests = self._requests(trainer, pl_module)
             settings = generation_settings(
-                pl_module, self.seed, self._sets.image_size, requests.num_classes, requests.captions
+                pl_module,
+                self.seed,
+                self._sets.image_size,
+                requests.num_classes,
+                requests.captions,
+                str(trainer.precision),
+                self._autoencoder,
             )
-            self.folder = folder = trainer.strategy.broadcast(self._folder(trainer, name, settings))
-            images = GeneratedFolder(folder / "images")
+            place = trainer.strategy.broadcast(self._place(trainer, name, settings))
+            images = GeneratedFolder(place / "images")
             remedy = "Give another folder as `dirname`, or delete it."
             images.claim(settings, remedy, write=trainer.is_global_zero)
+            # Before images are made, since a report that is in the way is told by the real ones.
+            evaluator = self._with_real(trainer, pl_module, self._sets)
+            self.folder = folder = place
+            if self.dirname is None or trainer.training:
+                self.folder = folder = place / f"{self.num_images}-images-{digest(evaluator.made)}"
+            else:
+                check_other(folder, "dirname", evaluator.made)
             generate(
                 pl_module,
                 requests,
@@ -258,10 +275,15 @@ class Evaluation(Callback):
                 trainer.precision_plugin.forward_context,
                 progress=trainer.is_global_zero,
             )
-            evaluator = self._with_real(trainer, pl_module, self._sets)
             generated = RequestedImages(images, requests, goes_by_labels(pl_module))
-            report = evaluator.measure(generated, folder.name, {"folder": "images"})
-        report.generation = {**made, "seed": self.seed, "trainer_precision": str(trainer.precision), **settings}
+            where = Path(os.path.relpath(images.folder, folder)).as_posix()
+            report = evaluator.measure(generated, place.name, {"folder": where})
+        report.generation = {**made, "seed": self.seed, **settings}
+        if trainer.testing and report.reference.get("split") == "val":
+            report.notes.append(
+                "The data have no test images: the real ones are the validation images, by which a checkpoint may have "
+                "been chosen."
+            )
         if trainer.is_global_zero:
             evaluator.write(report, folder)
             rank_zero_info(f"Evaluation: {folder / 'report.md'}")
@@ -270,7 +292,7 @@ class Evaluation(Callback):
 
     def _with_real(self, trainer: pl.Trainer, module: LatentDiffusionModule, sets: Sets) -> Evaluator:
         """The evaluator with the real images measured, which is done once."""
-        loaded = trainer.val_dataloaders if trainer.validating else trainer.test_dataloaders
+        loaded = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         real = getattr(trainer, "datamodule", None) or loaded
         if self._evaluator is None or self._evaluator.sets != sets or self._measured is not real:
             self._measured = real
@@ -288,11 +310,13 @@ class Evaluation(Callback):
             self._evaluator.take_real(dataset, sets, about, key, autoencoder, collate)
         return self._evaluator
 
-    def _folder(self, trainer: pl.Trainer, name: str, settings: dict[str, Any]) -> Path:
+    def _place(self, trainer: pl.Trainer, name: str, settings: dict[str, Any]) -> Path:
+        """Where the images lie, in ``images``."""
+        named = f"{name}-{digest(settings)}"
         if self.dirname is not None:
-            return Path(self.dirname).expanduser()
+            given = Path(self.dirname).expanduser().absolute()
+            return given / named if trainer.training else given
         source = None if trainer.training else trainer.ckpt_path if self.origin is None else self.origin[0]
         run = loaded_run_folder(trainer, source)
         assert run is not None  # else nothing is evaluated
-        digest = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
-        return run / (VALIDATION if trainer.validating else "evaluation") / f"{name}-{digest}"
+        return run.absolute() / (VALIDATION if trainer.validating else "evaluation") / named

@@ -10,17 +10,19 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.callbacks.run_folder import run_folder
 from lpl_lightning.data.base import ImageDataModule, SampleRequests
+from lpl_lightning.data.listing import some
 from lpl_lightning.evaluation.generated import (
     GeneratedFolder,
     generation_settings,
     goes_by_captions,
+    not_finite,
     to_uint8,
     write_png,
 )
@@ -34,7 +36,8 @@ class SampleGrid(Callback):
 
     All grids of a run use the same seeds, so that they can be compared. They lie in ``samples/`` of the run's folder
     and go to TensorBoard where it is the logger. Among the callbacks it stands behind one that averages weights, so
-    that the last grid shows the averaged ones.
+    that the last grid shows the averaged ones. Images that are not finite are warned of, and black: they
+    are no reason to end a training run.
 
     Models that go by captions draw the first ones of the validation images, unless ``prompts`` are given.
 
@@ -115,7 +118,12 @@ class SampleGrid(Callback):
                 images.append(pl_module.generate([r["seed"] for r in part], [r["label"] for r in part], captions))
         for module, training in modes.items():
             module.training = training
-        grid = make_grid(to_uint8(torch.cat(images)), nrow=self.columns)
+        drawn = torch.cat(images)
+        if bad := not_finite(drawn):
+            seeds = some(asked[i]["seed"] for i in bad)
+            rank_zero_warn(f"At step {step}, samples of the seeds {seeds} hold NaN or infinity: they are black.")
+            drawn[bad] = -1
+        grid = make_grid(to_uint8(drawn), nrow=self.columns)
         # Sharded models need every rank to sample; only one writes.
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +151,8 @@ class ImageWriter(BasePredictionWriter):
 
     Image ``i`` is ``DIRNAME/CLASS/i.png``, all in class 0 where the model knows no classes. For a model that goes by
     captions, its caption lies beside it in ``i.txt``, as UTF-8. Images that are there are not made again; a folder made
-    with other weights, prompts or settings, which ``settings.json`` in it records, is refused.
+    with other weights, prompts or settings, which ``settings.json`` in it records, is refused, and so is one that holds
+    images without such a record.
 
     Args:
         dirname: Where to; the folder is made if need be.
@@ -169,6 +178,7 @@ class ImageWriter(BasePredictionWriter):
             getattr(data, "image_size", None),
             getattr(data, "num_classes", None),
             getattr(getattr(trainer.predict_dataloaders, "dataset", None), "captions", ()),
+            str(trainer.precision),
         )
         remedy = "Give another folder with --writer.dirname, or delete it."
         self.generated.claim(settings, remedy, write=trainer.is_global_zero)
@@ -210,9 +220,9 @@ class ImageWriter(BasePredictionWriter):
         if not isinstance(pl_module, LatentDiffusionModule):
             return
         captions = batch.get("caption") if goes_by_captions(pl_module) else None
-        for i, (image, index, label) in enumerate(
-            zip(to_uint8(prediction), batch["index"].tolist(), batch["label"].tolist(), strict=True)
-        ):
+        indices, seeds = batch["index"].tolist(), batch["seed"].tolist()
+        images = to_uint8(prediction, [f"{index} (seed {seed})" for index, seed in zip(indices, seeds, strict=True)])
+        for i, (image, index, label) in enumerate(zip(images, indices, batch["label"].tolist(), strict=True)):
             self.generated.write(image, index, label, None if captions is None else captions[i])
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -25,6 +25,7 @@ from lpl_lightning.evaluation.evaluator import posterior_mean
 from lpl_lightning.evaluation.gathering import Rows
 from lpl_lightning.evaluation.generated import to_uint8
 from lpl_lightning.evaluation.report import VALIDATION, formatted, write_whole
+from lpl_lightning.evaluation.settings import as_json, attributes, digest, model_settings
 from lpl_lightning.evaluation.suite import versions
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.pretrained import averaged_by, read_checkpoint
@@ -51,8 +52,9 @@ class LossByNoise(Callback):
     Per level there are ``loss_diffusion`` (weighted as in training), ``prediction_mse`` (not weighted),
     ``estimate_mse`` (mean square of z0_hat - z0, in scaled latents) and, with an ``LPLCallback``, ``loss_lpl``
     (without its weight; 0 where gated), as means over images with their standard errors, of which one image has none.
-    They are logged as ``val_NAME_at_RATIO``, and written to ``validation/loss_by_noise_CHECKPOINT`` of the run's
-    folder, or of the checkpoint's run, as .json, .csv and, with matplotlib, .png.
+    They are logged as ``val_NAME_at_RATIO``, and written to ``validation/loss_by_noise_CHECKPOINT-HASH`` of the run's
+    folder, or of the checkpoint's run, as .json, .csv and, with matplotlib, .png. The hash is of model, autoencoder,
+    images and settings; in training, where the step tells the weights, it leaves them out.
 
     Args:
         noise_to_signal: The levels.
@@ -117,7 +119,7 @@ class LossByNoise(Callback):
         """Log and write the means."""
         if self._rows is None or not isinstance(pl_module, LatentDiffusionModule):
             return
-        _, rows = self._rows.all()
+        index, rows = self._rows.all()
         values = rows.double().unflatten(1, (len(self.levels), len(self._names)))
         means = values.mean(dim=0)
         errors: list[list[float | None]] = [[None] * len(self._names)] * len(self.levels)
@@ -133,12 +135,19 @@ class LossByNoise(Callback):
             spread = {f"{name}_se": error for name, error in zip(self._names, errors[i], strict=True)}
             levels.append({**place, "t": float(times[i]), **own, **spread})
             pl_module.log_dict({f"val_{name}_at_{level:g}": value for name, value in own.items()})
-        self._write(trainer, pl_module, levels, len(rows))
+        self._write(trainer, pl_module, levels, index)
 
-    def _write(self, trainer: pl.Trainer, module: LatentDiffusionModule, levels: list[_Level], images: int) -> None:
+    def _write(self, trainer: pl.Trainer, module: LatentDiffusionModule, levels: list[_Level], index: Tensor) -> None:
         source = trainer.ckpt_path if trainer.state.fn == "validate" else None
         run = loaded_run_folder(trainer, source)  # all processes must ask
-        if run is None or not trainer.is_global_zero:
+        if run is None:
+            return
+        settings: dict[str, Any] = {"levels": self.levels, "noise_process": attributes(module.noise)}
+        if _lpl_of(trainer) is not None:
+            settings["lpl"] = attributes(_lpl_of(trainer))
+        if trainer.state.fn == "validate":
+            settings |= model_settings(module)  # all processes must ask
+        if not trainer.is_global_zero:
             return
         decays = [callback.decay for callback in _callbacks(trainer) if isinstance(callback, EMA)]
         made: dict[str, Any] = {"global_step": trainer.global_step, "ema": decays[0] if decays else None}
@@ -150,10 +159,13 @@ class LossByNoise(Callback):
                 made |= {"global_step": checkpoint.get("global_step"), "ema": averaged_by(checkpoint)}
             name = "weights" if source is None else Path(source).stem
         made |= {"noise": type(module.noise).__name__, "prediction_type": module.noise.prediction_type}
-        made |= {"seed": self.seed, "images": images, "precision": str(trainer.precision), "versions": versions()}
+        made |= {"seed": self.seed, "images": len(index), "images_hash": digest(index.tolist(), 16)}
+        made["precision"] = str(trainer.precision)
+        own = digest({**settings, **{key: made[key] for key in ("seed", "images_hash", "precision")}})
+        made |= {"settings": as_json(settings), "versions": versions()}
         folder = run / VALIDATION
         folder.mkdir(parents=True, exist_ok=True)
-        stem = f"loss_by_noise_{name}"
+        stem = f"loss_by_noise_{name}-{own}"
         report = {"format": _FORMAT, "names": self._names, "made": made, "levels": levels}
         write_whole(folder / f"{stem}.json", json.dumps(report, indent=1))
         table = io.StringIO()
@@ -168,7 +180,7 @@ class LossByNoise(Callback):
 
 
 def read_loss_by_noise(path: str | Path) -> dict[str, Any]:
-    """Read a ``loss_by_noise_NAME.json``.
+    """Read a ``loss_by_noise_NAME-HASH.json``.
 
     Returns:
         ``levels``: per level its ratio ``noise_to_signal``, ``log_snr``, time ``t`` and the means, each NAME with its

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -22,6 +22,14 @@ from lpl_lightning.data.faults import Faults
 __all__ = ["ImageDataModule", "SampleRequests"]
 
 Split = Literal["train", "val", "test"]
+
+STAGE_SPLITS: dict[str | None, tuple[Split, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": (),
+}
+"""Splits that a stage of the trainer needs."""
 
 REPORT = "bad_data.jsonl"
 """File, in the folder of a run, that says which images it left out and why."""
@@ -142,6 +150,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
         """The images of one split."""
 
+    def describe(self, split: Split) -> dict[str, Any]:
+        """What a report says of the images of a split: their ``name`` and the ``split`` that they are of, at least."""
+        return {"name": f"{split} images of {type(self).__name__}", "split": split, "image_size": self.image_size}
+
     @property
     def image_sizes(self) -> tuple[tuple[int, int], ...]:
         """Height and width of all that images may have; with more than one, each batch is of one of them."""
@@ -175,6 +187,11 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         trainer = self.trainer
         if trainer is not None and self.faults.report is None and not getattr(trainer, "fast_dev_run", False):
             self.faults.report = Path(trainer.log_dir or trainer.default_root_dir) / REPORT
+
+    def _write_faults(self, bad: Mapping[str, str]) -> None:
+        """Write bad images down, reasons by name, once for all processes."""
+        if self.trainer is None or self.trainer.is_global_zero:
+            self.faults.write(bad)
 
     def _eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         return DataLoader(

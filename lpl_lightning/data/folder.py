@@ -15,7 +15,7 @@ Without a folder of their own, validation images are held out of ``root``: those
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from lpl_lightning.arguments import read_settings
-from lpl_lightning.data.base import ImageDataModule, Split
+from lpl_lightning.data.base import STAGE_SPLITS, ImageDataModule, Split
 from lpl_lightning.data.batches import EpochPlan
 from lpl_lightning.data.bucketed import BucketedDataset, BucketedPlan, bucketed_loader, described
 from lpl_lightning.data.buckets import AspectBuckets, Assignment, Size
@@ -36,13 +36,6 @@ from lpl_lightning.data.listing import images_below, path_hash, scan, some
 from lpl_lightning.data.reading import unreadable, upright_sizes
 
 __all__ = ["ImageFolderDataModule", "ImageFolderDataset"]
-
-STAGE_SPLITS: dict[str | None, tuple[Split, ...]] = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("test",),
-    "predict": (),
-}
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -172,7 +165,7 @@ class ImageFolderDataModule(ImageDataModule):
                     f"`{argument}` must hold images with captions, but none of the {len(bare)} in {folder} has one. "
                     f"Write some, or give another folder."
                 )
-            self._report(dict.fromkeys(bare, "no caption"))
+            self._write_faults(dict.fromkeys(bare, "no caption"))
             rank_zero_info(f"Left out {len(bare)} images of {folder} that have no caption: {some(bare)}.")
         if bare and self.missing_captions == "empty":
             captions |= dict.fromkeys(bare, ("",))
@@ -269,6 +262,19 @@ class ImageFolderDataModule(ImageDataModule):
         sizes = [self._sizes[path] for path, _ in images.files]
         return BucketedDataset(images, buckets.assign(sizes, self.image_size, least))
 
+    def describe(self, split: Split) -> dict[str, Any]:
+        """Where the images of a split really are, and what is done to them."""
+        split = self._source(split)
+        is_held_out = split == "val" and self.val_root is None
+        crop = self.crop if split == "train" else "center"
+        return {
+            **super().describe(split),
+            "folder": str(self._root(split)),
+            **({"held_out": self.val_fraction} if is_held_out else {}),
+            "resize": f"{self.interpolation}, antialiased",
+            "crop": "middle square" if crop == "center" else f"{crop} square",
+        }
+
     def _source(self, split: Split) -> Split:
         return "val" if split == "test" and self.test_root is None else split
 
@@ -317,7 +323,7 @@ class ImageFolderDataModule(ImageDataModule):
                 f"{len(files[empty[0]])} is: {reasons}. Mend or replace them, or give another folder."
             )
         if bad:
-            self._report(bad)
+            self._write_faults(bad)
             self.faults.check_share(len(bad), len(paths), bad)
             rank_zero_warn(
                 f"Left out {len(bad)} of {len(paths)} images that cannot be read: {reasons}. "
@@ -330,11 +336,6 @@ class ImageFolderDataModule(ImageDataModule):
             self._datasets[split] = ImageFolderDataset(
                 pairs, self.image_size, crop, flip, self.interpolation, captions, train, self.faults, self._root(split)
             )
-
-    def _report(self, bad: Mapping[str, str]) -> None:
-        """Write bad images down, once for all processes."""
-        if self.trainer is None or self.trainer.is_global_zero:
-            self.faults.write(bad)
 
     def _check_captions(self, paths: Sequence[str]) -> None:
         if self.has_captions and (bare := [path for path in paths if path not in self._captions]):

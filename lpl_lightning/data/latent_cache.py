@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lpl_lightning.data.base import ImageDataModule, Split
+from lpl_lightning.data.base import STAGE_SPLITS, ImageDataModule, Split
 from lpl_lightning.data.batches import EpochPlan, Request
 from lpl_lightning.data.bucketed import BucketedPlan, bucketed_loader, described
 from lpl_lightning.data.buckets import Assignment
@@ -258,13 +258,7 @@ class LatentCacheDataModule(ImageDataModule):
             ValueError: Shards are missing or damaged, and are not to be skipped, or are too many.
         """
         self._write_faults_into_run()
-        splits: tuple[Split, ...] = {
-            "fit": ("train", "val"),
-            "validate": ("val",),
-            "test": ("test",),
-            "predict": (),
-        }.get(stage or "", ("train", "val", "test"))  # type: ignore[assignment]
-        for split in splits:
+        for split in STAGE_SPLITS.get(stage, ("train", "val", "test")):
             self.dataset(split)
 
     def dataset(self, split: Split) -> CachedLatents:
@@ -318,8 +312,7 @@ class LatentCacheDataModule(ImageDataModule):
                     f"{len(bad)} of {len(shards)} shards cannot be used: {reasons}. Delete them and call `lpl encode` "
                     "again, which makes what is missing, or set `on_error` to skip their images."
                 )
-            if self.trainer is None or self.trainer.is_global_zero:
-                self.faults.write(bad)
+            self._write_faults(bad)
             self.faults.check_share(lost, total, bad)
             rank_zero_warn(f"Left out {lost} of {total} images, in {len(bad)} shards that cannot be used: {reasons}.")
         kept = [shard for shard in shards if shard["file"] not in bad]

@@ -21,7 +21,7 @@ from lpl_lightning.evaluation.comparison_runs import Run, read_runs
 from lpl_lightning.evaluation.comparison_text import markdown
 from lpl_lightning.evaluation.differences import FORMAT, check_references, differences, draws
 from lpl_lightning.evaluation.page import page
-from lpl_lightning.evaluation.report import write_whole
+from lpl_lightning.evaluation.report import check_folder, write_whole
 from lpl_lightning.metrics.spectrum import Spectra
 from lpl_lightning.metrics.spectrum_plot import plot_spectra
 
@@ -96,7 +96,7 @@ def compare(
             write_grid(same, folder / "images.png")
             addresses, done = embedded([path for row in same.paths for path in row])
             notes += done
-            pictures["images.png"] = f"Images of the same seeds; rows from above: {', '.join(same.runs)}."
+            pictures["images.png"] = f"Images of the same {same.alike}; rows from above: {', '.join(same.runs)}."
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders do not agree on a type
             notes.append(f"No images are shown, since one cannot be read: {error}.")
             same = None
@@ -112,10 +112,9 @@ def compare(
 
 def _check_folder(folder: Path) -> None:
     """Refuse to write among other things."""
+    check_folder(folder, "out")
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise ValueError(f"`out` must be a folder, but {folder} is a file. Give another.")
     names = sorted(os.listdir(folder))
     foreign = [name for name in names if re.sub(r"\.\d+\.unfinished(\.png)?$", "", name) not in FILES]
     if foreign or (names and not _is_comparison(folder / RESULT)):

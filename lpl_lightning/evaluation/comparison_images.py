@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
@@ -28,19 +29,21 @@ CELL = 256
 
 @dataclass(frozen=True)
 class SameImages:
-    """Images of several runs that were drawn from the same seeds.
+    """Images of several runs that belong together.
 
     Attributes:
         runs: Names of the runs that have them, the baseline first.
         names: CLASS/INDEX of each.
         captions: Of each; empty where there is none.
         paths: By run, in the order of ``runs``, then by image.
+        alike: What they have in common: ``seeds`` that they were drawn from, or ``names`` where no seed is known.
     """
 
     runs: Sequence[str]
     names: Sequence[str]
     captions: Sequence[str]
     paths: Sequence[Sequence[Path]]
+    alike: Literal["seeds", "names"] = "seeds"
 
 
 def same_images(runs: Sequence[Run], baseline: int, count: int) -> tuple[SameImages | None, list[str]]:
@@ -83,7 +86,8 @@ def same_images(runs: Sequence[Run], baseline: int, count: int) -> tuple[SameIma
     names = names[:count]
     captions = [next(filter(None, (_caption(run.images[name]) for run in chosen)), "") for name in names]
     paths = [[run.images[name] for name in names] for run in chosen]
-    return SameImages([run.name for run in chosen], names, captions, paths), notes
+    alike: Literal["seeds", "names"] = "names" if base.seed is None else "seeds"
+    return SameImages([run.name for run in chosen], names, captions, paths, alike), notes
 
 
 def _without(runs: Sequence[Run]) -> list[Run]:

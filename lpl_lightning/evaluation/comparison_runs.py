@@ -177,5 +177,15 @@ def _find(run: Path) -> Path:
             f"`runs`: no {REPORT} lies in {run} or below it. Make one by `lpl test` or `lpl evaluate`."
         )
     if len(found) > 1:
-        raise ValueError(f"`runs`: {run} holds {len(found)} reports: {some(found)}. Give one of them.")
+        raise ValueError(f"`runs`: {run} holds {len(found)} reports: {some(map(_about, found))}. Give one of them.")
     return found[0]
+
+
+def _about(path: Path) -> str:
+    """Where a report lies, and what tells it from others."""
+    try:
+        report = Report.read(path)
+    except (ValueError, OSError):
+        return f"{path} (damaged)"
+    real = report.reference.get("name", "real ones")
+    return f"{path} ({report.images.get('count')} images against {real}: {some(report.values)})"

@@ -233,12 +233,14 @@ def _verdict(spread: Interval | None, better: str | None) -> Verdict | None:
 
 
 def _paired(base: Run, run: Run, value: Value) -> bool:
-    """Whether row i of both is of one image: drawn from the same seed, or the same real one."""
+    """Whether row i of both is of one image: drawn from the same seed or the same altogether, or the same real one."""
     if value.resampling is None:
         return False
     of = value.resampling.of
-    said = [each.seed if of == "generated" else each.report.reference.get("hash") for each in (base, run)]
-    if said[0] is None or said[0] != said[1]:
+    reports = [each.report for each in (base, run)]
+    hashes = [(report.reference if of == "real" else report.images).get("hash") for report in reports]
+    seeds = [None if of == "real" else each.seed for each in (base, run)]
+    if not any(one is not None and one == other for one, other in (hashes, seeds)):
         return False
     try:
         return torch.equal(base.index(of), run.index(of))

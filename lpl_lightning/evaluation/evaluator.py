@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lpl_lightning.evaluation.measure import Measure, Sets
 from lpl_lightning.evaluation.report import Report
 from lpl_lightning.evaluation.suite import Suite, versions
 
-__all__ = ["Evaluator", "posterior_mean"]
+__all__ = ["Evaluator", "expected", "posterior_mean"]
 
 Collate = Callable[[list[Any]], Any]
 
@@ -95,8 +96,8 @@ class Evaluator:
             states |= {measure.label: measure.real_state() for measure in missing}
         if len(hashes) > 1:
             raise ValueError(
-                f"The real images are not those that {self.cache.folder} holds results of, though their files' sizes "
-                "and times are the same. Delete that folder, which is a cache, or evaluate without it."
+                f"The real images are not those that {self.cache.folder} holds results of, though all that is looked "
+                "at to tell them apart is the same. Delete that folder, which is a cache, or evaluate without it."
             )
         (pixels,) = hashes
         if self.rank == 0:
@@ -105,6 +106,11 @@ class Evaluator:
                 self.cache.store(key, self._of(measure), states[measure.label], about_cached)
         self.about_real = {**about, "count": sets.real, "hash": pixels}
         self.suite.put_real_states(states)
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """All that values depend on besides the generated images, as reports hold it; after ``take_real``."""
+        return expected(self.suite, self.sets) | {"reference": self.about_real["hash"]}
 
     def _found(self, key: str, measure: Measure) -> Cached | None:
         """What the first process finds, so that all do the same."""
@@ -167,7 +173,7 @@ class Evaluator:
         pixels = _merged(own)
         values = self.suite.compute()
         about = {**about, "count": self.sets.generated, "image_size": self.sets.image_size, "hash": pixels}
-        return Report(name, values, about, dict(self.about_real), versions=versions())
+        return Report(name, values, about, dict(self.about_real), made=self.made, versions=versions())
 
     def write(self, report: Report, folder: Path) -> Path:
         """Write the report of the set measured last, and all that belongs to it; by the first process alone.
@@ -178,6 +184,11 @@ class Evaluator:
         folder.mkdir(parents=True, exist_ok=True)
         report.notes += self.suite.write(folder, self.sets)
         return report.write(folder)
+
+
+def expected(suite: Suite, sets: Sets) -> dict[str, Any]:
+    """What ``Evaluator.made`` will be, but for the reference's hash, which takes all real images to be read."""
+    return {"suite": suite.settings(sets), **asdict(sets)}
 
 
 def _merged(own: PixelHash) -> str:

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class FeatureMetrics(Measure):
         name: NAME above; by default that of the network, ``inception`` of FID's.
         neighbours: Which neighbour a ball of precision, recall, density and coverage reaches to; None leaves them out.
         kernel: Whether to compute the kernel distance, the mean over 100 draws of ``kernel_subset`` images of a set.
-        kernel_subset: Images in a draw; all where there are fewer.
+        kernel_subset: Images in a draw; all where there are fewer, and then one draw if both sets are as many.
         memorization: Whether to compute MiFID, which real images should be the training images for.
         max_images: Images of a set that pairs are made of; 50,000 of 2,048 features take 400 MB a set.
         allow_few: Allow fewer images than features, of which the Frechet distance is biased by their number.
@@ -159,6 +159,7 @@ class FeatureMetrics(Measure):
         self._generated_rows = Rows(self.extractor.dim, self.device)
         self._generated_kept = self._drawn(self.sets.generated)
         self._samples: dict[str, Tensor] = {}
+        self._draws_are_one = False
 
     def _drawn(self, count: int) -> Tensor:
         """Which images of a set are kept for pairs, (count,)."""
@@ -236,12 +237,12 @@ class FeatureMetrics(Measure):
 
     def _of_pairs(self, real: Tensor, generated: Tensor) -> dict[str, Value]:
         counts = {"generated": len(generated), "real": len(real)}
-        values = {}
+        values, options = {}, cast(Any, {"feature": nn.Identity(), "sync_on_compute": False})
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.default_generator.manual_seed(SEED)  # which torchmetrics shuffles by, on any device
             warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
             if isinstance(self.extractor, InceptionFeatures) and self.is_inception:
-                score = InceptionScore(feature=nn.Identity(), splits=SPLITS, sync_on_compute=False)
+                score = InceptionScore(splits=SPLITS, **options)
                 score.update(self.extractor.logits(generated))
                 mean, std = score.compute()
                 settings = {"generated": len(generated), "splits": SPLITS, "seed": SEED}
@@ -250,19 +251,18 @@ class FeatureMetrics(Measure):
                 values[self._named("inception_score", "")] = value
             if self.kernel:
                 size = min(self.kernel_subset, len(real), len(generated))
-                kernel = KernelInceptionDistance(
-                    feature=nn.Identity(), subsets=SUBSETS, subset_size=size, sync_on_compute=False
-                )
+                subsets = 1 if (one := size == len(real) == len(generated)) else SUBSETS
+                kernel = KernelInceptionDistance(subsets=subsets, subset_size=size, **options)
                 kernel.update(real.double(), real=True)
                 kernel.update(generated.double(), real=False)
                 mean, std = kernel.compute()
-                settings = counts | {"subsets": SUBSETS, "subset_size": size, "seed": SEED}
+                settings = counts | {"subsets": subsets, "subset_size": size, "seed": SEED}
                 # Unbiased for any number of images (Binkowski et al., 2018).
-                values[self._named("kid", "kernel")] = self._value(mean, "lower", settings, std)
+                self._draws_are_one, spread = one, None if one else std
+                values[self._named("kid", "kernel")] = self._value(mean, "lower", settings, spread)
             if self.memorization:
-                memorized = MemorizationInformedFrechetInceptionDistance(
-                    feature=_Passing(self.extractor.dim), sync_on_compute=False
-                )
+                passing = _Passing(self.extractor.dim)
+                memorized = MemorizationInformedFrechetInceptionDistance(passing, sync_on_compute=False)
                 memorized.update(real, real=True)
                 memorized.update(generated, real=False)
                 # Both the distance and the nearest real image are nearer where there are more.
@@ -276,8 +276,7 @@ class FeatureMetrics(Measure):
     def _overlap(self, members: Neighbours, settings: dict[str, int]) -> dict[str, Value]:
         """Precision and density are resampled as what they are, means over generated images.
 
-        The real images, and so the radii of their balls, are held fixed. Those radii depend on the number of real
-        images; that of generated ones moves neither mean.
+        The real images, and so the radii of their balls, are held fixed; the number of generated ones moves neither.
 
         Recall and coverage are of what the generated images do together. Means over the real images would hold them
         fixed, and with them all that another set of them would change; to draw them with replacement, with the radii
@@ -325,6 +324,11 @@ class FeatureMetrics(Measure):
         reference = self._reference()
         reference.save(folder / f"reference_{self.name}.safetensors")
         notes = []
+        if self._draws_are_one:
+            notes.append(
+                f"{self._named('kid', 'kernel')}: `kernel_subset` takes in all images of both sets, of which there is "
+                "but one draw, and no standard deviation."
+            )
         if min(reference.count, self.sets.generated) < self.extractor.dim:
             notes.append(
                 f"{self.name}: there are fewer images than the {self.extractor.dim} features, so that the Frechet "

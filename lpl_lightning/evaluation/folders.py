@@ -10,11 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.evaluation.cache import ReferenceCache, default_folder
-from lpl_lightning.evaluation.evaluator import Evaluator
+from lpl_lightning.evaluation.evaluator import Evaluator, expected
 from lpl_lightning.evaluation.image_files import ImageFiles
 from lpl_lightning.evaluation.image_metrics import CaptionMetrics
 from lpl_lightning.evaluation.measure import Sets
-from lpl_lightning.evaluation.report import REPORT, Report
+from lpl_lightning.evaluation.report import REPORT, Report, check_folder, check_other
 from lpl_lightning.evaluation.suite import Suite
 
 __all__ = ["evaluate_folder"]
@@ -41,7 +41,8 @@ def evaluate_folder(
         images: Folder of the images, with sub-folders or without.
         reference: Folder of the real images.
         suite: What is measured.
-        out: Folder that the report is written to; by default the images' with ``-evaluation`` at its end.
+        out: Folder that the report is written to; by default the images' with ``-evaluation`` at its end. A report
+            there is made anew if it is of the same images, suite and reference, and kept by an error if not.
         image_size: Side in pixels that all images are brought to: the shorter side is resized and the middle square
             taken. By default they are taken as they are, squares of one size.
         convert: Read images that are not RGB of 8 bits as training does; by default they are refused.
@@ -55,7 +56,8 @@ def evaluate_folder(
 
     Raises:
         FileNotFoundError: A folder does not exist.
-        ValueError: Images are not as they must be, there are too few, or the folder holds another set's report.
+        ValueError: Images are not as they must be, there are too few, or the folder holds another report or lies among
+            the images.
     """
     at_least(1, batch_size=batch_size)
     at_least(0, num_workers=num_workers)
@@ -68,7 +70,7 @@ def evaluate_folder(
     real = ImageFiles(reference, "reference", image_size, convert)
     where = Path(os.path.abspath(generated.folder))  # without "..", which has no name
     folder = where.with_name(f"{where.name}-evaluation") if out is None else Path(out).expanduser()
-    _check_other(folder, str(where))
+    _check_out(folder, where, real.folder)
     about, about_real = generated.provenance(), real.provenance()
     if about["image_size"] != about_real["image_size"]:
         raise ValueError(
@@ -77,8 +79,10 @@ def evaluate_folder(
         )
     sets = Sets(int(about["image_size"]), len(real), len(generated), captions)
     suite.check(sets)
+    check_other(folder, "out", expected(suite, sets))
     evaluator = Evaluator(suite, place, ReferenceCache(default_folder() if cache else None), batch_size, num_workers)
     evaluator.take_real(real, sets, {"name": reference, **about_real}, real.quick_key())
+    check_other(folder, "out", evaluator.made)
     report = evaluator.measure(generated, where.name, {**about, "folder": str(where)})
     path = evaluator.write(report, folder)
     print(report.markdown())
@@ -95,7 +99,15 @@ def _place(device: str | None) -> torch.device:
         raise ValueError(f"`device`={device!r} cannot be used: {error}. Give 'cpu', or leave it out.") from error
 
 
-def _check_other(folder: Path, images: str) -> None:
-    """Refuse to write over the report of another set."""
-    if (folder / REPORT).is_file() and (known := Report.read(folder).images.get("folder")) != images:
+def _check_out(folder: Path, images: Path, reference: Path) -> None:
+    """Refuse a folder that cannot be written to, that of another set's report, and one whose plots would be images."""
+    check_folder(folder, "out")
+    there = Path(os.path.realpath(folder))
+    for argument, read in (("images", images), ("reference", reference)):
+        if (read := Path(os.path.realpath(read))) in (there, *there.parents):
+            raise ValueError(
+                f"`out`: {folder} lies in `{argument}`, {read}, of which its plots would be images the next time. Give "
+                "a folder elsewhere."
+            )
+    if (folder / REPORT).is_file() and (known := Report.read(folder).images.get("folder")) != str(images):
         raise ValueError(f"`out`: {folder} holds the report of {known}. Give another folder, or delete it.")

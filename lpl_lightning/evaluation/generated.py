@@ -16,9 +16,11 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm.auto import tqdm
 
-from lpl_lightning.captions import Captions
 from lpl_lightning.data.base import SampleRequests
+from lpl_lightning.data.listing import some
 from lpl_lightning.evaluation.image_files import ImageFiles
+from lpl_lightning.evaluation.report import write_whole
+from lpl_lightning.evaluation.settings import as_json, described, differing, model_settings
 from lpl_lightning.module import LatentDiffusionModule
 
 __all__ = [
@@ -28,13 +30,41 @@ __all__ = [
     "generation_settings",
     "goes_by_captions",
     "goes_by_labels",
+    "not_finite",
     "to_uint8",
     "write_png",
 ]
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Map images in [-1, 1] to uint8 in [0, 255] on the CPU, rounding to the nearest."""
+RECORD = "settings.json"
+"""File, in a folder of images, that says what made them."""
+
+
+def not_finite(images: Tensor) -> list[int]:
+    """Which of a batch of images (B, ...) hold NaN or infinity."""
+    found: list[int] = (~images.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    return found
+
+
+def to_uint8(images: Tensor, names: Sequence[object] | None = None) -> Tensor:
+    """Map images to uint8, rounding to the nearest.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        names: What each is called in an error; by default its position.
+
+    Returns:
+        (B, 3, H, W) in [0, 255], on the CPU.
+
+    Raises:
+        ValueError: Images are not finite, which as bytes would be black.
+    """
+    if bad := not_finite(images):
+        raise ValueError(
+            f"Images must be finite, but {len(bad)} of {len(images)} hold NaN or infinity: "
+            f"{some(bad if names is None else [names[i] for i in bad])}. Has training diverged, or does the precision "
+            "overflow? Take an earlier checkpoint, or `trainer.precision` 32-true."
+        )
     return images.add(1).mul(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
@@ -61,6 +91,8 @@ def generation_settings(
     image_size: int | None,
     num_classes: int | None,
     prompts: Sequence[str],
+    precision: str,
+    autoencoder: str | None = None,
 ) -> dict[str, Any]:
     """All that makes generated images what they are, as JSON holds it.
 
@@ -70,20 +102,14 @@ def generation_settings(
         image_size: Side in pixels.
         num_classes: Classes that the images go round.
         prompts: All captions that the images go round, so that a folder can be made in parts.
+        precision: The trainer's.
+        autoencoder: ``weights_hash`` of the autoencoder's model, where it is known.
     """
-    sampler, conditioner = module.sampler, module.conditioner
+    sampler = module.sampler
     scheduler = sampler.scheduler if sampler.scheduler is not None else module.noise.sampling_scheduler()
-    digest = hashlib.blake2b(digest_size=16)
-    # All that makes an image, also frozen weights, which a state dict may leave out.
-    denoiser = module.denoiser
-    weights = (*denoiser.named_parameters(), *denoiser.named_buffers(), *conditioner.state_dict().items())
-    for name, tensor in weights:
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     settings = {
-        "weights_blake2b": digest.hexdigest(),
-        **({"text": conditioner.fingerprint()} if isinstance(conditioner, Captions) else {}),
-        "autoencoder": described(module.autoencoder.model),
+        **model_settings(module, autoencoder),
+        "trainer_precision": precision,
         "scheduler": described(scheduler),
         "num_steps": sampler.num_steps,
         "guidance_scale": sampler.guidance_scale,
@@ -95,15 +121,8 @@ def generation_settings(
     }
     if goes_by_captions(module):
         settings["prompts_blake2b"] = hashlib.blake2b(json.dumps(list(prompts)).encode(), digest_size=16).hexdigest()
-    # As it comes back from the file, where tuples are lists.
-    restored: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    restored: dict[str, Any] = as_json(settings)
     return restored
-
-
-def described(part: Any) -> dict[str, Any]:
-    """Class and config of a part of diffusers, without its private keys, whose order differs between processes."""
-    public = {key: value for key, value in part.config.items() if not key.startswith("_")}
-    return {"class": type(part).__name__, **public}
 
 
 class GeneratedFolder:
@@ -117,7 +136,7 @@ class GeneratedFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.expanduser().absolute()
 
     def claim(self, settings: Mapping[str, Any], remedy: str, write: bool) -> None:
         """Note what will make the images, or see that it is what made those that are there.
@@ -128,19 +147,35 @@ class GeneratedFolder:
             write: Whether this process writes the note.
 
         Raises:
-            ValueError: The folder holds images made with other settings.
+            ValueError: The folder holds images made with other settings, or nothing says with which.
         """
-        record = self.folder / "settings.json"
+        record = self.folder / RECORD
+        # Looked for before the record, which another process may be writing: it has none made before that.
+        image = next(self.folder.glob("[0-9]*/[0-9]*.png"), None)
         if record.exists():
-            known = json.loads(record.read_text())
-            if known != settings:
-                differ = sorted(key for key in settings | known if settings.get(key) != known.get(key))
+            if differ := differing(self._known(record, remedy), settings):
                 raise ValueError(
-                    f"{self.folder} holds images made with other settings ({', '.join(differ)}; see {record}). {remedy}"
+                    f"{self.folder} holds images made with other settings ({differ}; see {record}). {remedy}"
                 )
+        elif image is not None:
+            raise ValueError(
+                f"{self.folder} holds images, such as {image.relative_to(self.folder)}, but no {RECORD} that says what "
+                f"made them: they may be another model's. {remedy}"
+            )
         elif write:
             self.folder.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(settings, indent=1))
+            write_whole(record, json.dumps(settings, indent=1))
+
+    def _known(self, record: Path, remedy: str) -> dict[str, Any]:
+        try:
+            known = json.loads(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{record}, which says what made the images beside it, is damaged ({error}). {remedy}"
+            ) from error
+        if not isinstance(known, dict):
+            raise ValueError(f"{record}, which says what made the images beside it, holds no settings. {remedy}")
+        return known
 
     def path(self, index: int, label: int) -> Path:
         """Where image ``index`` lies."""
@@ -204,8 +239,9 @@ def generate(
                 asked = [requests[image] for image in batch or missing[:1]]
                 labels = [request["label"] if by_label else 0 for request in asked]
                 texts = [request["caption"] for request in asked if "caption" in request] if captions else None
+                seeds = [request["seed"] for request in asked]
                 with torch.no_grad(), precision():
-                    images = to_uint8(module.generate([request["seed"] for request in asked], labels, texts))
+                    images = to_uint8(module.generate(seeds, labels, texts), [f"seed {seed}" for seed in seeds])
                 for position in range(len(batch)):
                     caption = texts[position] if texts else None
                     folder.write(images[position], batch[position], labels[position], caption)

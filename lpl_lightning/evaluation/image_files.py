@@ -30,6 +30,7 @@ from lpl_lightning.data.captions import read_sidecars
 from lpl_lightning.data.crops import SquareCrop
 from lpl_lightning.data.listing import images_below, some
 from lpl_lightning.data.reading import load_rgb, reason
+from lpl_lightning.evaluation.content_key import content_key
 from lpl_lightning.metrics.preparation import check_images
 
 __all__ = ["ImageFiles", "PixelHash", "loader"]
@@ -116,15 +117,11 @@ class ImageFiles(Dataset[dict[str, Any]]):
         }
 
     def quick_key(self) -> str:
-        """A hash of the files' paths in the folder, sizes and times of change, and of what is done to the images.
+        """A hash of the files, and of what is done to the images; ``content_key`` says what of the files.
 
-        It tells without decoding whether results of an earlier run may be of the same images; captions are no part.
+        It tells without decoding whether results of an earlier run are of the same images; captions are no part.
         """
-        digest = blake2b(f"{self.image_size} {self.convert}".encode(), digest_size=16)
-        for path in self.paths:
-            found = os.stat(path)
-            digest.update(b"\0" + os.fsencode(self._name(path)) + f"\0{found.st_size} {found.st_mtime_ns}".encode())
-        return digest.hexdigest()
+        return content_key(self.paths, [self._name(path) for path in self.paths], f"{self.image_size} {self.convert}")
 
     @cached_property
     def _sizes(self) -> tuple[tuple[int, int], ...]:

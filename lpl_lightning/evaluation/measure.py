@@ -6,6 +6,7 @@ and again, as they do during training.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lpl_lightning.evaluation.report import Value
+from lpl_lightning.evaluation.settings import as_json, attributes
 
 __all__ = ["Measure", "Role", "Sets"]
 
@@ -58,6 +60,15 @@ class Measure(nn.Module, ABC):
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
         """What its values depend on besides the images."""
+
+    def settings(self, sets: Sets) -> dict[str, Any]:
+        """All that says what it computes of such sets, as JSON holds it: label, ``provenance`` and its arguments."""
+        self.sets = sets
+        # Of its attributes those alone that were given to it: others come and go with the images.
+        arguments = {"class", *inspect.signature(type(self)).parameters}
+        own = {name: said for name, said in attributes(self).items() if name in arguments}
+        found: dict[str, Any] = as_json({"label": self.label, **own, **self.provenance()})
+        return found
 
     def check(self, sets: Sets) -> None:
         """Refuse sets that it cannot be computed of.

@@ -69,7 +69,7 @@ def page(
             f'<div class="charts">{spectra_charts(spectra, comparison.runs)}</div>',
         ]
     if images is not None:
-        body += ["<h2>Images of the same seeds</h2>", _images(comparison, images, addresses)]
+        body += [f"<h2>Images of the same {images.alike}</h2>", _images(comparison, images, addresses)]
     if comparison.made:
         body += ["<h2>What differs in how they were made</h2>", _made(comparison)]
     if comparison.notes:

@@ -19,7 +19,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["REPORT", "SAMPLES", "VALIDATION", "Provenance", "Report", "Resampling", "Value", "formatted", "write_whole"]
+__all__ = [
+    "REPORT",
+    "SAMPLES",
+    "VALIDATION",
+    "Provenance",
+    "Report",
+    "Resampling",
+    "Value",
+    "check_folder",
+    "check_other",
+    "formatted",
+    "write_whole",
+]
 
 REPORT = "report.json"
 SAMPLES = "samples.safetensors"
@@ -87,6 +99,8 @@ class Report:
         reference: What it was compared with: ``name``, ``count``, ``hash``.
         generation: How the images were made: weights' hash, step, EMA's decay, sampler, steps, guidance, seed, ...;
             empty for images from elsewhere.
+        made: All that the values depend on besides the generated images: ``suite``, the settings of each measure; the
+            ``reference``'s hash; numbers and side of the images.
         versions: Of the libraries.
         notes: What a reader must know, such as what was left out and why.
     """
@@ -96,6 +110,7 @@ class Report:
     images: dict[str, Any] = field(default_factory=dict)
     reference: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -170,6 +185,38 @@ def formatted(value: float) -> str:
 def _short(said: Any) -> str:
     text = said if isinstance(said, str) else json.dumps(said)
     return text.replace("|", "\\|")
+
+
+def check_folder(folder: Path, argument: str) -> None:
+    """Refuse a folder that cannot be made, before what it is for takes time.
+
+    Raises:
+        ValueError: It, or one of those that it is to lie in, is a file.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"`{argument}` must be a folder, but {there} is a file. Give another.")
+
+
+def check_other(folder: Path, argument: str, made: Mapping[str, Any]) -> None:
+    """Refuse to write over a report that was made otherwise.
+
+    Args:
+        folder: Where a report is to be written.
+        argument: What it was given as.
+        made: What will make the new report, or as much of it as is known.
+
+    Raises:
+        ValueError: There is one that was made with something else.
+    """
+    if not (folder / REPORT).is_file():
+        return
+    known = Report.read(folder)
+    if differ := sorted(key for key in made if known.made.get(key) != made[key]):
+        raise ValueError(
+            f"`{argument}`: {folder} holds a report that was made otherwise ({', '.join(differ)}; see `made` in "
+            f"{REPORT}). Give another folder, or delete that file."
+        )
 
 
 def write_whole(path: Path, text: str) -> Path:

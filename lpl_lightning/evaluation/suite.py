@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,10 @@ class Suite(nn.Module):
         """
         for measure in self:
             measure.check(sets)
+
+    def settings(self, sets: Sets) -> list[dict[str, Any]]:
+        """What says what is computed of such sets, measure by measure."""
+        return [measure.settings(sets) for measure in self]
 
     def begin(self, sets: Sets, device: torch.device) -> None:
         """Forget all images, and expect these sets on a device."""

@@ -76,11 +76,13 @@ def test_a_test_equals_lpl_evaluate_of_the_same_images(module: LatentDiffusionMo
     callback = evaluation(reconstruct=False)
     run = trainer(tmp_path, callbacks=[callback], logger=CSVLogger(tmp_path))
     (logged,) = run.test(module, data(), verbose=False)
-    folder = next((tmp_path / "lightning_logs").glob("*/evaluation/weights-*"))
+    folder = next((tmp_path / "lightning_logs").glob("*/evaluation/weights-*/24-images-*"))
     assert callback.folder == folder
     report = Report.read(folder)
+    images = folder / report.images["folder"]
+    assert images.resolve() == folder.parent / "images"
     real = photographed(tmp_path / "real")
-    other = evaluate_folder(str(folder / "images"), str(real), suite(), str(tmp_path / "out"), cache=False)
+    other = evaluate_folder(str(images), str(real), suite(), str(tmp_path / "out"), cache=False)
     assert_close(report, other)
     assert report.images["hash"] == other.images["hash"]
     assert report.reference["hash"] == other.reference["hash"]
@@ -93,9 +95,9 @@ def test_a_test_equals_lpl_evaluate_of_the_same_images(module: LatentDiffusionMo
     assert made["seed"] == 0
     assert made["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
     assert (report.images["count"], report.reference["count"]) == (24, 20)
-    assert {"report.md", "report.json", "samples.safetensors", "spectra.csv", "images"} <= set(os.listdir(folder))
+    assert {"report.md", "report.json", "samples.safetensors", "spectra.csv"} <= set(os.listdir(folder))
     picture = (module.generate([9], [1])[0] + 1) * 127.5
-    assert (read_image(folder / "images" / "0001" / "000009.png") - picture).abs().max() <= 0.51
+    assert (read_image(images / "0001" / "000009.png") - picture).abs().max() <= 0.51
 
 
 def test_reconstructions_are_the_autoencoders_means(module: LatentDiffusionModule, tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_reconstructions_are_the_autoencoders_means(module: LatentDiffusionModul
         again = model.decode(model.encode(images).latent_dist.mean).sample.clamp(-1, 1)
     psnr = -10 * ((again - images) / 2).square().mean((1, 2, 3)).log10()
     assert values(report)["reconstruction_psnr"] == pytest.approx(float(psnr.mean()), rel=1e-5)
-    folder = next((tmp_path / "evaluation").iterdir())
+    folder = next((tmp_path / "evaluation").glob("*/24-images-*"))
     assert load_file(folder / "samples.safetensors")["reconstruction_psnr"] == pytest.approx(psnr, rel=1e-4)
 
 
@@ -119,9 +121,9 @@ def test_values_depend_on_no_batch_size(module: LatentDiffusionModule, tmp_path:
 
 
 def test_images_that_are_there_are_not_made_again(module: LatentDiffusionModule, tmp_path: Path) -> None:
-    callback = evaluation(num_images=16, dirname=str(tmp_path / "out"), reconstruct=False)
+    callback = evaluation(num_images=16, reconstruct=False)
     first = measured(module, tmp_path, callback)
-    images = sorted((tmp_path / "out" / "images").rglob("*.png"))
+    images = sorted(tmp_path.rglob("*.png"))
     kept = images[0].stat().st_mtime_ns
     images[3].unlink()
     made: list[int] = []
@@ -132,16 +134,14 @@ def test_images_that_are_there_are_not_made_again(module: LatentDiffusionModule,
         return generate(seeds, labels, captions)
 
     module.generate = watched  # type: ignore[method-assign, assignment]
-    more = measured(module, tmp_path, evaluation(num_images=24, dirname=str(tmp_path / "out"), reconstruct=False))
+    more = measured(module, tmp_path, evaluation(num_images=24, reconstruct=False))
+    assert len(list(tmp_path.rglob("*.png"))) == 24 + 2  # with a plot of spectra each
     assert sorted(made) == sorted([int(images[3].stem), *range(16, 24)])
     assert images[0].stat().st_mtime_ns == kept
     assert (first.images["count"], more.images["count"]) == (16, 24)
     # Of a folder that holds more, those asked for.
-    assert_close(
-        measured(module, tmp_path, evaluation(num_images=16, dirname=str(tmp_path / "out"), reconstruct=False)),
-        first,
-        1e-2,
-    )
+    assert_close(measured(module, tmp_path, evaluation(num_images=16, reconstruct=False)), first, 1e-2)
+    measured(module, tmp_path, evaluation(dirname=str(tmp_path / "out")))
     with pytest.raises(ValueError, match=r"made with other settings \(generate_seed;"):
         measured(module, tmp_path, evaluation(dirname=str(tmp_path / "out"), seed=1))
     module.sampler = Sampler(num_steps=3)
@@ -222,8 +222,8 @@ def test_during_training(make_module: MakeModule, tmp_path: Path) -> None:
     _, plain, _ = run("without", ModelCheckpoint(every_n_train_steps=2, save_top_k=-1, filename="{step}"))
     assert all(torch.equal(one, other) for one, other in zip(weights.steps, plain.steps, strict=True))
     assert all(weights.training)
-    folders = sorted((tmp_path / "with" / "version_0" / "evaluation").iterdir())
-    assert [folder.name[:13] for folder in folders] == ["step-00000002", "step-00000004"]
+    folders = sorted((tmp_path / "with" / "version_0" / "evaluation").glob("*/24-images-*"))
+    assert [folder.parent.name[:13] for folder in folders] == ["step-00000002", "step-00000004"]
     last = Report.read(folders[-1])
     assert last.generation["ema"] == 0.5
     assert last.generation["global_step"] == 4
@@ -243,7 +243,7 @@ def test_during_training(make_module: MakeModule, tmp_path: Path) -> None:
     average = make_module(conditioner=ClassTokens(8, token_dim=8, pooled_dim=8))
     average.load_weights(str(tmp_path / "with" / "version_0" / "checkpoints" / "step=4.ckpt"), ema=0.5)
     picture = (average.generate([9], [1])[0] + 1) * 127.5
-    assert (read_image(folders[-1] / "images" / "0001" / "000009.png") - picture).abs().max() <= 0.51
+    assert (read_image(folders[-1].parent / "images" / "0001" / "000009.png") - picture).abs().max() <= 0.51
     average.load_weights(str(tmp_path / "with" / "version_0" / "checkpoints" / "step=4.ckpt"))
     trained = (average.generate([9], [1])[0] + 1) * 127.5
     assert (trained - picture).abs().max() > 1
@@ -352,7 +352,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     for devices in (1, 2):
         folder = tmp_path / str(devices)
         subprocess.run([sys.executable, str(script), str(devices), str(folder)], check=True, timeout=300)
-        reports.append(Report.read(next((folder / "evaluation").iterdir())))
+        reports.append(Report.read(next((folder / "evaluation").rglob("report.json"))))
     one, two = reports
     assert one.images["hash"] == two.images["hash"]
     assert one.reference["hash"] == two.reference["hash"]

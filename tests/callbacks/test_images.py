@@ -217,3 +217,65 @@ def test_a_module_that_cannot_generate_is_refused() -> None:
         SampleGrid().setup(pl.Trainer(logger=False), Foreign(), "fit")
     with pytest.raises(ValueError, match="`every_n_steps` must be 1 or more"):
         SampleGrid(every_n_steps=0)
+
+
+def test_images_of_another_autoencoder_or_precision_are_not_mixed_in(
+    module: LatentDiffusionModule, tmp_path: Path
+) -> None:
+    predict(module, tmp_path / "out", tmp_path, num_generate=2)
+    run = trainer(tmp_path, callbacks=[ImageWriter(str(tmp_path / "out"))], precision="bf16-mixed")
+    with pytest.raises(ValueError, match=r"other settings \(trainer_precision; see"):
+        run.predict(module, data())
+    with torch.no_grad():
+        module.autoencoder.model.decoder.conv_out.bias.add_(0.1)
+    with pytest.raises(ValueError, match=r"other settings \(autoencoder; see"):
+        predict(module, tmp_path / "out", tmp_path)
+
+
+def test_images_that_nothing_tells_of_are_not_mixed_in(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict(module, out, tmp_path, num_generate=2)
+    (out / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"holds images, such as 000\d/.*, but no settings.json .*--writer.dirname"):
+        predict(module, out, tmp_path)
+    assert not (out / "settings.json").exists()
+    (out / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings.json, which says .*, is damaged .*--writer.dirname"):
+        predict(module, out, tmp_path)
+    # Pictures of another kind are no images of a model.
+    other = tmp_path / "run" / "samples"
+    other.mkdir(parents=True)
+    (other / "step-00000001.png").write_bytes((out / "0000" / "000000.png").read_bytes())
+    predict(module, tmp_path / "run", tmp_path, num_generate=2)
+
+
+def spoil(module: LatentDiffusionModule, *bad: int) -> None:
+    """Let images of some seeds hold a NaN."""
+    generate = module.generate
+
+    def spoiled(seeds: Any, labels: Any = None, captions: Any = None) -> torch.Tensor:
+        images = generate(seeds, labels, captions)
+        for place, seed in enumerate(seeds):
+            if seed in bad:
+                images[place, 0, 0, 0] = float("nan")
+        return images
+
+    module.generate = spoiled  # type: ignore[method-assign, assignment]
+
+
+def test_images_that_are_not_finite_are_not_written(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    spoil(module, 109)
+    with pytest.raises(ValueError, match=r"1 of 8 hold NaN or infinity: 9 \(seed 109\)\. "):
+        predict(module, tmp_path / "out", tmp_path, seed=100)
+    assert len(pictures(tmp_path / "out")) == 8
+
+
+def test_a_grid_that_is_not_finite_is_warned_of(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    spoil(module, 5)
+    run = trainer(tmp_path, max_steps=1, callbacks=[SampleGrid(num_images=6, columns=6)])
+    with pytest.warns(UserWarning, match="At step [01], samples of the seeds 5 hold NaN or infinity: they are black"):
+        run.fit(module, data())
+    assert run.global_step == 1
+    grid = pictures(tmp_path / "samples")["step-00000000.png"]
+    assert grid[2:18, 92:108].max() == 0
+    assert grid[2:18, 74:90].max() > 0

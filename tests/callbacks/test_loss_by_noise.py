@@ -141,7 +141,7 @@ def test_files_and_logs(module: LatentDiffusionModule, tmp_path: Path, capsys: p
     (logged,) = run.validate(module, data(), verbose=False)
     (plain,) = trainer(tmp_path, limit_val_batches=1.0).validate(module, data(), verbose=False)
     assert logged["val_loss"] == plain["val_loss"]
-    path = next(tmp_path.rglob("loss_by_noise_weights.json"))
+    path = next(tmp_path.rglob("loss_by_noise_weights-*.json"))
     found = read_loss_by_noise(path)
     with path.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -166,7 +166,7 @@ def test_one_image_has_no_standard_error(
     photo = images.dataset("val")[3]
     images.val_dataloader = lambda: DataLoader(cast(Any, [photo, photo]), batch_size=2)  # type: ignore[method-assign]
     trainer(tmp_path, callbacks=[LossByNoise([0.5])], limit_val_batches=1).validate(module, images, verbose=False)
-    path = next(tmp_path.rglob("loss_by_noise_weights.json"))
+    path = next(tmp_path.rglob("loss_by_noise_weights-*.json"))
     found = read_loss_by_noise(path)
     assert found["made"]["images"] == 1
     (level,) = found["levels"]
@@ -192,7 +192,7 @@ def test_in_training(make_module: MakeModule, tmp_path: Path) -> None:
     without, other = run("without", LossByNoise())
     assert all(torch.equal(one, two) for one, two in zip(with_it, without, strict=True))
     assert fitted.callback_metrics["val_loss"] == other.callback_metrics["val_loss"]
-    found = read_loss_by_noise(tmp_path / "with" / "validation" / "loss_by_noise_step-00000004.json")
+    found = read_loss_by_noise(next((tmp_path / "with" / "validation").glob("loss_by_noise_step-00000004-*.json")))
     assert found["made"]["ema"] == 0.5
     assert not list((tmp_path / "without").rglob("*.json"))
 
@@ -223,3 +223,29 @@ def test_others_pass_by_and_wrong_levels_are_refused(module: LatentDiffusionModu
     for wrong in ([], [1.0, 1.0]):
         with pytest.raises(ValueError, match="one level or more, each once"):
             LossByNoise(wrong)
+
+
+def test_another_model_or_other_images_have_files_of_their_own(module: LatentDiffusionModule, tmp_path: Path) -> None:
+    found = [validated(module, tmp_path, LossByNoise([0.5])) for _ in range(2)]
+    assert numbers(found[0]) == numbers(found[1])
+    assert len(list(tmp_path.rglob("loss_by_noise_weights-*.json"))) == 1
+
+    def count() -> int:
+        return len(list(tmp_path.rglob("loss_by_noise_weights-*.json")))
+
+    with torch.no_grad():
+        module.denoiser.backbone.proj_out.bias.add_(0.1)
+    validated(module, tmp_path, LossByNoise([0.5]))
+    assert count() == 2
+    with torch.no_grad():
+        module.autoencoder.model.encoder.conv_in.bias.add_(0.1)
+    validated(module, tmp_path, LossByNoise([0.5]))
+    assert count() == 3
+    images = data()
+    images.seed = 3
+    run = trainer(tmp_path, callbacks=[LossByNoise([0.5])], limit_val_batches=1.0)
+    run.validate(module, images, verbose=False)
+    assert count() == 4
+    validated(module, tmp_path, LossByNoise([0.5, 1.0]))
+    validated(module, tmp_path, LossByNoise([0.5]), lpl())
+    assert count() == 6

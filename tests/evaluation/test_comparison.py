@@ -14,6 +14,7 @@ from PIL import Image
 from reports import COUNT, DIM, SIDE, write_run
 from safetensors.torch import load_file, save_file
 
+from lpl_lightning.cli import main
 from lpl_lightning.evaluation.bootstrap import FrechetToReference, Mean, interval, replicates
 from lpl_lightning.evaluation.comparison import compare
 from lpl_lightning.evaluation.comparison_images import embedded
@@ -329,7 +330,10 @@ def test_runs_are_found_below_a_folder(two: list[str], tmp_path: Path) -> None:
     validated = tmp_path / "outer" / "validation"
     assert read_runs([str(validated), two[1]])[0].folder == validated / "last"
     shutil.copytree(two[0], deep / "more")
-    with pytest.raises(ValueError, match=r"outer holds 2 reports: .*more.report.json, .*run.report.json\. Give one"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 reports: .*more.report.json \(60 images against photos: fid, .*run.report.json \(.*\)\. Give one",
+    ):
         read_runs([str(tmp_path / "outer"), two[1]])
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"`runs`: no report.json lies in .*empty or below it"):
@@ -518,3 +522,35 @@ def test_values_that_are_not_finite(two: list[str], tmp_path: Path) -> None:
     found = result(two, tmp_path / "out")
     assert found["rows"]["kid"]["cells"]["lpl"]["value"] == "nan"
     assert "nan" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_runs_may_stand_after_options(two: list[str], tmp_path: Path) -> None:
+    main(["compare", "--out", str(tmp_path / "a"), *two, "--resamples=5"])
+    main(["compare", two[0], "--resamples", "5", two[1], f"--out={tmp_path / 'b'}"])
+    assert (tmp_path / "a" / "index.html").read_text() == (tmp_path / "b" / "index.html").read_text()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(two: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="`out` must be a folder, but .*file is a file"):
+        compare(two, str(tmp_path / "file" / "out"))
+
+
+def test_without_seeds_images_are_those_of_the_same_names(two: list[str], tmp_path: Path) -> None:
+    for seed, alike in ((0, "seeds"), (None, "names")):
+        for run, quality in zip(two, (0.6, 0.1), strict=True):
+            write_run(Path(run), Path(run).name, quality, seed=seed)
+        compare(two, str(tmp_path / "out"), resamples=DRAWS)
+        for name in ("index.html", "comparison.md"):
+            text = (tmp_path / "out" / name).read_text()
+            assert f"Images of the same {alike}" in text
+            assert text.count("Images of the same") == text.count(f"Images of the same {alike}")
+
+
+def test_the_same_images_are_pairs_whatever_is_known_of_seeds(two: list[str], tmp_path: Path) -> None:
+    copy = str(write_run(tmp_path / "copy", "copy", 0.6, seed=None))
+    for seed in (None, 5):
+        write_run(Path(two[0]), "base", 0.6, seed=seed)
+        cell = result([two[0], copy], tmp_path / "out")["rows"]["clip_score"]["cells"]["copy"]
+        assert cell["paired"] is True
+        assert cell["difference_interval"] == {"low": 0, "high": 0}

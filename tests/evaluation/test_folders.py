@@ -210,10 +210,59 @@ def test_the_report_of_another_set_is_kept(folders: list[str], tmp_path: Path) -
     main([*folders, *out])  # its own is written anew
 
 
+def test_a_report_that_was_made_otherwise_is_kept(folders: list[str], tmp_path: Path) -> None:
+    """With another suite, reference or number of images; its own is written anew."""
+    main(folders)
+    out = tmp_path / "images-evaluation"
+    before = (out / "report.json").read_bytes()
+    other = str(write(tmp_path / "other", 60, 9))
+    suite = "{class_path: lpl_lightning.evaluation.Suite, init_args: {measures: [%s]}}"
+    for args, differ in (
+        ([*folders, "--suite", suite % "lpl_lightning.evaluation.SpectrumMetrics"], "suite"),
+        ([*folders[:3], other, "--cache=false"], "reference"),
+        ([*folders, "--image_size=8"], "image_size, suite"),
+    ):
+        said = refusal(args)
+        assert f"`out`: {out} holds a report that was made otherwise ({differ}; see `made` in report.json)" in said
+        assert (out / "report.json").read_bytes() == before
+    (Path(folders[1]) / "50.png").write_bytes((Path(folders[1]) / "1.png").read_bytes())
+    assert "(generated;" in refusal(folders)
+    (Path(folders[1]) / "50.png").unlink()
+    main(folders)
+
+
+def test_a_report_among_the_images_is_refused(folders: list[str], tmp_path: Path) -> None:
+    for argument, folder in (("images", folders[1]), ("reference", folders[3])):
+        for out in (folder, f"{folder}/report", f"{tmp_path}/x/../{Path(folder).name}"):
+            said = refusal([*folders, "--out", out])
+            assert f"lies in `{argument}`, {folder}, of which its plots would be images" in said
+    (tmp_path / "link").symlink_to(folders[1])
+    assert "lies in `images`" in refusal([*folders, "--out", str(tmp_path / "link" / "out")])
+    assert not (tmp_path / "images" / "report").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_once(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("lpl_lightning.evaluation.folders.Evaluator", None)  # nothing is measured
+    for out in ("file", "file/below/it"):
+        said = refusal([*folders, f"--out={tmp_path}/{out}"])
+        assert f"`out` must be a folder, but {tmp_path / 'file'} is a file" in said
+
+
+def test_the_images_may_stand_after_options(folders: list[str], tmp_path: Path) -> None:
+    _, images, *rest = folders
+    main(["evaluate", *rest, "--batch_size", "7", images])
+    main(["evaluate", "--device=cpu", images, *rest])
+    assert Report.read(tmp_path / "images-evaluation").images["count"] == 50
+    said = refusal(["evaluate", images, *rest, str(tmp_path / "real")])
+    assert f"`lpl evaluate` takes one folder, that of the images, got {images} {tmp_path / 'real'}" in said
+
+
 @pytest.mark.parametrize(
     ("suite", "message"),
     [
-        ("nowhere.yaml", "nowhere.yaml"),
         ("{class_path: lpl_lightning.evaluation.Suite, init_args: {measure: []}}", "measure"),
         (
             "{class_path: lpl_lightning.evaluation.Suite, init_args: {measures: [lpl_lightning.FIDMetrics]}}",
