@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# The tests' models are tiny: threads would wait for each other longer than they work. Processes of tests follow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, SD3Transformer2DModel
