@@ -55,6 +55,7 @@ class Variants(Dataset[Any]):
     ) -> None:
         self.sets, self.buckets, self.faults = sets, buckets, faults
         self.crops, self.flips, self.seed = crops, flips, seed
+        self._mirrored: dict[tuple[Split, float], Any] = {}
 
     def __getitem__(self, task: Task) -> dict[str, Any]:
         crops, flips = (self.crops, self.flips) if task.split == "train" else (1, [0.0])
@@ -77,9 +78,15 @@ class Variants(Dataset[Any]):
                 batch["label"] = torch.tensor([item["label"] for item in read])
         return batch
 
+    def _items(self, split: Split, flip: float) -> Any:
+        """The set, mirrored with a probability; once, since a stream goes on where it was."""
+        if (split, flip) not in self._mirrored:
+            items: Any = self.sets[split]
+            self._mirrored[split, flip] = items.mirrored(flip) if hasattr(items, "mirrored") else items
+        return self._mirrored[split, flip]
+
     def _drawn(self, split: Split, index: int, crop: int, flip: float) -> dict[str, Any]:
-        items: Any = self.sets[split]
-        items = items.mirrored(flip) if hasattr(items, "mirrored") else items
+        items = self._items(split, flip)
         where = (index, self.buckets[split].size_of(index)) if split in self.buckets else (index,)
         with drawing(self.seed, crop, index):
             item = dict(items.item(*where) if hasattr(items, "item") else items[index])

@@ -108,11 +108,6 @@ class EncodingTrainer(SweepingTrainer):
             datamodule.verify = False  # images are decoded once, here
         datamodule.prepare_data()
         sets: dict[Split, Any] = {split: datamodule.dataset(split) for split in dict.fromkeys(splits)}
-        if streamed := [split for split, items in sets.items() if isinstance(items, StreamDataset)]:
-            raise ValueError(
-                f"`data`: the {streamed[0]} images of {type(datamodule).__name__} are a stream, whose images cannot be "
-                "asked for by position. Encode them from a folder or a table."
-            )
         mirrored = bool(getattr(datamodule, "horizontal_flip", False)) if flips is None else flips
         if mirrored and any(not hasattr(items, "mirrored") for split, items in sets.items() if split == "train"):
             raise ValueError(f"`flips`: {type(datamodule).__name__} does not mirror images. Leave it out.")
@@ -170,8 +165,11 @@ class EncodingTrainer(SweepingTrainer):
 def _described(items: Any) -> dict[str, Any]:
     """What a set is: its class, how many images it has, a hash of their names, and what is done to them."""
     digest = blake2b(digest_size=16)
-    for index in range(len(items)):
-        digest.update((items.key(index) if hasattr(items, "key") else str(index)).encode() + b"\0")
+    if isinstance(items, StreamDataset):
+        digest.update(items.described().encode())
+    else:
+        for index in range(len(items)):
+            digest.update((items.key(index) if hasattr(items, "key") else str(index)).encode() + b"\0")
     return {
         "class": type(items).__name__,
         "images": len(items),

@@ -8,10 +8,11 @@ from the beginning of its shards, without decoding what it had given out.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count as numbers
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from torch.utils.data import Dataset, default_collate
@@ -168,11 +169,12 @@ class StreamDataset(Dataset[dict[str, Any]]):
 
     def _forget(self) -> None:
         self._cursor: _Cursor | None = None
+        self._last: tuple[int, Sample | Unreadable] | None = None
         self._lane: tuple[tuple[int, ...], _Lane] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files stay in their process.
-        return self.__dict__ | {"_cursor": None, "_lane": None}
+        return self.__dict__ | {"_cursor": None, "_last": None, "_lane": None}
 
     def __len__(self) -> int:
         return self.count
@@ -180,14 +182,47 @@ class StreamDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        return first_readable(lambda at: self.prepare(self._sample(at)), index, self.count, self.faults)
+        return first_readable(self.item, index, self.count, self.faults)
+
+    def item(self, index: int) -> dict[str, Any]:
+        """An image, and not another in its place.
+
+        Raises:
+            Unreadable: It cannot be read.
+        """
+        return self.prepare(self._sample(index))
+
+    def key(self, index: int) -> str:
+        """Key of an image."""
+        return self._sample(index).key
+
+    def captions_of(self, index: int) -> Sequence[str]:
+        """All captions of an image."""
+        return self._sample(index).captions or ()
+
+    def mirrored(self, probability: float) -> Self:
+        """The same images, each of which is mirrored with a probability, read from the same place."""
+        found = copy.copy(self)
+        found.prepare = self.prepare.mirrored(probability)
+        return found
+
+    def preparation(self) -> dict[str, str | bool]:
+        """What is done to images besides the size that they are brought to."""
+        return self.prepare.transform.covering.provenance()
+
+    def described(self) -> str:
+        """What the order of the images depends on, without reading them."""
+        return repr([self.stream.shards[shard] for shard in self.shards])
 
     def _sample(self, index: int) -> Sample:
         if self._cursor is None:
             stops: Sequence[int | None] = [None] * len(self.shards) if self.lengths is None else self.lengths
             segments = [Segment(shard, 0, stop) for shard, stop in zip(self.shards, stops, strict=True)]
             self._cursor = _Cursor(self.stream, segments)
-        found = self._cursor.fetch(index)
+        # Kept: a stream that is asked for what it has just given would begin anew.
+        if self._last is None or self._last[0] != index:
+            self._last = index, self._cursor.fetch(index)
+        found = self._last[1]
         if isinstance(found, Unreadable):
             raise found
         return found

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_sd3
+from conftest import tiny_kl, tiny_sd3
 from PIL import Image
 from shard_files import bare_tar, photo, png
 from torch import Tensor
@@ -151,24 +151,46 @@ def test_images_of_all_modes(tmp_path: Path, make: Make) -> None:
     assert sizes == [(18, 24)] * 7 + [(24, 18)], "the turned one is upright"
 
 
-@pytest.mark.parametrize("source", ["folder", "table"])
+@pytest.mark.parametrize("make", [None, as_table, as_stream, as_shards], ids=str)
 def test_a_cache_of_latents_gives_the_latents_of_the_same_first_batch(
-    shared: Path, tmp_path: Path, source: str
+    shared: Path, tmp_path: Path, make: Make | None
 ) -> None:
-    """Real photos and a real autoencoder, from the folder and from the table."""
-    root, images = real_photos(shared, tmp_path / "photos"), {**COMMON, "image_size": 64}
-    data = (
-        ImageFolderDataModule(root, val_root=root, verify=False, **images)
-        if source == "folder"
-        else HuggingFaceDataModule(**rows(root, tmp_path / "rows"), **images)
-    )
+    """Real photos and a real autoencoder, from the folder and the others."""
+    root = real_photos(shared, tmp_path / "photos")
+    data = folder_module(root) if make is None else make(root, tmp_path / "made")
     autoencoder = Autoencoder(str(shared / "weights" / "taesd3"))
     classes = ClassTokens(data.num_classes, token_dim=8, pooled_dim=8)
     module = LatentDiffusionModule(autoencoder, FlowMatching(), tiny_sd3(), classes)
     run = EncodingTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     out = run.encode(module, data, str(tmp_path / "latents"), splits=("val",), dtype="float32", shard_size=11)
     found = next(iter(LatentCacheDataModule(out, batch_size=8).val_dataloader()))
-    expected = next(iter(ImageFolderDataModule(root, val_root=root, verify=False, **images).val_dataloader()))
+    expected = next(iter(folder_module(root).val_dataloader()))
     torch.testing.assert_close(found["latent"], autoencoder.encode(expected["image"]), rtol=1e-4, atol=1e-4)
     for key in ("label", "original_size", "crop_top_left"):
         assert torch.equal(found[key], expected[key])
+
+
+@pytest.mark.parametrize("make", [as_table, as_stream, as_shards], ids=lambda make: make.__name__)
+def test_loader_processes_encode_the_same(tmp_path: Path, make: Make) -> None:
+    """All training images once, in crops and mirrored, from streams too, of which each process reads a part."""
+    for number in range(30):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(photo(number, (24, 18))))
+    found = []
+    for workers in (0, 2):
+        data: Any = make(tmp_path / "photos", tmp_path / f"made{workers}")
+        data.num_workers = workers
+        torch.manual_seed(0)
+        parts: Any = (FlowMatching(), tiny_sd3(), ClassTokens(2, token_dim=8, pooled_dim=8))
+        module = LatentDiffusionModule(Autoencoder(tiny_kl()), *parts)
+        run = EncodingTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        out = run.encode(module, data, str(tmp_path / str(workers)), ("train",), shard_size=8, crops=2, flips=True)
+        dataset = LatentCacheDataModule(out).dataset("train")
+        keys = [
+            dataset.shard(n).item(row)["key"] for n in range(len(dataset.paths)) for row in range(len(dataset.shard(n)))
+        ]
+        assert len(set(keys)) == len(keys) == 30
+        found.append([path.read_bytes() for path in sorted(out.rglob("*.tar"))])
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
