@@ -185,8 +185,7 @@ class Autoencoder(FrozenModule):
         Raises:
             ValueError: Images of another shape or on another device, or a model that cannot encode.
         """
-        with torch.autocast(images.device.type, enabled=False):
-            return self._scaled(drawn(self._encoded(images), self.sample_posterior, generator))
+        return self._scaled(drawn(self._encoded(images), self.sample_posterior, generator))
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -195,12 +194,11 @@ class Autoencoder(FrozenModule):
         Returns:
             Two tensors as ``encode`` gives one; None for the latter where the latent is certain.
         """
-        with torch.autocast(images.device.type, enabled=False):
-            mean, deviation = moments(self._encoded(images))
-            if deviation is None:
-                return self._scaled(mean), None
-            _, scale = self._affine(mean.ndim)
-            return self._scaled(mean), self._space.pack(deviation).to(scale.dtype) * scale.abs()
+        mean, deviation = moments(self._encoded(images))
+        if deviation is None:
+            return self._scaled(mean), None
+        _, scale = self._affine(mean.ndim)
+        return self._scaled(mean), self._space.pack(deviation).to(scale.dtype) * scale.abs()
 
     def _encoded(self, images: Tensor) -> Any:
         self._check_device("images", images)
@@ -209,7 +207,8 @@ class Autoencoder(FrozenModule):
             raise ValueError(
                 f"`model` must have `encode` to map images to latents; {type(self.model).__name__} has none."
             )
-        return self.model.encode(self._space.images_in(images).to(self.dtype))
+        with torch.autocast(images.device.type, enabled=False):
+            return self.model.encode(self._space.images_in(images).to(self.dtype))
 
     def _scaled(self, z: Tensor) -> Tensor:
         shift, scale = self._affine(z.ndim)

@@ -143,8 +143,9 @@ def drawn(encoded: Any, sample: bool, generator: torch.Generator | None = None) 
     Raises:
         ValueError: It is none of these.
     """
-    if sample and hasattr(encoded, "latent_dist"):
-        return cast(Tensor, encoded.latent_dist.sample(generator))
+    if hasattr(encoded, "latent_dist"):
+        posterior = encoded.latent_dist
+        return cast(Tensor, posterior.sample(generator) if sample else posterior.mode())
     mean, deviation = moments(encoded)
     if not sample or deviation is None:
         return mean

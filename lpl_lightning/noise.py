@@ -107,9 +107,10 @@ class NoiseProcess(ABC):
         z0 = z0.float()
         times = (self.draw_t(len(z0), generator) if t is None else t.detach().cpu()).float()
         if times.shape != (len(z0),):
-            raise ValueError(f"`t` must hold one time for each of {len(z0)} latents, got shape {tuple(times.shape)}.")
+            raise ValueError(f"`t` must be one time for each of the {len(z0)} latents, got shape {tuple(times.shape)}.")
         # Not `randn_like`, whose numbers depend on how z0 lies in memory.
-        drawn = torch.randn(z0.shape, generator=generator, device=z0.device if generator is None else None)
+        where = z0.device if generator is None else generator.device
+        drawn = torch.randn(z0.shape, generator=generator, device=where, dtype=z0.dtype)
         return self.noised(z0, drawn.to(z0.device), times)
 
     def noised(self, z0: Tensor, noise: Tensor, t: Tensor) -> NoisyLatents:

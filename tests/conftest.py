@@ -35,7 +35,9 @@ SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What an earlier test's `seed_everything` left there, processes of this one would be seeded by.
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     torch.manual_seed(0)
 
 

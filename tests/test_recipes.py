@@ -325,7 +325,7 @@ def test_buckets_are_laid_over_a_recipe(tmp_path: Path) -> None:
     assert saved["buckets"] == {"divisor": 16, "max_aspect": 2.0}
     assert logged(run)["val_loss"]
     main(["test", *stack, *quiet, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")])
-    (folder,) = (run / "evaluation").iterdir()
+    (folder,) = (run / "evaluation").glob("*/*-images-*")
     assert Report.read(folder).images["image_size"] == 128
 
 

@@ -55,7 +55,8 @@ def trained(
         enable_model_summary=False,
         callbacks=[LPLCallback(loss=loss), Record()],
     )
-    torch.manual_seed(1)
+    # With a seed by which no gradient lies at an edge of bfloat16, where the last bits of float32 decide.
+    torch.manual_seed(2)
     loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     trainer.fit(module, loader, loader)
     assert len(set(seen)) > 1
