@@ -192,8 +192,8 @@ def _output_error(a: Rounded) -> float:
 def exact_squares(a: Points, b: Points, i: Tensor, j: Tensor) -> Tensor:
     """Squared distances of pairs, from their differences, float64."""
     found = torch.empty(len(i), dtype=torch.float64, device=i.device)
-    # Few at once, in a core's cache: on a busy machine threads wait longer for each other than they work.
-    held = 2**15 if i.device.type == "cpu" else 2**21
+    # On a CPU few enough to stay in its caches, and enough to be worth their calls: fewer and more are slower.
+    held = 2**18 if i.device.type == "cpu" else 2**21
     chunk = min(max(1, held // a.features.shape[1]), len(i))
     # Kept, as fresh memory takes longer than all that is done with it.
     left, right = (points.features.new_empty(chunk, a.features.shape[1]) for points in (a, b))
