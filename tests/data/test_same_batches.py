@@ -151,7 +151,7 @@ def test_images_of_all_modes(tmp_path: Path, make: Make) -> None:
     assert sizes == [(18, 24)] * 7 + [(24, 18)], "the turned one is upright"
 
 
-@pytest.mark.parametrize("make", [None, as_table, as_stream, as_shards], ids=str)
+@pytest.mark.parametrize("make", [None, as_table, as_stream, as_shards], ids=["folder", "table", "stream", "shards"])
 def test_a_cache_of_latents_gives_the_latents_of_the_same_first_batch(
     shared: Path, tmp_path: Path, make: Make | None
 ) -> None:
