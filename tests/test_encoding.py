@@ -388,7 +388,9 @@ def test_the_command(make_module: MakeModule, tmp_path: Path, monkeypatch: pytes
     ]
     cache = ["--data=lpl_lightning.data.LatentCacheDataModule", "--data.root=cache", "--data.batch_size=4"]
     main(["fit", *model, *cache, *few])
-    assert not math.isnan(LatentCacheDataModule("cache").image_size)
+    cached = LatentCacheDataModule("cache")
+    assert (cached.image_size, cached.class_names) == (64, ("a", "b"))
+    assert list((tmp_path / "runs").rglob("metrics.csv")), "it has trained"
 
 
 def test_buckets_are_cached_each_in_shards_of_its_own(make_module: MakeModule, tmp_path: Path) -> None:
