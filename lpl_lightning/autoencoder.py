@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import lpl_lightning.video_stages  # noqa: F401  registers its families
 from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder_loading import load_autoencoder
+from lpl_lightning.draws import Generators
 from lpl_lightning.execution import StageRunner
 from lpl_lightning.feature_modules import check_feature_modules, run_to_modules
 from lpl_lightning.frozen import FrozenModule
@@ -171,13 +172,13 @@ class Autoencoder(FrozenModule):
         return self._space.downscale
 
     @torch.no_grad()
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, images: Tensor, generator: Generators | None = None) -> Tensor:
         """Map images to scaled latents.
 
         Args:
             images: (B, 3, H, W) in [-1, 1], H and W divisible by ``downscale``; video is (B, 3, 1 + 4n, H, W), and
                 models with ``feature_modules`` may take other shapes.
-            generator: Source of the posterior's noise.
+            generator: Source of the posterior's noise, one or one a sample.
 
         Returns:
             z0: (B, C, H / downscale, W / downscale); of video (B, C, T, h, w).

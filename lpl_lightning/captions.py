@@ -124,7 +124,8 @@ class Captions(Conditioner):
                 training and the first is taken otherwise; or ``text``, embeddings that ``encode`` gave, a mapping with
                 ``tokens`` (B, L, D), ``mask`` (B, L) and ``pooled`` (B, P). With ``size_conditions`` the sizes (B, 2)
                 ``original_size``, ``crop_top_left`` and ``target_size``, in pixels; by default the target is the size
-                of ``image``, and the original is the target, from its top left.
+                of ``image``, and the original is the target, from its top left. ``caption_draw`` (B,), uniform in
+                (0, 1), says which of several captions is taken; without it PyTorch's own numbers do.
             batch_size: Number of samples B.
             drop: (B,) bool, the samples that get the null condition.
         """
@@ -157,14 +158,15 @@ class Captions(Conditioner):
         if isinstance(captions, str) or len(captions) != batch_size:
             got = "a string" if isinstance(captions, str) else f"{len(captions)}"
             raise ValueError(f"`caption` of the batch must be a list of its {batch_size} samples' captions, got {got}.")
-        chosen = []
-        for texts in captions:
+        chosen, draw = [], batch.get("caption_draw")
+        u = torch.rand(batch_size, dtype=torch.float64) if draw is None and self.training else draw
+        for i, texts in enumerate(captions):
             choice = [texts] if isinstance(texts, str) else list(texts)
             if not choice:
                 raise ValueError(
                     "`caption` of the batch must hold a caption or more a sample, got none ([]); '' is one."
                 )
-            chosen.append(choice[int(torch.randint(len(choice), ())) if self.training and len(choice) > 1 else 0])
+            chosen.append(choice[int(u[i] * len(choice)) if self.training and u is not None else 0])
         return chosen
 
     def _given(self, text: Any, batch_size: int) -> TextEmbedding:

@@ -94,9 +94,9 @@ class Conditioner(nn.Module, ABC):
             drop: (B,) bool, the samples that get the null condition.
         """
 
-    def draw_drop(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor | None:
-        """Draw on the CPU which samples lose their condition, (B,) bool; none where ``dropout`` is 0."""
-        return torch.rand(batch_size, generator=generator) < self.dropout if self.dropout else None
+    def dropped(self, u: Tensor) -> Tensor | None:
+        """Which samples lose their condition, (B,) bool, by u (B,) uniform in (0, 1); None where ``dropout`` is 0."""
+        return u < self.dropout if self.dropout else None
 
     def check(self, data: object) -> None:
         """Refuse a data module whose conditions do not fit, before the first step.

@@ -27,6 +27,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from lpl_lightning.draws import Generators, normal
+
 __all__ = ["LatentSpace", "config_of", "drawn", "latent_space", "moments"]
 
 
@@ -129,13 +131,13 @@ class LatentSpace:
             )
 
 
-def drawn(encoded: Any, sample: bool, generator: torch.Generator | None = None) -> Tensor:
+def drawn(encoded: Any, sample: bool, generator: Generators | None = None) -> Tensor:
     """Find the latent in what a model's ``encode`` gives.
 
     Args:
         encoded: A tensor, a pair (mean, standard deviation), or an output of diffusers.
         sample: Whether to draw from a posterior or to take its mode.
-        generator: Source of the posterior's noise.
+        generator: Source of the posterior's noise, one or one a sample.
 
     Returns:
         (B, C, ...), unscaled.
@@ -149,10 +151,7 @@ def drawn(encoded: Any, sample: bool, generator: torch.Generator | None = None) 
     mean, deviation = moments(encoded)
     if not sample or deviation is None:
         return mean
-    # Drawn where its generator is, which may be the CPU while the model is on an accelerator.
-    where = mean.device if generator is None else generator.device
-    noise = torch.randn(mean.shape, generator=generator, device=where, dtype=mean.dtype)
-    return mean + deviation * noise.to(mean.device)
+    return mean + deviation * normal(mean.shape, generator, mean.device, mean.dtype)
 
 
 def moments(encoded: Any) -> tuple[Tensor, Tensor | None]:

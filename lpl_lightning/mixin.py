@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lpl_lightning.draws import Draws
+
 __all__ = ["LPLMixin", "LossTerm"]
 
 LossTerm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -40,6 +42,11 @@ class LPLMixin:
         """The prediction that ``auxiliary_loss`` was given, while terms are computed."""
         return cast("Tensor | None", self.__dict__.get("_lpl_prediction"))
 
+    @property
+    def lpl_draws(self) -> Draws | None:
+        """The samples' random numbers that ``auxiliary_loss`` was given, while terms are computed."""
+        return cast("Draws | None", self.__dict__.get("_lpl_draws"))
+
     def add_loss_term(self, name: str, fn: LossTerm) -> None:
         """Add a term.
 
@@ -55,7 +62,12 @@ class LPLMixin:
         self.loss_terms.pop(name, None)
 
     def auxiliary_loss(
-        self, z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None = None, prediction: Tensor | None = None
+        self,
+        z0_hat: Tensor,
+        z0: Tensor,
+        noise_to_signal: Tensor | None = None,
+        prediction: Tensor | None = None,
+        draws: Draws | None = None,
     ) -> Tensor:
         """Sum the terms.
 
@@ -65,17 +77,18 @@ class LPLMixin:
             noise_to_signal: (B,) sigma / alpha of each sample, best on the CPU; without it no sample is gated.
             prediction: The denoiser's prediction (B, C, h, w), which ``z0_hat`` and the rest of the loss are computed
                 from. With it, terms can tell how their gradient compares with that of the rest.
+            draws: The samples' random numbers; without them terms draw by PyTorch's own generator.
 
         Returns:
             A scalar; zero without terms.
         """
         total = torch.zeros((), device=z0.device)
-        self.__dict__["_lpl_prediction"] = prediction
+        self.__dict__["_lpl_prediction"], self.__dict__["_lpl_draws"] = prediction, draws
         try:
             for fn in self.loss_terms.values():
                 total = total + fn(z0_hat, z0, noise_to_signal)
         finally:
-            del self.__dict__["_lpl_prediction"]
+            del self.__dict__["_lpl_prediction"], self.__dict__["_lpl_draws"]
         return total
 
     def __getstate__(self) -> dict[str, Any]:

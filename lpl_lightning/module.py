@@ -10,35 +10,39 @@ with the prediction's target :math:`p^*` and the terms that callbacks add, such 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from hashlib import blake2b
 from typing import Any, Literal, cast
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
 
 from lpl_lightning.agreement import check_encoded, check_precision
 from lpl_lightning.arguments import check_divides, check_sizes
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.conditioning import Conditioner
 from lpl_lightning.denoiser import Denoiser
+from lpl_lightning.draws import Draws, Generators, normal
 from lpl_lightning.fine_tuning import FineTuning
+from lpl_lightning.generation import GeneratingModule
 from lpl_lightning.mixin import LPLMixin
 from lpl_lightning.noise import NoiseProcess
 from lpl_lightning.optimization import build_optimizers
 from lpl_lightning.pretrained import check_fit, read_state, resize_positions
-from lpl_lightning.sampling import Sampler, initial_noise
+from lpl_lightning.processes import process_means
+from lpl_lightning.sampling import Sampler
 
 __all__ = ["LatentDiffusionModule"]
 
 MEANING = "lpl_lightning"
+DRAW_SEED = "lpl_lightning_seed"
 PARTS = ["autoencoder", "noise", "denoiser", "conditioner", "optimizer", "lr_scheduler", "sampler", "fine_tuning"]
 
 
-class LatentDiffusionModule(LPLMixin, pl.LightningModule):
+class LatentDiffusionModule(LPLMixin, GeneratingModule):
     """A latent diffusion or flow model, in parts.
 
     Batches are dictionaries with ``image`` (B, 3, H, W) in [-1, 1], or the latents of images that were encoded before
@@ -90,6 +94,8 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         self.sampler = sampler if sampler is not None else Sampler()
         self.weights = weights
         self.fine_tuning = fine_tuning
+        self._draw_seed: int | None = None
+        self._evaluated = 0  # samples of the set at hand, by this process
         if weights is None and weights_ema is not None:
             raise ValueError(
                 f"`weights_ema`={weights_ema} says which weights of `weights` to take: give `weights` too."
@@ -119,6 +125,8 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Check that the parts and the data fit, before the first step."""
         self._check_parts()
+        if stage == "fit":
+            self._draw_seed = None
 
     def _check_parts(self) -> None:
         if self._image_size is not None:
@@ -147,11 +155,22 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         self.denoiser.check_sizes([(height // downscale, width // downscale) for height, width in sizes])
 
     def on_train_start(self) -> None:
-        """Give each rank random numbers of its own."""
-        if self.trainer.world_size > 1:
-            # All have one seed, with which their samples would have the same times, noise and lost conditions.
-            own = blake2b(f"{torch.initial_seed()} {self.global_rank}".encode(), digest_size=4)
-            torch.manual_seed(int.from_bytes(own.digest(), "big"))
+        """Take the seed that samples' random numbers come from: a checkpoint's, or PyTorch's of the first process."""
+        if self._draw_seed is None:
+            self._draw_seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**63))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let what is drawn by PyTorch's own generator, such as dropout, depend on seed, batch and process alone."""
+        number = f"{self._draw_seed} {self.trainer.fit_loop.epoch_loop.total_batch_idx} {self.global_rank}"
+        torch.manual_seed(int.from_bytes(blake2b(number.encode(), digest_size=4).digest(), "big"))
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin the set anew."""
+        self._evaluated = 0
+
+    def on_test_epoch_start(self) -> None:
+        """Begin the set anew."""
+        self._evaluated = 0
 
     def load_weights(self, source: str, ema: float | None = None) -> None:
         """Load trained weights, of this model with any autoencoder, at any resolution.
@@ -174,6 +193,7 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, or of the same model trained for something else, in one sentence."""
         check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+        self._draw_seed = checkpoint.get(DRAW_SEED)
         own, found = self._meaning(), checkpoint.get(MEANING)
         if found is not None and found != own:
             differ = [f"{key} {found.get(key)} there, {own[key]} here" for key in own if found.get(key) != own[key]]
@@ -183,8 +203,9 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the weights mean, which their shapes do not tell."""
+        """Note what the weights mean, which their shapes do not tell, and the seed to go on with."""
         checkpoint[MEANING] = self._meaning()
+        checkpoint[DRAW_SEED] = self._draw_seed
 
     def _meaning(self) -> dict[str, Any]:
         return {
@@ -195,34 +216,56 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
 
     def _step(self, batch: dict[str, Any], stage: Literal["train", "val", "test"], batch_idx: int) -> Tensor:
         training = stage == "train"
-        generator = None if training else torch.Generator().manual_seed(batch_idx)
-        z0 = self.clean_latents(batch, generator)
-        noisy = self.noise.sample(z0, generator)
-        drop = self.conditioner.draw_drop(len(z0)) if training else None
-        condition = self.conditioner(batch, len(z0), drop)
+        size = len(batch["image"] if "image" in batch else batch["latent"])
+        draws, kept = self._draw(size, stage, batch_idx)
+        z0 = self.clean_latents(batch, draws.generators)
+        noisy = self.noise.sample(z0, draws.generators, self.noise.times(draws.time))
+        drop = self.conditioner.dropped(draws.drop) if training else None
+        condition = self.conditioner({**batch, "caption_draw": draws.caption}, size, drop)
         prediction = self.denoiser(noisy.z_t, noisy.t, condition)
         errors = (prediction.float() - self.noise.target(noisy)).square().flatten(1).mean(dim=1)
-        diffusion = (self.noise.weight(noisy) * errors).mean()
+        diffusion = (self.noise.weight(noisy) * errors)[:kept].sum() / max(1, kept)
         z0_hat = self.noise.estimate_z0(prediction, noisy)
-        loss: Tensor = diffusion + self.auxiliary_loss(z0_hat, noisy.z0, noisy.noise_to_signal, prediction=prediction)
-        prefix = "" if training else f"{stage}_"
-        self.log(f"{prefix}loss", loss, prog_bar=True, batch_size=len(z0), sync_dist=not training)
-        self.log(
-            f"{prefix}loss_diffusion",
-            diffusion,
-            prog_bar=training,
-            batch_size=len(z0),
-            sync_dist=not training,
-        )
+        latents = (z0_hat[:kept], noisy.z0[:kept], noisy.noise_to_signal[:kept])
+        loss: Tensor = diffusion + self.auxiliary_loss(*latents, prediction, draws)
+        values = {"loss": loss, "loss_diffusion": diffusion}
+        if training:
+            values = process_means(values, self.device)
+        for name, value in values.items():
+            shown = training or name == "loss"
+            name = name if training else f"{stage}_{name}"
+            self.log(name, value, prog_bar=shown, batch_size=kept, sync_dist=not training)
         return loss
 
-    def clean_latents(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> Tensor:
+    def _draw(self, size: int, stage: Literal["train", "val", "test"], batch_idx: int) -> tuple[Draws, int]:
+        """Random numbers of a batch's samples, and how many of these are not there to fill up a process's share."""
+        trainer = self._trainer
+        if stage == "train" and (trainer is None or self._draw_seed is None):
+            return Draws.fresh(size, self.device), size
+        if trainer is None:
+            return Draws.of(0, batch_idx * size, size), size
+        rank, ranks = trainer.global_rank, trainer.world_size
+        if stage == "train":
+            # Processes have a batch's samples one after the other.
+            batch = trainer.fit_loop.epoch_loop.total_batch_idx
+            seed, first = cast(int, self._draw_seed), (batch * ranks + rank) * size
+            return Draws.of(seed, first, size, device=self.device, batch=batch), size
+        # They take turns in a set for evaluation, and those that get less begin again.
+        first, self._evaluated = self._evaluated * ranks + rank, self._evaluated + size
+        loaded: Any = trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
+        sampler, end = getattr(loaded, "sampler", None), first + size * ranks
+        if isinstance(sampler, DistributedSampler):
+            end = min(end, len(cast(Sized, sampler.dataset)))
+        kept = len(range(first, end, ranks))
+        return Draws.of(0, first, size, step=ranks), kept
+
+    def clean_latents(self, batch: Mapping[str, Any], generator: Generators | None = None) -> Tensor:
         """Scaled latents z0 of a batch, of its images, or drawn from the posteriors that were found of them before.
 
         Args:
             batch: ``image`` (B, 3, H, W) in [-1, 1]; or ``latent`` (B, C, h, w), mean of scaled latents in any floating
                 type, and, where it is to be drawn, ``latent_std``.
-            generator: Source of the posterior's noise.
+            generator: Source of the posterior's noise, one or one a sample.
 
         Returns:
             (B, C, h, w).
@@ -232,9 +275,7 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
         mean, deviation = batch["latent"].float(), batch.get("latent_std")
         if deviation is None or not self.autoencoder.sample_posterior:
             return cast(Tensor, mean)
-        where = mean.device if generator is None else generator.device
-        noise = torch.randn(mean.shape, generator=generator, device=where).to(mean.device)
-        return cast(Tensor, mean + deviation.float() * noise)
+        return cast(Tensor, mean + deviation.float() * normal(mean.shape, generator, mean.device))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step of training."""
@@ -247,99 +288,6 @@ class LatentDiffusionModule(LPLMixin, pl.LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """As in validation."""
         self._step(batch, "test", batch_idx)
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Generate the images that a batch of ``SampleRequests`` asks for: (B, 3, H, W) in [-1, 1]."""
-        return self.generate(batch["seed"].tolist(), batch["label"], batch.get("caption"))
-
-    @property
-    def _image_size(self) -> int | None:
-        """Side of the data's images, where there are data that say it."""
-        image_size = getattr(getattr(self._trainer, "datamodule", None), "image_size", None)
-        return image_size if isinstance(image_size, int) else None
-
-    @property
-    def latent_size(self) -> int:
-        """Side of the latents: the data's, and without data the one that the backbone was built for.
-
-        Raises:
-            ValueError: There are no data, and the backbone does not say.
-        """
-        if self._image_size is not None:
-            return self._image_size // self.autoencoder.downscale
-        sample_size = getattr(self.denoiser.backbone.config, "sample_size", None)
-        if not isinstance(sample_size, int):
-            raise ValueError(
-                f"The size of images is not known: there are no data, and a {type(self.denoiser.backbone).__name__} is "
-                "built for no size. Give `image_size`."
-            )
-        return sample_size
-
-    @torch.no_grad()
-    def generate(
-        self,
-        seeds: Sequence[int],
-        labels: Tensor | Sequence[int] | None = None,
-        captions: Sequence[str] | None = None,
-        image_size: int | None = None,
-    ) -> Tensor:
-        """Generate images.
-
-        Args:
-            seeds: One seed an image; the same seed, condition and weights give the same image in any batch.
-            labels: (B,) classes, for a model that goes by them; none for an unconditional one.
-            captions: B captions, for a model that goes by them.
-            image_size: Side of the images, in pixels; by default the data's, and without data that which the backbone
-                was built for.
-
-        Returns:
-            (B, 3, H, W) float32 in [-1, 1], on the module's device.
-        """
-        if image_size is None:
-            size = self.latent_size
-        else:
-            check_divides(image_size, self.autoencoder.downscale)
-            size = image_size // self.autoencoder.downscale
-            self.denoiser.check(self.autoencoder.latent_channels, size, self.conditioner)
-        side = size * self.autoencoder.downscale
-        if not seeds:
-            return torch.empty(0, 3, side, side, device=self.device)
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        shape = (self.autoencoder.latent_channels, size, size)
-        asked: dict[str, Any] = {"target_size": torch.tensor([side, side])}
-        if labels is not None:
-            asked["label"] = torch.as_tensor(labels)
-        if captions is not None:
-            asked["caption"] = list(captions)
-        z0 = self.sample_latents(initial_noise(generators, shape).to(self.device), asked, generators)
-        return self.autoencoder.decode(z0).float().clamp(-1, 1)
-
-    @torch.no_grad()
-    def sample_latents(
-        self, z_start: Tensor, batch: Mapping[str, Any], generators: Sequence[torch.Generator] | None = None
-    ) -> Tensor:
-        """Sample latents.
-
-        Args:
-            z_start: Standard normal noise (B, C, h, w).
-            batch: What the conditioner asks for, such as ``label`` or ``caption``, of B samples.
-            generators: B generators on the CPU, for samplers that add noise on the way.
-
-        Returns:
-            z0: (B, C, h, w) float32.
-        """
-        size = len(z_start)
-        # Without classes the condition is the null condition, and there is nothing to guide by.
-        unconditional = self.conditioner.num_classes == 0
-        null_of_all = torch.ones(size, dtype=torch.bool)
-        return self.sampler(
-            self.denoiser,
-            self.noise,
-            z_start,
-            self.conditioner(batch, size),
-            None if unconditional else self.conditioner(batch, size, drop=null_of_all),
-            generators,
-        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the trainable parameters, and its schedule."""

@@ -30,6 +30,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatch
 from torch import Tensor
 
 from lpl_lightning.arguments import above
+from lpl_lightning.draws import Generators, normal
 from lpl_lightning.times import ModeSampling, TimeDistribution, shifted
 
 __all__ = ["DDPM", "EDM", "FlowMatching", "NoiseProcess", "NoisyLatents"]
@@ -68,8 +69,8 @@ class NoiseProcess(ABC):
     num_train_timesteps: int = 1000
 
     @abstractmethod
-    def draw_t(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw training times (B,) float32 on the CPU."""
+    def times(self, u: Tensor) -> Tensor:
+        """Training times (B,) float32 of numbers (B,) float64 that are uniform in (0, 1), on the CPU."""
 
     @abstractmethod
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,23 +96,24 @@ class NoiseProcess(ABC):
         """Weight (B,) of each sample's diffusion loss; 1 unless a process says otherwise."""
         return torch.ones_like(noisy.t)
 
-    def sample(self, z0: Tensor, generator: torch.Generator | None = None, t: Tensor | None = None) -> NoisyLatents:
+    def draw_t(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw training times (B,) float32 on the CPU."""
+        return self.times(torch.rand(batch_size, generator=generator, dtype=torch.float64))
+
+    def sample(self, z0: Tensor, generator: Generators | None = None, t: Tensor | None = None) -> NoisyLatents:
         """Noise a batch of clean latents.
 
         Args:
             z0: Clean latents (B, C, h, w).
-            generator: Source of times and noise, on the CPU; by default torch's own, with the noise drawn where
-                the latents are.
+            generator: Source of the noise, one or one a sample; one is on the CPU, and of the times too.
             t: Times (B,) to use instead of drawn ones.
         """
         z0 = z0.float()
-        times = (self.draw_t(len(z0), generator) if t is None else t.detach().cpu()).float()
+        one = generator if isinstance(generator, torch.Generator) else None
+        times = (self.draw_t(len(z0), one) if t is None else t.detach().cpu()).float()
         if times.shape != (len(z0),):
             raise ValueError(f"`t` must be one time for each of the {len(z0)} latents, got shape {tuple(times.shape)}.")
-        # Not `randn_like`, whose numbers depend on how z0 lies in memory.
-        where = z0.device if generator is None else generator.device
-        drawn = torch.randn(z0.shape, generator=generator, device=where, dtype=z0.dtype)
-        return self.noised(z0, drawn.to(z0.device), times)
+        return self.noised(z0, normal(z0.shape, generator, z0.device, z0.dtype), times)
 
     def noised(self, z0: Tensor, noise: Tensor, t: Tensor) -> NoisyLatents:
         """Add noise to a batch of clean latents.
@@ -122,9 +124,8 @@ class NoiseProcess(ABC):
             t: Times (B,) float32, on the CPU.
         """
         alpha, sigma = self.alpha_sigma(t)
-        column = (-1, *[1] * (z0.ndim - 1))
         on_device = [x.to(z0.device, non_blocking=True) for x in (t, alpha, sigma)]
-        alpha_z, sigma_z = on_device[1].reshape(column), on_device[2].reshape(column)
+        alpha_z, sigma_z = (x.reshape(-1, *[1] * (z0.ndim - 1)) for x in on_device[1:])
         return NoisyLatents(
             z0=z0,
             noise=noise,
@@ -197,9 +198,9 @@ class DDPM(NoiseProcess):
         self._alpha = alphas_cumprod.sqrt().float()
         self._sigma = (1 - alphas_cumprod).sqrt().float()
 
-    def draw_t(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw steps uniformly, (B,) float32 holding whole numbers."""
-        return torch.randint(self.num_train_timesteps, (batch_size,), generator=generator).float()
+    def times(self, u: Tensor) -> Tensor:
+        """Steps, each as likely, (B,) float32 holding whole numbers."""
+        return (u * self.num_train_timesteps).floor().clamp_max(self.num_train_timesteps - 1).float()
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and noise scale at steps t."""
@@ -270,12 +271,10 @@ class FlowMatching(NoiseProcess):
         self.time_distribution = time_distribution if time_distribution is not None else ModeSampling()
         self.shift = shift
 
-    def draw_t(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw times in [0, 1000], (B,) float32."""
-        # The open interval: ndtri(0) is infinite.
-        u = torch.rand(batch_size, generator=generator, dtype=torch.float64).clamp_(1e-7, 1 - 1e-7)
-        times = shifted(self.time_distribution(u).clamp(0, 1), self.shift)
-        return (self.num_train_timesteps * times).float()
+    def times(self, u: Tensor) -> Tensor:
+        """Times in [0, 1000], (B,) float32."""
+        times = self.time_distribution(u.clamp(1e-7, 1 - 1e-7)).clamp(0, 1)  # ndtri(0) is infinite
+        return (self.num_train_timesteps * shifted(times, self.shift)).float()
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and noise scale at times t in [0, 1000]."""
@@ -321,9 +320,10 @@ class EDM(NoiseProcess):
         self.mean = mean
         self.std = std
 
-    def draw_t(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw times, (B,) float32."""
-        return (self.mean + self.std * torch.randn(batch_size, generator=generator)) / 4
+    def times(self, u: Tensor) -> Tensor:
+        """Times, (B,) float32."""
+        logarithms: Tensor = self.mean + self.std * torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
+        return (logarithms / 4).float()
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and noise scale at times t."""

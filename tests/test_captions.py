@@ -205,7 +205,7 @@ def test_dropped_samples_get_the_null_condition_and_others_keep_theirs(zero: boo
 
 def test_dropout_is_drawn_at_its_rate() -> None:
     captions = Captions([Letters()], dropout=0.2)
-    drop = captions.draw_drop(20_000)
+    drop = captions.dropped(torch.rand(20_000))
     assert drop is not None
     assert drop.float().mean().item() == pytest.approx(0.2, abs=0.01)
     found = captions({"caption": ["abc"] * 20_000}, 20_000, drop)

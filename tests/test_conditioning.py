@@ -32,14 +32,11 @@ def test_tokens_of_a_class_are_its_embedding_and_learn() -> None:
     assert gradient.sum(dim=1).tolist() == [6, 0, 6, 6]
 
 
-def test_dropout_is_drawn_anew_at_its_rate() -> None:
-    conditioner = ClassLabels(3, dropout=0.1)
-    drop, again = conditioner.draw_drop(20_000), conditioner.draw_drop(20_000)
+def test_conditions_are_dropped_at_their_rate() -> None:
+    drop = ClassLabels(3, dropout=0.1).dropped(torch.rand(20_000))
     assert drop is not None
-    assert again is not None
     assert drop.float().mean().item() == pytest.approx(0.1, abs=0.01)
-    assert not torch.equal(drop, again)
-    assert ClassLabels(3, dropout=0.0).draw_drop(4) is None
+    assert ClassLabels(3, dropout=0.0).dropped(torch.rand(4)) is None
 
 
 def test_without_classes_all_is_the_null_condition() -> None:

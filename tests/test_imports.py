@@ -12,6 +12,8 @@ import lpl_lightning
 
 ORDER = [
     "arguments",
+    "processes",
+    "draws",
     "data",
     "pretrained",
     "model_loading",
@@ -41,6 +43,7 @@ ORDER = [
     "sampling",
     "optimization",
     "mixin",
+    "generation",
     "module",
     "export",
     "autoencoder_module",

@@ -29,6 +29,7 @@ from lpl_lightning import (
     Sampler,
     ShapesDataModule,
 )
+from lpl_lightning.draws import Draws
 from lpl_lightning.noise import NoiseProcess
 from lpl_lightning.times import CosMap, LogitNormal
 
@@ -72,8 +73,11 @@ def test_loss_is_the_mean_squared_error_of_the_target(
     torch.manual_seed(5)
     loss = module.training_step(batch, 0)
     torch.manual_seed(5)
-    noisy = module.noise.sample(module.autoencoder.encode(batch["image"]))
-    condition = module.conditioner(batch, 6, module.conditioner.draw_drop(6))
+    draws = Draws.fresh(6)
+    z0 = module.autoencoder.encode(batch["image"], draws.generators)
+    noise = torch.stack([torch.randn(4, 4, 4, generator=generator) for generator in draws.generators])
+    noisy = module.noise.noised(z0, noise, module.noise.times(draws.time))
+    condition = module.conditioner(batch, 6, draws.drop < 0.1)
     prediction = module.denoiser(noisy.z_t, noisy.t, condition)
     torch.testing.assert_close(loss, F.mse_loss(prediction, module.noise.target(noisy)))
     torch.testing.assert_close(logged["loss_diffusion"], loss)
@@ -141,7 +145,9 @@ def test_training_lowers_the_validation_loss(
     make_module: MakeModule, data: ShapesDataModule, tmp_path: Path, lpl: bool
 ) -> None:
     module = fits(make_module, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
-    run = trainer(tmp_path, max_steps=60, max_epochs=-1, callbacks=[LPLCallback(weight=0.3)] if lpl else [])
+    run = trainer(
+        tmp_path, max_steps=60, max_epochs=-1, callbacks=[LPLCallback(weight=0.3, loss=ungated)] if lpl else []
+    )
     before = run.validate(module, data, verbose=False)[0]
     run.fit(module, data)
     after = run.validate(module, data, verbose=False)[0]

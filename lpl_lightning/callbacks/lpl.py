@@ -18,6 +18,7 @@ from lpl_lightning.callbacks.gradients import GradientRatio
 from lpl_lightning.losses import LatentPerceptualLoss
 from lpl_lightning.mixin import LPLMixin
 from lpl_lightning.noise import DDPM
+from lpl_lightning.processes import process_means
 
 __all__ = ["LPLCallback"]
 
@@ -27,9 +28,9 @@ class LPLCallback(Callback):
 
     The term is attached at setup and detached at teardown. It logs ``loss_lpl`` (before the weight), ``gate_share``
     (share of the batch that passed the gate) and ``lpl_weight``; in validation ``val_loss_lpl``, in test
-    ``test_loss_lpl``. At the last step before each log entry it also logs what ``Diagnostics.scalars`` names, and, if
-    the module gives ``auxiliary_loss`` its prediction, ``lpl_gradient_ratio``: the norm of the term's gradient at the
-    prediction over that of all else. At other steps none of it is computed.
+    ``test_loss_lpl``. At the last step before each log entry it also logs, of the samples of the first process, what
+    ``Diagnostics.scalars`` names, and, if the module gives ``auxiliary_loss`` its prediction, ``lpl_gradient_ratio``:
+    the norm of the term's gradient at the prediction over that of all else. At other steps none of it is computed.
 
     Args:
         weight: Weight w of the loss; the paper's best is about 3, where LPL is about a fifth of the total. ``auto``
@@ -172,26 +173,29 @@ class LPLCallback(Callback):
         prediction = pl_module.lpl_prediction if diagnose and not measuring else None
         if prediction is not None and prediction.requires_grad:
             z0_hat = self._gradients.watch(z0_hat, prediction)
+        loss.draws = pl_module.lpl_draws
         with torch.set_grad_enabled(torch.is_grad_enabled() and not measuring):
             losses, diagnostics = loss.evaluate(z0_hat, z0, noise_to_signal, diagnose)
-            value = losses.mean()
+            loss.draws = None
+            value = losses.sum() / max(1, losses.numel())  # none are left of a batch that fills up a process's share
         if timing:
             passed = None if noise_to_signal is None else loss.passes(noise_to_signal.detach(), z0)
             self._budget.end_term(z0_hat, z0, passed)
-        prefix = "" if training else "test_" if trainer.testing else "val_"
-        pl_module.log(
-            f"{prefix}loss_lpl", value.detach(), prog_bar=training, batch_size=len(z0), sync_dist=not training
-        )
         if training:
+            means = {"loss_lpl": value}
+            if noise_to_signal is not None:
+                means["gate_share"] = loss.passes(noise_to_signal, z0).float().mean()
+            for name, scalar in process_means(means, z0.device).items():
+                pl_module.log(name, scalar, prog_bar=True, batch_size=len(z0))
             # A tensor on the CPU: a number would be copied to the accelerator, and the step would wait for it.
             logs = {"lpl_weight": torch.tensor(weight)}
             if diagnostics is not None:
                 logs |= diagnostics.scalars()
             for name, scalar in logs.items():
                 pl_module.log(name, scalar, batch_size=len(z0))
-            if noise_to_signal is not None:
-                share = loss.passes(noise_to_signal, z0).float().mean()
-                pl_module.log("gate_share", share, prog_bar=True, batch_size=len(z0))
+        else:
+            name = "test_loss_lpl" if trainer.testing else "val_loss_lpl"
+            pl_module.log(name, value.detach(), batch_size=len(z0), sync_dist=True)
         if measuring:
             self._calibration.measure(value)
             return z0.new_zeros(())

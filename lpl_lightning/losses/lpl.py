@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lpl_lightning.autoencoder import Autoencoder
+from lpl_lightning.draws import Draws
 from lpl_lightning.execution import Execution, StageRunner
 from lpl_lightning.losses.checks import check_latents
 from lpl_lightning.losses.comparison import Compared, Comparison, Part
@@ -52,8 +53,8 @@ class LatentPerceptualLoss(nn.Module):
     """Distance between a clean latent and its estimate, seen by the autoencoder's decoder (eq. 3).
 
     It can serve any loop: ``loss + 3.0 * lpl(z0_hat, z0, noise_to_signal).mean()``. The decoder runs only for the
-    samples that pass the gate, and only as deep as asked. Every option but the first two is as the preset has it unless
-    it is given; ``losses/README.md`` has the table of all of them, with their sources.
+    samples that pass the gate, and only as deep as asked. Options but the first two are the preset's unless given;
+    ``losses/README.md`` has the table of all, with their sources.
 
     Args:
         autoencoder: The frozen autoencoder whose decoder looks at the latents; a module that is none yet is made one,
@@ -94,8 +95,7 @@ class LatentPerceptualLoss(nn.Module):
             leaves it out.
         nonfinite: What to do where a value is not finite; see ``NonFiniteGuard``.
         execution: How it is computed, an ``Execution`` or its settings by name; the value is the same.
-        subset: What part of it is computed at a time, in training mode: a ``Subset`` or its settings by name. By
-            default all of it.
+        subset: What part of it is computed at a time, in training mode: a ``Subset`` or its settings; by default all.
     """
 
     def __init__(
@@ -147,6 +147,7 @@ class LatentPerceptualLoss(nn.Module):
         self.subset = Subset.of(subset)
         self.subset.probabilities(len(self.compared))
         self.ddpm: DDPM | None = None
+        self.draws: Draws | None = None  # of samples, for the subset; else PyTorch's own generator
         self._runner = StageRunner(self.execution)
         self._comparison = Comparison(self.options, self.compared, self.stages, self.autoencoder.is_video)
         self._guard = NonFiniteGuard(self.options.nonfinite)
@@ -182,9 +183,10 @@ class LatentPerceptualLoss(nn.Module):
             return
         self._announced = True
         units = ", ".join(f"{name} {value:.4g}" for name, value in equivalents(self.tau(z), self.ddpm).items())
+        side = latent_side(z, self.autoencoder.is_video)
         scaled = f" ({self._scale(z):.4g} times that of side {self.options.reference_side})"
         rank_zero_info(
-            f"LPL compares {', '.join(self.compared) or 'nothing'}; on latents of side {self._side(z):.4g} its "
+            f"LPL compares {', '.join(self.compared) or 'nothing'}; on latents of side {side:.4g} its "
             f"threshold is {units}{scaled if self._scale(z) != 1 else ''}."
         )
 
@@ -228,7 +230,7 @@ class LatentPerceptualLoss(nn.Module):
         # An empty sum: zero, connected to the graph, and with a zero gradient even where z0_hat is not finite.
         losses = z0_hat.flatten(1)[:, :0].sum(dim=1).to(comparison.dtype)
         weight, passed, kept_hat, kept = self._gate(z0_hat, z0, noise_to_signal)
-        parts = self._parts(kept)
+        parts = self._parts(kept, z0, noise_to_signal)
         if not parts:
             return self._reduce(losses, len(kept)), None
         ungated, found = self._compare(kept_hat, kept, parts, diagnose, len(z0))
@@ -287,21 +289,22 @@ class LatentPerceptualLoss(nn.Module):
         skip = () if self.options.post_quant_conv else ("post_quant_conv",)
         return self.autoencoder.features(z, names, skip, runner or self._runner)
 
-    def _parts(self, z0: Tensor) -> list[Part]:
+    def _parts(self, z0: Tensor, whole: Tensor, noise_to_signal: Tensor | None) -> list[Part]:
         """What is compared of samples that have passed: all of it, or in training the subset drawn."""
-        count, maps, names = len(z0), len(self.compared), self.comparison.names
+        count, maps, subset = len(z0), len(self.compared), self.subset if self.training else Subset()
         if count == 0 or maps == 0:
             return []
-        subset = self.subset if self.training else Subset()
         probabilities = subset.probabilities(maps)
-        depths = depths_of(count, probabilities)
-        crop = None
+        u, generator = (None, None) if self.draws is None else (self.draws.subset, self.draws.shared_generator())
+        if u is not None and noise_to_signal is not None and count < len(whole):
+            u = u[self.passes(noise_to_signal.detach().cpu(), whole)]
+        depths, crop = depths_of(count, probabilities, u=u), None
         if subset.crop is not None:
-            crop = draw_crop(z0.shape[2:], subset.crop, subset.halo, self.autoencoder.is_video)
+            crop = draw_crop(z0.shape[2:], subset.crop, subset.halo, self.autoencoder.is_video, generator)
         found = []
         for depth in sorted(set(depths.tolist()) - {0}, reverse=True):
             samples = (depths == depth).nonzero().squeeze(1)
-            to = names[: names.index(self.compared[depth - 1]) + 1]
+            to = self.comparison.names[: self.comparison.names.index(self.compared[depth - 1]) + 1]
             found.append(Part(None if len(samples) == count else samples, to, tuple(probabilities), crop))
         return found
 
@@ -330,12 +333,10 @@ class LatentPerceptualLoss(nn.Module):
             raise ValueError(f"`depth` must name stages among {list(self.stages)}, got {unknown}.")
         return tuple(name for name in self.stages if name in depth)
 
-    def _side(self, z: Tensor) -> float:
-        return latent_side(z, self.autoencoder.is_video)
-
     def _scale(self, z: Tensor) -> float:
         """Side of the latents over the side that the options are meant for."""
-        return self._side(z) / self.options.reference_side if self.options.reference_side else 1.0
+        side = latent_side(z, self.autoencoder.is_video)
+        return side / self.options.reference_side if self.options.reference_side else 1.0
 
     def _reduce(self, losses: Tensor, passed: int | Tensor) -> Tensor:
         match self.options.reduction:

@@ -91,25 +91,29 @@ class Subset:
         return [float(q) for q in self.keep[:maps]]
 
 
-def depths_of(count: int, probabilities: Sequence[float], generator: torch.Generator | None = None) -> Tensor:
+def depths_of(
+    count: int, probabilities: Sequence[float], generator: torch.Generator | None = None, u: Tensor | None = None
+) -> Tensor:
     """Draw how many maps are computed for each sample.
 
-    The numbers u of the samples are evenly spaced from a random start and in random order: each is uniform, and as many
-    samples as there should be, to one, are drawn.
+    Numbers u that are drawn here are evenly spaced from a random start and in random order: each is uniform, and as
+    many samples as there should be, to one, are drawn.
 
     Args:
         count: Number of samples n.
         probabilities: q of each map, not rising.
         generator: Source of the draws, on the CPU.
+        u: (n,) The samples' own numbers, uniform in (0, 1), on the CPU, in place of drawn ones.
 
     Returns:
         (n,) int64 on the CPU, each from 0 to the number of maps.
     """
     if all(q == 1 for q in probabilities):
         return torch.full((count,), len(probabilities))
-    order = torch.randperm(count, generator=generator)
-    start = torch.rand((), generator=generator, dtype=torch.float64)
-    u = (order + start) / max(1, count)
+    if u is None:
+        order = torch.randperm(count, generator=generator)
+        start = torch.rand((), generator=generator, dtype=torch.float64)
+        u = (order + start) / max(1, count)
     return (u[:, None] < torch.tensor(probabilities, dtype=torch.float64)).sum(dim=1)
 
 
