@@ -17,12 +17,14 @@ from lpl_lightning.callbacks import (
     ImageWriter,
     LossByNoise,
     LPLCallback,
+    Preemption,
     SampleGrid,
     SaveAutoencoder,
     SaveDiffusers,
     SaveWeights,
 )
 from lpl_lightning.captions import Captions
+from lpl_lightning.checkpoints import SafeCheckpointIO
 from lpl_lightning.conditioning import ClassLabels, ClassTokens
 from lpl_lightning.data import ImageFolderDataModule, ShapesDataModule
 from lpl_lightning.denoiser import Denoiser
@@ -63,7 +65,9 @@ __all__ = [
     "LossByNoise",
     "OpenCLIPText",
     "PixArtDenoiser",
+    "Preemption",
     "SD3Denoiser",
+    "SafeCheckpointIO",
     "SampleGrid",
     "Sampler",
     "SanaDenoiser",

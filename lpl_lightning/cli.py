@@ -21,12 +21,14 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import Namespace, auto_cli
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from lpl_lightning.arguments import raised_in, refusal
-from lpl_lightning.callbacks import Evaluation, ImagesPerSecond, ImageWriter, LossByNoise
+from lpl_lightning.callbacks import Evaluation, ImagesPerSecond, ImageWriter, LossByNoise, Preemption
 from lpl_lightning.captioning import caption_folder
+from lpl_lightning.checkpoints import SafeCheckpointIO, newest_checkpoint
 from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
 from lpl_lightning.export import export_checkpoint
@@ -46,7 +48,7 @@ WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
 OF_A_FOLDER = ("evaluate", "caption")
 """Those that take a folder of images without a name."""
 
-REFUSALS = (ValueError, FileNotFoundError, ModuleNotFoundError)
+REFUSALS = (ValueError, OSError, ModuleNotFoundError)
 """What the package raises where it is a user's to mend."""
 
 TRACEBACK = "LPL_TRACEBACK"
@@ -80,6 +82,7 @@ class LPLCLI(LightningCLI):
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Evaluation, "validation")
         parser.add_lightning_class_args(LossByNoise, "loss_by_noise")
+        parser.add_lightning_class_args(Preemption, "preemption")
         parser.set_defaults({"validation.stage": "validate", "validation.num_images": 64})
         parser.add_argument(
             "--stand_ins",
@@ -106,6 +109,25 @@ class LPLCLI(LightningCLI):
         with _plain_refusals():
             super().instantiate_classes()
 
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the trainer, with checkpoints that are whole and run no code."""
+        trainer: pl.Trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = SafeCheckpointIO()
+        return trainer
+
+    def before_fit(self) -> None:
+        """Find what ``--ckpt_path last`` means: the newest whole checkpoint of all runs of this configuration."""
+        self._refuse_folder("fit")
+        if self.config.fit.ckpt_path == "last":
+            found = newest_checkpoint(self.trainer)
+            self.config.fit.ckpt_path = None if found is None else str(found)
+            self.config_init.fit.ckpt_path = self.config.fit.ckpt_path
+
+    def before_validate(self) -> None:
+        """Refuse what could run code."""
+        self._refuse_folder("validate")
+
     def before_predict(self) -> None:
         """Refuse to generate from a model that nothing has trained."""
         self._refuse_untrained("predict")
@@ -119,7 +141,17 @@ class LPLCLI(LightningCLI):
         """The same."""
         self._refuse_untrained("sweep")
 
+    def _refuse_folder(self, command: str) -> None:
+        found = self.config[command].ckpt_path
+        if found and Path(found).is_dir():
+            raise ValueError(
+                f"`ckpt_path`: {found} is a folder, a distributed checkpoint, whose index is a pickle that could run "
+                "code. If you trust it, make it a file by Lightning's `consolidate_checkpoint`; set "
+                "`save_distributed_checkpoint: false` to write files."
+            )
+
     def _refuse_untrained(self, command: str, remedy: str = "") -> None:
+        self._refuse_folder(command)
         if (
             isinstance(self.model, LatentDiffusionModule)
             and not self.model.weights

@@ -109,8 +109,10 @@ class StageRunner:
         if not self._laid_out:
             # Weights made in inference mode, as of a validation that comes first, could take part in no graph.
             with torch.inference_mode(False):
-                for parameter in model.parameters():
-                    if parameter.ndim == 4:
+                for name, parameter in model.named_parameters():
+                    # Not of the encoder: its latents would be rounded otherwise from then on, and a run that goes on
+                    # in another process would not be the same.
+                    if parameter.ndim == 4 and not name.startswith(("encoder.", "quant_conv.")):
                         parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
             self._laid_out = True
         return z.contiguous(memory_format=torch.channels_last)

@@ -12,6 +12,7 @@ import lpl_lightning
 
 ORDER = [
     "arguments",
+    "checkpoints",
     "processes",
     "draws",
     "data",

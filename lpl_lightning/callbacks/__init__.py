@@ -5,6 +5,7 @@ from lpl_lightning.callbacks.evaluation import Evaluation
 from lpl_lightning.callbacks.images import ImageWriter, SampleGrid
 from lpl_lightning.callbacks.loss_by_noise import LossByNoise
 from lpl_lightning.callbacks.lpl import LPLCallback
+from lpl_lightning.callbacks.preemption import Preemption
 from lpl_lightning.callbacks.saving import SaveAutoencoder, SaveDiffusers, SaveWeights
 from lpl_lightning.callbacks.throughput import ImagesPerSecond
 
@@ -15,6 +16,7 @@ __all__ = [
     "ImagesPerSecond",
     "LPLCallback",
     "LossByNoise",
+    "Preemption",
     "SampleGrid",
     "SaveAutoencoder",
     "SaveDiffusers",

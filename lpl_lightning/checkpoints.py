@@ -1,0 +1,201 @@
+"""Checkpoints that appear whole or not at all, run no code when they are read, and are looked at before they are used.
+
+``torch.save`` writes a zip archive, which holds a checksum (CRC-32) of each of its members. So that a checkpoint was
+cut off or changed on the disk is found by reading it once, and nothing needs to stand beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+__all__ = ["SafeCheckpointIO", "checkpoint_folders", "fault_of", "newest_checkpoint"]
+
+UNFINISHED = ".unfinished"
+"""End of the name of a file that is being written."""
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints so that a kill or a full disk never leaves half of one, and reads only plain values.
+
+    A plugin for Lightning's ``Trainer(plugins=...)``; the ``lpl`` command has it by default. A file is written beside
+    its place, brought to the disk, and then moved there. Files elsewhere (``s3://`` and so on) are left to Lightning.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: It cannot be written, as where the disk is full. What was there stays.
+            ValueError: It holds what could not be read again without running code.
+        """
+        if storage_options is not None or not _is_local(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        place = _path(path)
+        part = place.with_name(f"{place.name}.{uuid4().hex}{UNFINISHED}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            for left in place.parent.glob(f"{_literal(place.name)}.*{UNFINISHED}"):
+                left.unlink(missing_ok=True)  # by a process that was killed
+            try:
+                with part.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                _check_plain(part)
+                os.replace(part, place)
+                _sync(place.parent)
+            finally:
+                with suppress(OSError):  # it is there only where something failed
+                    part.unlink()
+        except (OSError, RuntimeError) as error:  # torch says the latter where its writer could not write
+            if isinstance(error, RuntimeError) and not isinstance(_cause(error), OSError):
+                raise
+            raise OSError(
+                f"The checkpoint {place} cannot be written ({_cause(error)}). Those before it stay: make room, and go "
+                "on by `--ckpt_path last`."
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        """Read a checkpoint without running any code that the file may hold.
+
+        Args:
+            path: The file.
+            map_location: Where its tensors are put.
+            weights_only: Lightning's; False is refused.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is cut off, changed, something else, or holds more than tensors and plain values.
+        """
+        if weights_only is False:
+            raise ValueError(f"`weights_only`=False would run what {path} says: leave it out.")
+        if _is_local(path):
+            if not _path(path).exists():
+                raise FileNotFoundError(f"`ckpt_path`: there is no checkpoint {path}.")
+            if why := fault_of(_path(path)):
+                raise ValueError(
+                    f"`ckpt_path`: {path} cannot be used: {why}. `--ckpt_path last` takes the newest good one."
+                )
+        try:
+            found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
+        except Exception as error:  # whatever an unpickler says to another file
+            raise ValueError(f"`ckpt_path`: {path} cannot be read as a checkpoint: {error}") from error
+        return found
+
+
+def _check_plain(path: Path) -> None:
+    """Refuse to leave a checkpoint that nothing could be continued from; its tensors are not read for that."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(
+            "The checkpoint holds more than tensors and plain values, and could not be read again without running code: "
+            f"{error} Keep such objects out of it: `save_hyperparameters(ignore=[...])` in the module, plain values in "
+            "`state_dict` of callbacks."
+        ) from error
+
+
+def fault_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None where all of it is as it was written.
+
+    Args:
+        path: A file, which is read once.
+    """
+    if path.is_dir():
+        return "it is a folder"
+    if not path.stat().st_size:
+        return "it is empty"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        return f"it is cut off, or no checkpoint ({error})"
+    return None if damaged is None else f"{damaged} in it is not what was written"
+
+
+def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
+    """Folders that runs of a trainer's configuration keep checkpoints in, those of earlier runs too.
+
+    They are each ``ModelCheckpoint``'s ``dirpath``; without one ``checkpoints`` of all versions of the first logger, or
+    without a logger of ``default_root_dir``.
+    """
+    found: list[Path] = []
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+            found += [_path(callback.dirpath)] if _is_local(callback.dirpath) else []
+        elif trainer.loggers:
+            logger = trainer.loggers[0]
+            root = _path(logger.save_dir or trainer.default_root_dir) / str(logger.name or "")
+            found += sorted(root.glob("*/checkpoints"))
+        else:
+            found.append(_path(trainer.default_root_dir) / "checkpoints")
+    return list(dict.fromkeys(found))
+
+
+def newest_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """The checkpoint written last, of all runs of a trainer's configuration, that is whole; None where there is none.
+
+    Those that are not are named in a warning.
+    """
+    folders = checkpoint_folders(trainer)
+    for path in sorted(_files(folders), key=_written, reverse=True):
+        why = fault_of(path)
+        if why is None:
+            return path
+        rank_zero_warn(f"{path} is passed over for an older checkpoint: {why}.")
+    rank_zero_info(f"No checkpoint in {', '.join(map(str, folders)) or 'any folder'}: training starts anew.")
+    return None
+
+
+def _files(folders: list[Path]) -> Iterator[Path]:
+    for folder in folders:
+        # A link, as `save_last: link` makes, is the file that it leads to.
+        yield from {path.resolve() for path in folder.glob("*.ckpt") if path.exists()}
+
+
+def _written(path: Path) -> tuple[int, str]:
+    return path.stat().st_mtime_ns, path.name
+
+
+def _is_local(path: Any) -> bool:
+    return "file" in str(get_filesystem(path).protocol)
+
+
+def _path(path: Any) -> Path:
+    return Path(str(path).removeprefix("file://")).expanduser().absolute()
+
+
+def _literal(name: str) -> str:
+    """A name as a pattern of ``glob`` that matches it alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's list of files to the disk, where the system can do that."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The system's own error behind torch's."""
+    while not isinstance(error, OSError) and (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return error
