@@ -103,7 +103,7 @@ def _check_plain(path: Path) -> None:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(
-            "The checkpoint holds more than tensors and plain values, and could not be read again without running code: "
+            "The checkpoint holds more than tensors and plain values: nothing could go on from it without running code. "
             f"{error} Keep such objects out of it: `save_hyperparameters(ignore=[...])` in the module, plain values in "
             "`state_dict` of callbacks."
         ) from error

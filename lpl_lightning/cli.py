@@ -26,7 +26,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 
 from lpl_lightning.arguments import raised_in, refusal
-from lpl_lightning.callbacks import Evaluation, ImagesPerSecond, ImageWriter, LossByNoise, Preemption
+from lpl_lightning.callbacks import (
+    AccumulatedGradients,
+    Evaluation,
+    ImagesPerSecond,
+    ImageWriter,
+    LossByNoise,
+    Preemption,
+)
 from lpl_lightning.captioning import caption_folder
 from lpl_lightning.checkpoints import SafeCheckpointIO, newest_checkpoint
 from lpl_lightning.encoding import EncodingTrainer
@@ -82,6 +89,7 @@ class LPLCLI(LightningCLI):
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Evaluation, "validation")
         parser.add_lightning_class_args(LossByNoise, "loss_by_noise")
+        parser.add_lightning_class_args(AccumulatedGradients, "accumulated_gradients")
         parser.add_lightning_class_args(Preemption, "preemption")
         parser.set_defaults({"validation.stage": "validate", "validation.num_images": 64})
         parser.add_argument(

@@ -5,8 +5,8 @@
 The quickstart's model trains on a folder of images: LPL with a calibrated and ramped weight, two averages, accumulated
 gradients, random crops, loader processes. One run is left alone. Another is killed by ``SIGKILL``, or now and then
 stopped by ``SIGTERM``, after a random number of steps; before it goes on, a fault may be made: the newest checkpoint is
-deleted or cut off, a disk that is full for the next checkpoint, images that cannot be read appear. FOLDER gets both
-runs' files, ``record.jsonl``, a line for each thing that was done, and ``verdict.json``. It exits with 1 if they differ.
+deleted or cut off, the disk is full for the next checkpoint, images that cannot be read appear. FOLDER gets the files
+of both, ``record.jsonl``, a line for each thing that was done, and ``verdict.json``. It exits with 1 if they differ.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def differences(one: Any, other: Any, place: str = "") -> list[str]:
         same = one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
         return [] if same else [place]
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        keys = {key: None for key in [*one, *other]}
+        keys = dict.fromkeys([*one, *other])
         missing = [f"{place}/{key}" for key in keys if (key in one) != (key in other)]
         both = [key for key in keys if key in one and key in other]
         return missing + [found for key in both for found in differences(one[key], other[key], f"{place}/{key}")]
@@ -183,7 +183,7 @@ def state(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     # Their paths, and their best so far, say where the run was.
     found["callbacks"] = {k: v for k, v in found["callbacks"].items() if not k.startswith("ModelCheckpoint")}
-    # Lightning counts restarts in it.
+    # Nor its loops, in which Lightning counts how often it was started.
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step", "epoch")
     return {key: value for key, value in found.items() if key in kept or "model_state" in key or "averages" in key}
 
@@ -211,12 +211,12 @@ def soak(folder: Path, kills: int, steps: int, every: int, seed: int, photos: in
 
     choose, args = random.Random(seed), arguments(images, killed, steps, every, batch_size)
     counts = {"SIGKILL": 0, "SIGTERM": 0} | dict.fromkeys(FAULTS, 0)
-    faults = [fault for fault in FAULTS * kills][:kills]
+    faults = list((FAULTS * kills)[:kills])
     choose.shuffle(faults)
     batches = 2 * steps
     while True:
         done = counts["SIGKILL"] + counts["SIGTERM"]
-        fault = faults[done - 1] if 0 < done <= len(faults) and faults[done - 1] is not None else "nothing"
+        fault = faults[done - 1] if done else "nothing"
         limit = None
         if done:
             counts[fault] += 1

@@ -1,5 +1,6 @@
 """Lightning callbacks: the loss, images, averages, rates and what a run leaves behind."""
 
+from lpl_lightning.callbacks.accumulation import AccumulatedGradients
 from lpl_lightning.callbacks.ema import EMA
 from lpl_lightning.callbacks.evaluation import Evaluation
 from lpl_lightning.callbacks.images import ImageWriter, SampleGrid
@@ -11,6 +12,7 @@ from lpl_lightning.callbacks.throughput import ImagesPerSecond
 
 __all__ = [
     "EMA",
+    "AccumulatedGradients",
     "Evaluation",
     "ImageWriter",
     "ImagesPerSecond",
