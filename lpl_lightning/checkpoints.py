@@ -21,7 +21,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-__all__ = ["SafeCheckpointIO", "checkpoint_folders", "fault_of", "newest_checkpoint"]
+__all__ = ["SafeCheckpointIO", "checkpoint_folders", "fault_of", "newest_checkpoint", "refusal_of"]
 
 UNFINISHED = ".unfinished"
 """End of the name of a file that is being written."""
@@ -93,7 +93,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
         try:
             found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
         except Exception as error:  # whatever an unpickler says to another file
-            raise ValueError(f"`ckpt_path`: {path} cannot be read as a checkpoint: {error}") from error
+            raise ValueError(
+                f"`ckpt_path`: {path} cannot be read as a checkpoint: {refusal_of(path, error)}."
+            ) from error
         return found
 
 
@@ -103,10 +105,26 @@ def _check_plain(path: Path) -> None:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(
-            "The checkpoint holds more than tensors and plain values: nothing could go on from it without running code. "
-            f"{error} Keep such objects out of it: `save_hyperparameters(ignore=[...])` in the module, plain values in "
-            "`state_dict` of callbacks."
+            "The checkpoint holds more than tensors and plain values, and nothing could go on from it: "
+            f"{refusal_of(path, error)}. Keep such objects out of it: `save_hyperparameters(ignore=[...])` in the "
+            "module, plain values in `state_dict` of callbacks."
         ) from error
+
+
+def refusal_of(path: Any, error: Exception) -> str:
+    """Why torch does not read a file, without its advice to run what is in it.
+
+    Args:
+        path: The file.
+        error: What torch said.
+    """
+    with suppress(Exception):
+        if names := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+            return f"it holds {', '.join(sorted(names))}, which could run code"
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return (
+        "it is no zip archive of torch.save's, or could run code" if "Weights only" in said[0] else said[0].rstrip(".")
+    )
 
 
 def fault_of(path: Path) -> str | None:

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lpl_lightning.checkpoints import refusal_of
+
 __all__ = [
     "EMBEDDED",
     "FURTHER_AVERAGES",
@@ -124,7 +126,9 @@ def read_checkpoint(source: str, argument: str = "weights") -> dict[str, Any]:
     try:
         checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ValueError(f"`{argument}`={source!r} cannot be read as a checkpoint: {error}") from error
+        raise ValueError(
+            f"`{argument}`={source!r} cannot be read as a checkpoint: {refusal_of(path, error)}."
+        ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"`{argument}`={source!r} is no Lightning checkpoint: it has no 'state_dict'.")
     return checkpoint

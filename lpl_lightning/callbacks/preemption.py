@@ -129,7 +129,7 @@ class Preemption(Callback):
 
 
 def _requeue(trainer: pl.Trainer, number: int) -> None:
-    environment = getattr(trainer.strategy, "cluster_environment", None)
+    environment = trainer._accelerator_connector.cluster_environment  # strategies of one device have none themselves
     if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue):
         return
     if number != (environment.requeue_signal or signal.SIGUSR1):

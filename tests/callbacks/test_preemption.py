@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import image_batch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from lpl_lightning import EMA, LatentDiffusionModule, Preemption
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+]
+
+
+class Signals(Callback):
+    """Sends a signal to the process itself, at a batch."""
+
+    def __init__(self, number: int, at: int) -> None:
+        self.number, self.at = number, at
+        self.steps: list[int] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append(trainer.global_step)
+        if batch_idx == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+def fit(folder: Path, module: LatentDiffusionModule, *callbacks: Callback, **options: Any) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_steps=6,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    batches: Any = [image_batch(2) for _ in range(12)]
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return trainer
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 3), (2, 2)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_the_next_step_and_ends(
+    tmp_path: Path, make_module: Callable[..., LatentDiffusionModule], number: int, accumulate: int, steps: int
+) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    sends = Signals(number, at=2)
+    saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=100)
+    with pytest.raises(SystemExit) as ended:
+        fit(tmp_path, make_module(), sends, EMA(), Preemption(), saving, accumulate_grad_batches=accumulate)
+    assert ended.value.code == 128 + number
+    assert len(sends.steps) == steps * accumulate
+    found = torch.load(tmp_path / "saved" / "preempted.ckpt", weights_only=True)
+    assert found["global_step"] == steps
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+
+
+def test_without_signals_nothing_is_saved(tmp_path: Path, make_module: Callable[..., LatentDiffusionModule]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    fit(tmp_path, make_module(), Preemption(), ModelCheckpoint(tmp_path / "saved", every_n_train_steps=100))
+    assert not (tmp_path / "saved" / "preempted.ckpt").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_without_a_checkpoint_callback_it_says_so(
+    tmp_path: Path, make_module: Callable[..., LatentDiffusionModule]
+) -> None:
+    with pytest.warns(UserWarning, match="ends at step 3 without a checkpoint"), pytest.raises(SystemExit):
+        fit(tmp_path, make_module(), Signals(signal.SIGTERM, 2), Preemption(), enable_checkpointing=False)
+
+
+def test_a_job_of_slurm_is_put_back(
+    tmp_path: Path, make_module: Callable[..., LatentDiffusionModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a real program in the place of scontrol; after the checkpoint is there, and only on the signal for it."""
+    said = tmp_path / "said"
+    program = tmp_path / "scontrol"
+    saved = tmp_path / "saved" / "preempted.ckpt"
+    program.write_text(
+        f"#!{sys.executable}\nimport os, sys\n"
+        f"print(*sys.argv[1:], os.path.exists({str(saved)!r}), file=open({str(said)!r}, 'a'))\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for name, value in {
+        "NTASKS": "1",
+        "JOB_ID": "41",
+        "PROCID": "0",
+        "LOCALID": "0",
+        "NODEID": "0",
+        "JOB_NAME": "train",
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        with pytest.raises(SystemExit):
+            fit(
+                tmp_path,
+                make_module(),
+                Signals(number, 2),
+                Preemption(),
+                ModelCheckpoint(tmp_path / "saved"),
+                plugins=[SLURMEnvironment()],
+            )
+    assert said.read_text() == "requeue 41 True\n"
+
+
+def test_arguments() -> None:
+    with pytest.raises(ValueError, match="names of signals, such as SIGTERM, got USR1"):
+        Preemption(["SIGTERM", "USR1"])
+    with pytest.raises(ValueError, match="every_n_steps"):
+        Preemption(every_n_steps=0)
+
+
+def test_it_saves_after_others_took_the_step_in(
+    tmp_path: Path, make_module: Callable[..., LatentDiffusionModule]
+) -> None:
+    with pytest.raises(ValueError, match="Preemption would save before EMA took the step in: put it after"):
+        fit(tmp_path, make_module(), Preemption(), EMA())

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lpl_lightning.checkpoints import SafeCheckpointIO, fault_of, newest_checkpoint
+
+
+class Runs:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (open, (str(self.path), "w"))
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 100 kB, as on a disk that is all but full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[0][1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+    signal.signal(signal.SIGXFSZ, before[1])
+
+
+def checkpoint(value: float = 1.0, size: int = 1000) -> dict[str, Any]:
+    return {"state_dict": {"weight": torch.full((size,), value)}, "epoch": 2, "name": "a", "list": [1, 2.5, None]}
+
+
+def test_what_is_written_is_read_by_torch_and_by_it(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a[1].ckpt"
+    SafeCheckpointIO().save_checkpoint(checkpoint(), path)
+    for found in (torch.load(path, weights_only=True), SafeCheckpointIO().load_checkpoint(path)):
+        assert torch.equal(found["state_dict"].pop("weight"), torch.ones(1000))
+        assert found == {"state_dict": {}, "epoch": 2, "name": "a", "list": [1, 2.5, None]}
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert fault_of(path) is None
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, small_files: None) -> None:
+    path = tmp_path / "a.ckpt"
+    SafeCheckpointIO().save_checkpoint(checkpoint(1.0), path)
+    with pytest.raises(OSError, match=r"a\.ckpt cannot be written \(.*File too large\)\. Those before it stay"):
+        SafeCheckpointIO().save_checkpoint(checkpoint(2.0, size=100_000), path)
+    assert SafeCheckpointIO().load_checkpoint(path)["state_dict"]["weight"][0] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+WRITES_FOREVER = """
+import sys, torch
+from lpl_lightning.checkpoints import SafeCheckpointIO
+number = 0
+while True:
+    number += 1
+    SafeCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.full((500_000,), float(number))}}, sys.argv[1])
+    print(number, flush=True)
+"""
+
+
+def test_a_kill_while_writing_leaves_a_whole_one(tmp_path: Path) -> None:
+    """Of a real process, at moments that are anywhere in the writing; the next one tidies up."""
+    path = tmp_path / "a.ckpt"
+    for delay in (0.0, 0.003, 0.011):
+        process = subprocess.Popen([sys.executable, "-c", WRITES_FOREVER, str(path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        seen = [process.stdout.readline() for _ in range(3)]
+        time.sleep(delay)
+        process.kill()
+        seen += process.stdout.readlines()
+        process.wait()
+        process.stdout.close()
+        weight = SafeCheckpointIO().load_checkpoint(path)["state_dict"]["weight"]
+        assert (weight == weight[0]).all()
+        assert int(weight[0]) >= int(seen[-1])
+    SafeCheckpointIO().save_checkpoint(checkpoint(), path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    with pytest.raises(ValueError, match=r"it holds io\.open, which could run code\. Keep .*\(ignore="):
+        SafeCheckpointIO().save_checkpoint(checkpoint() | {"hyper_parameters": {"a": Runs(tmp_path / "ran")}}, path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["zip", "pickle"])
+def test_a_malicious_file_does_not_run(tmp_path: Path, kind: str) -> None:
+    path, ran = tmp_path / "a.ckpt", tmp_path / "ran"
+    if kind == "zip":
+        torch.save(checkpoint() | {"bad": Runs(ran)}, path)
+    else:
+        path.write_bytes(pickle.dumps(checkpoint() | {"bad": Runs(ran)}))
+    with pytest.raises(ValueError, match=r"a\.ckpt cannot be (read as a checkpoint|used)"):
+        SafeCheckpointIO().load_checkpoint(path)
+    with pytest.raises(ValueError, match="`weights_only`=False would run"):
+        SafeCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert not ran.exists()
+    if kind == "zip":  # and it would have
+        torch.load(path, weights_only=False)["bad"].close()
+        assert ran.exists()
+
+
+def damaged(content: bytes, damage: str) -> bytes:
+    if damage == "empty":
+        return b""
+    if damage == "cut off":
+        return content[: len(content) * 2 // 3]
+    if damage == "text":
+        return b"no checkpoint"
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        (weights,) = (info for info in archive.infolist() if info.filename.endswith("data/0"))
+    place = weights.header_offset + 2000  # within its bytes
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+DAMAGES = {"empty": "it is empty", "cut off": "cut off", "text": "no checkpoint", "bit": "not what was written"}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "a.ckpt"
+    SafeCheckpointIO().save_checkpoint(checkpoint(), path)
+    path.write_bytes(damaged(path.read_bytes(), damage))
+    assert DAMAGES[damage] in str(fault_of(path))
+    with pytest.raises(ValueError, match=f"{DAMAGES[damage]}.*`--ckpt_path last`"):
+        SafeCheckpointIO().load_checkpoint(path)
+
+
+def test_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*b\.ckpt"):
+        SafeCheckpointIO().load_checkpoint(tmp_path / "b.ckpt")
+
+
+def trainer_of(tmp_path: Path, dirpath: Path | None = None) -> pl.Trainer:
+    callback = ModelCheckpoint(dirpath)
+    return pl.Trainer(logger=CSVLogger(tmp_path, "name"), callbacks=[callback], accelerator="cpu")
+
+
+@pytest.mark.parametrize("has_dirpath", [False, True])
+def test_the_newest_whole_one_of_all_runs_is_found(
+    tmp_path: Path, has_dirpath: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = [tmp_path / "name" / f"version_{number}" / "checkpoints" for number in (0, 1, 10)]
+    if has_dirpath:
+        folders = [tmp_path / "own"] * 3
+    trainer = trainer_of(tmp_path, folders[0] if has_dirpath else None)
+    assert newest_checkpoint(trainer) is None
+    paths = [folder / f"{number}.ckpt" for number, folder in enumerate(folders)]
+    for number, path in enumerate(paths):
+        SafeCheckpointIO().save_checkpoint(checkpoint(), path)
+        os.utime(path, ns=(number * 10**9, number * 10**9))
+    (folders[0] / "linked.ckpt").symlink_to(paths[1])
+    (folders[0] / "no.ckpt").symlink_to(tmp_path / "deleted")
+    assert newest_checkpoint(trainer) == paths[2]
+    os.truncate(paths[2], 700)
+    with pytest.warns(UserWarning, match=r"2\.ckpt is passed over for an older checkpoint: it is cut off"):
+        assert newest_checkpoint(trainer) == paths[1]
+    paths[1].unlink()
+    with pytest.warns(UserWarning, match="passed over"):
+        assert newest_checkpoint(trainer) == paths[0]
