@@ -1,12 +1,15 @@
 """Checkpoints that appear whole or not at all, run no code when they are read, and are looked at before they are used.
 
 ``torch.save`` writes a zip archive, which holds a checksum (CRC-32) of each of its members. So that a checkpoint was
-cut off or changed on the disk is found by reading it once, and nothing needs to stand beside it.
+cut off or changed on the disk is found by reading it once, and nothing needs to stand beside it. A distributed
+checkpoint is a folder of shards with an index, ``.metadata``, which comes last and is a pickle: it is looked through
+beforehand for anything but what torch writes there, and its shards for whether they are as long as it says.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -131,10 +134,10 @@ def fault_of(path: Path) -> str | None:
     """What is wrong with a checkpoint; None where all of it is as it was written.
 
     Args:
-        path: A file, which is read once.
+        path: A file, which is read once, or the folder of a distributed checkpoint.
     """
     if path.is_dir():
-        return "it is a folder"
+        return _fault_of_folder(path)
     if not path.stat().st_size:
         return "it is empty"
     try:
@@ -143,6 +146,51 @@ def fault_of(path: Path) -> str | None:
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
         return f"it is cut off, or no checkpoint ({error})"
     return None if damaged is None else f"{damaged} in it is not what was written"
+
+
+class _Index(pickle.Unpickler):
+    """Reads the index of a distributed checkpoint, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What torch writes there; else it ends."""
+        found: Any = None
+        if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "pathlib"):
+            found = super().find_class(module, name)
+            is_known = isinstance(found, type) and found.__module__.split(".")[0] in ("torch", "pathlib")
+        elif (module, name) in (
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("collections", "OrderedDict"),
+        ):
+            found, is_known = super().find_class(module, name), True
+        else:
+            found = getattr(torch, name, None) if module == "torch" else None
+            is_known = isinstance(found, torch.dtype)
+        if not is_known:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return found
+
+
+def _fault_of_folder(path: Path) -> str | None:
+    index = path / ".metadata"
+    if not index.is_file():
+        return "it is cut off, or no checkpoint: it has no .metadata"
+    try:
+        with index.open("rb") as file:
+            stored = _Index(file).load().storage_data.values()
+        needed: dict[str, int] = {}
+        for one in stored:
+            needed[one.relative_path] = max(needed.get(one.relative_path, 0), one.offset + one.length)
+    except pickle.UnpicklingError as error:
+        return f"its .metadata names {error}, which could run code, or is damaged"
+    except Exception as error:  # Damaged pickles do not agree on a type.
+        return f"its .metadata is damaged ({type(error).__name__})"
+    for name, size in needed.items():
+        if Path(name).name != name:
+            return f"its .metadata names the file {name} outside of it"
+        if not (path / name).is_file() or (path / name).stat().st_size < size:
+            return f"it is cut off: {name} is missing or short"
+    return None
 
 
 def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:

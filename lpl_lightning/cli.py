@@ -35,7 +35,7 @@ from lpl_lightning.callbacks import (
     Preemption,
 )
 from lpl_lightning.captioning import caption_folder
-from lpl_lightning.checkpoints import SafeCheckpointIO, newest_checkpoint
+from lpl_lightning.checkpoints import SafeCheckpointIO, fault_of, newest_checkpoint
 from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
 from lpl_lightning.export import export_checkpoint
@@ -126,7 +126,7 @@ class LPLCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find what ``--ckpt_path last`` means: the newest whole checkpoint of all runs of this configuration."""
-        self._refuse_folder("fit")
+        self._check_folder("fit")
         if self.config.fit.ckpt_path == "last":
             found = newest_checkpoint(self.trainer)
             self.config.fit.ckpt_path = None if found is None else str(found)
@@ -134,7 +134,7 @@ class LPLCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Refuse what could run code."""
-        self._refuse_folder("validate")
+        self._check_folder("validate")
 
     def before_predict(self) -> None:
         """Refuse to generate from a model that nothing has trained."""
@@ -149,17 +149,14 @@ class LPLCLI(LightningCLI):
         """The same."""
         self._refuse_untrained("sweep")
 
-    def _refuse_folder(self, command: str) -> None:
+    def _check_folder(self, command: str) -> None:
+        """Look through a distributed checkpoint before Lightning reads its index, a pickle."""
         found = self.config[command].ckpt_path
-        if found and Path(found).is_dir():
-            raise ValueError(
-                f"`ckpt_path`: {found} is a folder, a distributed checkpoint, whose index is a pickle that could run "
-                "code. If you trust it, make it a file by Lightning's `consolidate_checkpoint`; set "
-                "`save_distributed_checkpoint: false` to write files."
-            )
+        if found and Path(found).is_dir() and (why := fault_of(Path(found))):
+            raise ValueError(f"`ckpt_path`: {found} cannot be used: {why}.")
 
     def _refuse_untrained(self, command: str, remedy: str = "") -> None:
-        self._refuse_folder(command)
+        self._check_folder(command)
         if (
             isinstance(self.model, LatentDiffusionModule)
             and not self.model.weights

@@ -18,6 +18,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.distributed import checkpoint as distributed_checkpoint
 
 from lpl_lightning.checkpoints import SafeCheckpointIO, fault_of, newest_checkpoint
 
@@ -177,3 +178,41 @@ def test_the_newest_whole_one_of_all_runs_is_found(
     paths[1].unlink()
     with pytest.warns(UserWarning, match="passed over"):
         assert newest_checkpoint(trainer) == paths[0]
+
+
+@pytest.fixture
+def distributed(tmp_path: Path) -> Path:
+    """A distributed checkpoint as torch writes it."""
+    path = tmp_path / "a.ckpt"
+    weights = {"weight": torch.ones(10, dtype=torch.bfloat16), "norm": torch.ones(3)}
+    states = {"state": {"weight": {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]}
+    save: Any = vars(distributed_checkpoint)["save"]
+    save({"state_dict": weights, "optimizer_0": states}, checkpoint_id=path, no_dist=True)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_distributed_checkpoint_is_looked_through(distributed: Path) -> None:
+    assert fault_of(distributed) is None
+    (shard,) = distributed.glob("*.distcp")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    assert fault_of(distributed) == f"it is cut off: {shard.name} is missing or short"
+    shard.write_bytes(whole)
+    index = distributed / ".metadata"
+    content = index.read_bytes()
+    for bad, message in (
+        (content[:-20], "damaged"),
+        (content.replace(shard.name.encode(), b"/" + shard.name.encode()[1:]), "outside of it"),
+    ):
+        index.write_bytes(bad)
+        assert message in str(fault_of(distributed))
+    index.unlink()
+    assert "no .metadata" in str(fault_of(distributed))
+
+
+@pytest.mark.parametrize("what", [b"cbuiltins\neval\n", b"cos\nsystem\n", b"ctorch\nload\n", b"cpathlib\nos\n"])
+def test_the_index_of_a_folder_runs_no_code(tmp_path: Path, what: bytes) -> None:
+    (tmp_path / ".metadata").write_bytes(what + b"(S'open(\"" + str(tmp_path / "ran").encode() + b'", "w")\'\ntR.')
+    assert "could run code" in str(fault_of(tmp_path))
+    assert not (tmp_path / "ran").exists()
