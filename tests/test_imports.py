@@ -13,6 +13,7 @@ import lpl_lightning
 ORDER = [
     "arguments",
     "processes",
+    "memory",
     "draws",
     "data",
     "pretrained",
