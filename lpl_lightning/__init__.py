@@ -21,6 +21,7 @@ from lpl_lightning.callbacks import (
     SaveAutoencoder,
     SaveDiffusers,
     SaveWeights,
+    StepGuard,
 )
 from lpl_lightning.captions import Captions
 from lpl_lightning.conditioning import ClassLabels, ClassTokens
@@ -72,6 +73,7 @@ __all__ = [
     "SaveWeights",
     "ShapesDataModule",
     "SideBySide",
+    "StepGuard",
     "TransformersText",
     "UNetDenoiser",
     "export_diffusers",

@@ -1,6 +1,6 @@
 """The ``lpl`` command: one LightningCLI over any module and any data.
 
-``lpl fit | validate | test | predict | sweep | encode | profile -c CONFIG.yaml [-c OVERLAY.yaml ...] [--key value]``.
+``lpl fit | validate | test | predict | sweep | encode | profile | replay -c CONFIG.yaml [-c OVERLAY.yaml] [--KEY]``.
 Files given later are laid over those before them; ``callbacks+:`` in one appends to the list of the last. Commands that
 need no trainer (``WITHOUT_TRAINER``), such as ``lpl export --ckpt CKPT --out DIR``, are functions with their arguments.
 
@@ -56,20 +56,20 @@ TRACEBACK = "LPL_TRACEBACK"
 class LPLCLI(LightningCLI):
     """LightningCLI with what every run of this package has: images per second, and files from ``predict``.
 
-    Beside Lightning's commands there are ``profile``, ``sweep`` and ``encode``; see ``EncodingTrainer``.
+    Beside Lightning's commands there are ``profile``, ``replay``, ``sweep`` and ``encode``; see ``EncodingTrainer``.
     """
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The commands, and which arguments of the trainer's methods are no options of theirs."""
-        own = ("profile", "sweep", "encode")
+        own = ("profile", "sweep", "encode", "replay")
         return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in own}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand in ("profile", "encode"):
+        if subcommand in ("profile", "encode", "replay"):
             # So that the config that a run has saved can be given.
-            for name in ("ckpt_path", "weights_only"):
+            for name in ("weights_only", *(() if subcommand == "replay" else ("ckpt_path",))):
                 parser.add_argument(f"--{name}", type=Any, default=None, help="Not looked at.")
         return parser
 

@@ -6,6 +6,7 @@ from lpl_lightning.callbacks.images import ImageWriter, SampleGrid
 from lpl_lightning.callbacks.loss_by_noise import LossByNoise
 from lpl_lightning.callbacks.lpl import LPLCallback
 from lpl_lightning.callbacks.saving import SaveAutoencoder, SaveDiffusers, SaveWeights
+from lpl_lightning.callbacks.step_guard import StepGuard
 from lpl_lightning.callbacks.throughput import ImagesPerSecond
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "SaveAutoencoder",
     "SaveDiffusers",
     "SaveWeights",
+    "StepGuard",
 ]

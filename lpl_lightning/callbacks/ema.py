@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
+from lpl_lightning.callbacks.step_guard import last_step_skipped
 from lpl_lightning.pretrained import FURTHER_AVERAGES
 
 __all__ = ["EMA", "averaged"]
@@ -57,7 +58,9 @@ class EMA(EMAWeightAveraging):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the averages after a step."""
+        """Update the averages after a step, unless a ``StepGuard`` left it out."""
+        if last_step_skipped(trainer):
+            return
         before = self._latest_update_step
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._latest_update_step == before:
