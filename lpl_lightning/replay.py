@@ -38,7 +38,7 @@ class Replay:
         inputs: Tensors of the batches that are not finite as they came.
         losses: Of each batch that was run its loss, over the number of batches that are accumulated.
         first_output: The module whose output was the first that is not finite, and whether its input was.
-        first_gradient: The module whose output's gradient was the first that is not finite.
+        first_gradient: The module whose output's gradient was the first that is not finite, and the one after it.
         parameters: Those whose gradients are not finite, where the backward pass came to its end.
         operation: What PyTorch's anomaly detection says of the first operation whose gradient is not a number.
     """
@@ -193,6 +193,8 @@ class _Eye(Callback):
         self.step, self.weights, self.found = step, weights, found
         self._hooks: list[Any] = []
         self._batch = 0
+        self._after: str | None = None  # the module whose output's gradient came last
+        self._gradient: Tensor | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put weights and states in place: what came before has set up all of it anew."""
@@ -244,10 +246,15 @@ class _Eye(Callback):
 
     def _look_back(self, name: str, gradient: Tensor) -> None:
         if self.found.first_gradient is None and not bool(gradient.isfinite().all()):
-            self.found.first_gradient = name
+            after = "" if self._after is None else f"; that of {self._after}, which came before it, is finite"
+            self.found.first_gradient = f"{name}{after}"
+        # Of modules that give the same tensor on, the innermost comes first.
+        if gradient is not self._gradient:
+            self._after, self._gradient = name, gradient
 
     def close(self) -> None:
         """Watch no more."""
+        self._gradient = None
         for hook in self._hooks:
             hook.remove()
 

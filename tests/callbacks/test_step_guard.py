@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lpl_lightning import EMA, Autoencoder, LatentDiffusionModule, LatentPerceptualLoss, LPLCallback, StepGuard
+from lpl_lightning.losses import Execution
 from lpl_lightning.step_record import StepRecord
 
 MakeModule = Callable[..., LatentDiffusionModule]
@@ -51,7 +52,8 @@ class Watch(pl.Callback):
         found = {f"weight {name}": value for name, value in pl_module.state_dict().items()}
         for number, state in trainer.optimizers[0].state_dict()["state"].items():
             found |= {f"{name} {number}": value for name, value in state.items()}
-        for average in (callback for callback in trainer.callbacks if isinstance(callback, EMA)):
+        averages: list[Any] = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]
+        for average in averages:
             found |= {f"average {name}": value for name, value in average._average_model.module.state_dict().items()}
             found |= {f"further {name}": value for name, value in average._further.get(0.5, {}).items()}
         self.states.append({name: value.detach().clone() for name, value in found.items()})
@@ -191,7 +193,8 @@ class Float16(MixedPrecision):
     """Lightning takes bfloat16 on a CPU where float16 is asked for by name."""
 
     def __init__(self, scale: float) -> None:
-        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000))
+        self.own = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        super().__init__("16-mixed", "cpu", self.own)
 
 
 @pytest.mark.filterwarnings(
@@ -200,7 +203,7 @@ class Float16(MixedPrecision):
 def test_overflows_of_float16_are_the_scalers(make_module: MakeModule, tmp_path: Path) -> None:
     plugin, guard, watch = Float16(2.0**40), StepGuard("raise"), Watch()
     fit(scheduled(make_module), tmp_path, batches(count=6), guard, watch, plugins=[plugin], precision=None)
-    assert plugin.scaler.get_scale() < 2.0**40
+    assert plugin.own.get_scale() < 2.0**40
     assert same(watch.states[0], watch.states[1])
     assert guard.skipped == 0
     plugin, guard, watch = Float16(4.0), StepGuard("skip"), Watch((3, 4, 5))
@@ -242,9 +245,8 @@ def test_lpl_leaves_what_is_not_finite_to_it(make_module: MakeModule, tmp_path: 
         return module, LPLCallback(loss=everything)
 
     def everything(autoencoder: Autoencoder) -> LatentPerceptualLoss:
-        return LatentPerceptualLoss(
-            autoencoder, threshold=float("inf"), mask_outliers=False, execution={"chunk_size": 3}
-        )
+        whole = Execution(chunk_size=3)
+        return LatentPerceptualLoss(autoencoder, threshold=float("inf"), mask_outliers=False, execution=whole)
 
     module, lpl = overflowing()
     with pytest.raises(FloatingPointError, match="arose in"):
