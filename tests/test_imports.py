@@ -37,6 +37,8 @@ ORDER = [
     "agreement",
     "metrics",
     "denoiser",
+    "sharding",
+    "strategies",
     "backbones",
     "fine_tuning",
     "losses",

@@ -1,0 +1,141 @@
+"""Trains a tiny model on one process or, under ``torchrun``, on two, in the ways asked for.
+
+``python device_run.py FOLDER WAY ...`` writes to FOLDER/WAY.pt the losses of all steps, what validation found, and the
+weights. A WAY is STRATEGY-VARIANT: one, ddp or fsdp2, and what differs from the plain run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from conftest import tiny_kl, tiny_sd3
+from lightning.pytorch.strategies import DDPStrategy
+
+from lpl_lightning import (
+    Autoencoder,
+    ClassTokens,
+    FlowMatching,
+    FSDP2Strategy,
+    LatentDiffusionModule,
+    LatentPerceptualLoss,
+    LPLCallback,
+    Sampler,
+    ShapesDataModule,
+)
+from lpl_lightning.losses import Subset
+from lpl_lightning.sharding import whole
+
+GLOBAL_BATCH = 8
+STEPS = 4
+
+
+class Watch(pl.Callback):
+    """Keeps what is logged of each batch, and how many of this process's samples passed the gate."""
+
+    def __init__(self) -> None:
+        self.losses: list[dict[str, float]] = []
+        self.passed: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        names = ("loss", "loss_diffusion", "loss_lpl", "gate_share")
+        self.losses.append({name: float(trainer.callback_metrics[name]) for name in names})
+
+
+class Gate(LatentPerceptualLoss):
+    """Counts the samples that pass."""
+
+    counts: list[int]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            self.counts.append(int(self.passes(args[2], args[1]).sum()))
+        return super().evaluate(*args, **kwargs)
+
+
+def module(counts: list[int], **options: Any) -> tuple[LatentDiffusionModule, LPLCallback]:
+    torch.manual_seed(0)
+    built = LatentDiffusionModule(
+        Autoencoder(tiny_kl(scaling_factor=0.5)),
+        FlowMatching(),
+        tiny_sd3(**options),
+        ClassTokens(8, token_dim=8, pooled_dim=8, dropout=0.3),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5),
+        sampler=Sampler(num_steps=2),
+    )
+
+    def loss(autoencoder: Autoencoder) -> LatentPerceptualLoss:
+        made = Gate(autoencoder, reference_side=0, threshold=0.5, mask_outliers=False, subset=Subset(keep=0.7))
+        made.counts = counts
+        return made
+
+    return built, LPLCallback(loss=loss)
+
+
+def trainer(strategy: str, folder: Path, **options: Any) -> pl.Trainer:
+    strategies: dict[str, Any] = {
+        "one": lambda: "auto",
+        "ddp": lambda: DDPStrategy(process_group_backend="gloo", broadcast_buffers=False),
+        "fsdp2": FSDP2Strategy,
+    }
+    return pl.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        devices=1 if strategy == "one" else 2,
+        strategy=strategies[strategy](),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        gradient_clip_val=0.5,
+        **({"max_steps": STEPS, "val_check_interval": STEPS, "check_val_every_n_epoch": None} | options),
+    )
+
+
+def data(strategy: str, parts: int = 1) -> ShapesDataModule:
+    processes = 1 if strategy == "one" else 2
+    # 13 validation images: the second process has one less, and begins again.
+    return ShapesDataModule(
+        image_size=16, train_images=40, val_images=13, batch_size=GLOBAL_BATCH // processes // parts, num_workers=0
+    )
+
+
+def weights(built: LatentDiffusionModule) -> dict[str, torch.Tensor]:
+    return {name: whole(tensor).detach().clone() for name, tensor in built.state_dict().items()}
+
+
+def plain(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    parts = 2 if variant == "accumulated" else 1
+    if variant == "mixed":
+        options["precision"] = "bf16-mixed"
+    counts: list[int] = []
+    built, lpl = module(counts)
+    if variant == "checkpointed":
+        built.denoiser.backbone.enable_gradient_checkpointing()
+    watch = Watch()
+    if parts > 1:
+        options |= {"accumulate_grad_batches": parts, "val_check_interval": STEPS * parts}
+    run = trainer(strategy, folder, callbacks=[lpl, watch], **options)
+    run.fit(built, data(strategy, parts))
+    found = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val_")}
+    return {"losses": watch.losses, "validation": found, "passed": counts, "weights": weights(built)}
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    folder = Path(sys.argv[1])
+    pl.seed_everything(0, verbose=False)
+    for way in sys.argv[2:]:
+        strategy, variant = way.split("-", 1)
+        found = plain(strategy, folder, variant)
+        torch.save(found, folder / f"{way}-{os.environ.get('RANK', '0')}.pt")
