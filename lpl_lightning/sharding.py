@@ -189,7 +189,10 @@ def gathered(module: Module, keep: bool) -> Module | None:
 def _plain(module: Any, tensors: dict[int, Tensor]) -> Any:
     """A module of the same parts, without what sharding added to them."""
     copy: Any = object.__new__(original_class(module))
-    copy.__dict__.update(module.__dict__)
+    # FSDP2 keeps its state among a module's attributes, and lets none of it be copied.
+    copy.__dict__.update(
+        {key: value for key, value in module.__dict__.items() if not str(key).startswith("__composable_api")}
+    )
     for name in ("_parameters", "_buffers"):
         copy.__dict__[name] = {key: tensors.get(id(value), value) for key, value in module.__dict__[name].items()}
     copy.__dict__["_modules"] = {

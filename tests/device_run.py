@@ -19,18 +19,23 @@ from conftest import tiny_kl, tiny_sd3
 from lightning.pytorch.strategies import DDPStrategy
 
 from lpl_lightning import (
+    EMA,
     Autoencoder,
     ClassTokens,
     FlowMatching,
     FSDP2Strategy,
+    ImageWriter,
     LatentDiffusionModule,
     LatentPerceptualLoss,
     LPLCallback,
+    SampleGrid,
     Sampler,
+    SaveDiffusers,
+    SaveWeights,
     ShapesDataModule,
 )
 from lpl_lightning.losses import Subset
-from lpl_lightning.sharding import whole
+from lpl_lightning.sharding import reshard, whole
 
 GLOBAL_BATCH = 8
 STEPS = 4
@@ -112,22 +117,94 @@ def weights(built: LatentDiffusionModule) -> dict[str, torch.Tensor]:
     return {name: whole(tensor).detach().clone() for name, tensor in built.state_dict().items()}
 
 
-def plain(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
+def trained(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
+    """Training in one of the ways that are to change nothing, or nothing but the precision."""
     options: dict[str, Any] = {}
-    parts = 2 if variant == "accumulated" else 1
-    if variant == "mixed":
-        options["precision"] = "bf16-mixed"
     counts: list[int] = []
+    parts = 2 if variant == "accumulated" else 1
+    if variant in ("mixed", "true"):
+        options["precision"] = f"bf16-{variant}"
+    if parts > 1:
+        options |= {"accumulate_grad_batches": parts, "val_check_interval": STEPS * parts}
     built, lpl = module(counts)
     if variant == "checkpointed":
         built.denoiser.backbone.enable_gradient_checkpointing()
+    if variant == "compiled":
+        for block in built.denoiser.backbone.transformer_blocks:
+            block.compile()
     watch = Watch()
-    if parts > 1:
-        options |= {"accumulate_grad_batches": parts, "val_check_interval": STEPS * parts}
     run = trainer(strategy, folder, callbacks=[lpl, watch], **options)
     run.fit(built, data(strategy, parts))
     found = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val_")}
     return {"losses": watch.losses, "validation": found, "passed": counts, "weights": weights(built)}
+
+
+class SaveWithin(pl.Callback):
+    """Writes a checkpoint while the average is in place, in the middle of a validation of training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.state.fn == "fit" and args[2] == 0:
+            trainer.save_checkpoint(self.path)
+
+
+class KeepWeights(pl.Callback):
+    """Keeps the weights after each step, and those that validation looks at."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+        self.validated: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        self.steps.append(weights(pl_module))
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        reshard(pl_module)
+        self.validated.append(weights(pl_module))
+
+
+def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
+    """A run with all that looks at weights: stopped after half of it, gone on by a strategy named in the variant."""
+    own = folder / f"{strategy}-{variant}"
+    keep, counts = KeepWeights(), []
+    losses = []
+    # "life": half of the run, and the rest from the checkpoint; "life_WAY" goes on with the half of another way.
+    first = own / "half.ckpt" if variant == "life" else folder / variant.removeprefix("life_") / "half.ckpt"
+    for half in (1, 2):
+        if half == 1 and variant != "life":
+            continue
+        built, lpl = module(counts)
+        watch = Watch()
+        callbacks: list[Any] = [EMA(decay=0.5, also=[0.9]), lpl, watch, keep]
+        if half == 1:
+            callbacks.append(SaveWithin(first))
+        else:
+            callbacks += [SampleGrid(num_images=3, columns=3, batch_size=2), SaveWeights(), SaveDiffusers()]
+        options = {"max_steps": STEPS * half // 2, "val_check_interval": STEPS // 2}
+        run = trainer(strategy, own, callbacks=callbacks, **options)
+        run.fit(built, data(strategy), ckpt_path=None if half == 1 else first, weights_only=True)
+        losses += watch.losses
+    validation = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val_")}
+    run.save_checkpoint(own / "end.ckpt")
+    after = weights(built)
+    # What evaluates a checkpoint by another trainer, the average of another decay in place.
+    built, lpl = module(counts)
+    run = trainer(strategy, own, callbacks=[EMA(decay=0.9), lpl, ImageWriter(str(own / "generated"))])
+    found = data(strategy)
+    found.num_generate = 5
+    tested = run.validate(built, found, ckpt_path=own / "end.ckpt", verbose=False)[0]
+    run.predict(built, found, ckpt_path=own / "end.ckpt")
+    return {
+        "losses": losses,
+        "validation": validation,
+        "tested": tested,
+        "steps": keep.steps,
+        "validated": keep.validated,
+        "weights": after,
+        "begin": weights(module([])[0]),
+    }
 
 
 if __name__ == "__main__":
@@ -137,5 +214,6 @@ if __name__ == "__main__":
     pl.seed_everything(0, verbose=False)
     for way in sys.argv[2:]:
         strategy, variant = way.split("-", 1)
-        found = plain(strategy, folder, variant)
+        find = lived if variant.startswith("life") else trained
+        found = find(strategy, folder, variant)
         torch.save(found, folder / f"{way}-{os.environ.get('RANK', '0')}.pt")

@@ -184,6 +184,7 @@ class ImageWriter(BasePredictionWriter):
         )
         remedy = "Give another folder with --writer.dirname, or delete it."
         self.generated.claim(settings, remedy, write=trainer.is_global_zero)
+        trainer.strategy.barrier()  # all have looked before any writes
 
     def on_predict_batch_start(
         self,
