@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from lpl_lightning import (
     SaveWeights,
     ShapesDataModule,
 )
-from lpl_lightning.losses import Subset
+from lpl_lightning.losses import Execution, Subset
 from lpl_lightning.sharding import reshard, whole
 
 GLOBAL_BATCH = 8
@@ -42,15 +43,36 @@ STEPS = 4
 
 
 class Watch(pl.Callback):
-    """Keeps what is logged of each batch, and how many of this process's samples passed the gate."""
+    """Keeps what is logged of each batch, and how many gradients were reduced for it."""
 
     def __init__(self) -> None:
         self.losses: list[dict[str, float]] = []
-        self.passed: list[int] = []
+        self.reduced: list[int] = []
+        self.count = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # Of these FSDP2 calls the one that the version has.
+        self.kept = {
+            name: getattr(torch.distributed, name)
+            for name in ("reduce_scatter_tensor", "reduce_scatter_single")
+            if hasattr(torch.distributed, name)
+        }
+        for name, reduce in self.kept.items():
+            setattr(torch.distributed, name, partial(self.counted, reduce))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        for name, reduce in self.kept.items():
+            setattr(torch.distributed, name, reduce)
+
+    def counted(self, reduce: Any, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return reduce(*args, **kwargs)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         names = ("loss", "loss_diffusion", "loss_lpl", "gate_share")
         self.losses.append({name: float(trainer.callback_metrics[name]) for name in names})
+        self.reduced.append(self.count)
+        self.count = 0
 
 
 class Gate(LatentPerceptualLoss):
@@ -77,7 +99,10 @@ def module(counts: list[int], **options: Any) -> tuple[LatentDiffusionModule, LP
     )
 
     def loss(autoencoder: Autoencoder) -> LatentPerceptualLoss:
-        made = Gate(autoencoder, reference_side=0, threshold=0.5, mask_outliers=False, subset=Subset(keep=0.7))
+        # Laid out otherwise the first call of the loss would move the last digits of the latents after it.
+        execution = Execution(channels_last=False)
+        options: dict[str, Any] = {"mask_outliers": False, "subset": Subset(keep=0.7), "execution": execution}
+        made = Gate(autoencoder, reference_side=0, threshold=0.5, **options)
         made.counts = counts
         return made
 
@@ -127,7 +152,7 @@ def trained(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     if parts > 1:
         options |= {"accumulate_grad_batches": parts, "val_check_interval": STEPS * parts}
     built, lpl = module(counts)
-    if variant == "checkpointed":
+    if variant in ("accumulated", "compiled"):
         built.denoiser.backbone.enable_gradient_checkpointing()
     if variant == "compiled":
         for block in built.denoiser.backbone.transformer_blocks:
@@ -136,7 +161,13 @@ def trained(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     run = trainer(strategy, folder, callbacks=[lpl, watch], **options)
     run.fit(built, data(strategy, parts))
     found = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val_")}
-    return {"losses": watch.losses, "validation": found, "passed": counts, "weights": weights(built)}
+    return {
+        "losses": watch.losses,
+        "validation": found,
+        "passed": counts,
+        "reduced": watch.reduced,
+        "weights": weights(built),
+    }
 
 
 class SaveWithin(pl.Callback):
@@ -168,8 +199,9 @@ class KeepWeights(pl.Callback):
 def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     """A run with all that looks at weights: stopped after half of it, gone on by a strategy named in the variant."""
     own = folder / f"{strategy}-{variant}"
-    keep, counts = KeepWeights(), []
-    losses = []
+    keep = KeepWeights()
+    counts: list[int] = []
+    losses: list[dict[str, float]] = []
     # "life": half of the run, and the rest from the checkpoint; "life_WAY" goes on with the half of another way.
     first = own / "half.ckpt" if variant == "life" else folder / variant.removeprefix("life_") / "half.ckpt"
     for half in (1, 2):
@@ -182,7 +214,7 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
             callbacks.append(SaveWithin(first))
         else:
             callbacks += [SampleGrid(num_images=3, columns=3, batch_size=2), SaveWeights(), SaveDiffusers()]
-        options = {"max_steps": STEPS * half // 2, "val_check_interval": STEPS // 2}
+        options: dict[str, Any] = {"max_steps": STEPS * half // 2, "val_check_interval": STEPS // 2}
         run = trainer(strategy, own, callbacks=callbacks, **options)
         run.fit(built, data(strategy), ckpt_path=None if half == 1 else first, weights_only=True)
         losses += watch.losses
@@ -198,12 +230,12 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     run.predict(built, found, ckpt_path=own / "end.ckpt")
     return {
         "losses": losses,
+        "passed": counts,
         "validation": validation,
         "tested": tested,
         "steps": keep.steps,
         "validated": keep.validated,
         "weights": after,
-        "begin": weights(module([])[0]),
     }
 
 
