@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -64,9 +65,8 @@ def shard(module: nn.Module, denoiser: Denoiser, conditioner: Conditioner, mesh:
     backbone = denoiser.backbone
     if is_sharded(module):
         return
-    kind = type(backbone)
-    names = {*(getattr(kind, "_repeated_blocks", None) or ()), *(getattr(kind, "_no_split_modules", None) or ())}
-    for block in outermost(backbone, names or {"BasicTransformerBlock"}):
+    named = (getattr(backbone, name, None) or () for name in ("_repeated_blocks", "_no_split_modules"))
+    for block in outermost(backbone, set(chain(*named)) or {"BasicTransformerBlock"}):
         fully_shard(block, mesh=mesh)
     fully_shard(backbone, mesh=mesh)
     if any(parameter.requires_grad for parameter in conditioner.parameters()):

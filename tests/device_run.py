@@ -28,11 +28,13 @@ from lpl_lightning import (
     ImageWriter,
     LatentDiffusionModule,
     LatentPerceptualLoss,
+    LoRA,
     LPLCallback,
     SampleGrid,
     Sampler,
     SaveDiffusers,
     SaveWeights,
+    SD3Denoiser,
     ShapesDataModule,
 )
 from lpl_lightning.losses import Execution, Subset
@@ -88,14 +90,16 @@ class Gate(LatentPerceptualLoss):
 
 def module(counts: list[int], **options: Any) -> tuple[LatentDiffusionModule, LPLCallback]:
     torch.manual_seed(0)
+    denoiser = tiny_sd3()
     built = LatentDiffusionModule(
         Autoencoder(tiny_kl(scaling_factor=0.5)),
         FlowMatching(),
-        tiny_sd3(**options),
+        SD3Denoiser(denoiser.backbone, dtype="bfloat16") if "fine_tuning" in options else denoiser,
         ClassTokens(8, token_dim=8, pooled_dim=8, dropout=0.3),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5),
         sampler=Sampler(num_steps=2),
+        **options,
     )
 
     def loss(autoencoder: Autoencoder) -> LatentPerceptualLoss:
@@ -151,7 +155,7 @@ def trained(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
         options["precision"] = f"bf16-{variant}"
     if parts > 1:
         options |= {"accumulate_grad_batches": parts, "val_check_interval": STEPS * parts}
-    built, lpl = module(counts)
+    built, lpl = module(counts, **({"fine_tuning": LoRA(rank=2)} if variant == "lora" else {}))
     if variant in ("accumulated", "compiled"):
         built.denoiser.backbone.enable_gradient_checkpointing()
     if variant == "compiled":
@@ -239,6 +243,17 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     }
 
 
+def refused(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
+    """What is said to a module that trains something that nobody shards."""
+    built, _ = module([])
+    built.temperature = torch.nn.Parameter(torch.ones(()))
+    try:
+        trainer(strategy, folder).fit(built, data(strategy))
+    except ValueError as error:
+        return {"said": str(error)}
+    return {"said": ""}
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -246,6 +261,6 @@ if __name__ == "__main__":
     pl.seed_everything(0, verbose=False)
     for way in sys.argv[2:]:
         strategy, variant = way.split("-", 1)
-        find = lived if variant.startswith("life") else trained
+        find = lived if variant.startswith("life") else refused if variant == "refused" else trained
         found = find(strategy, folder, variant)
         torch.save(found, folder / f"{way}-{os.environ.get('RANK', '0')}.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,10 +18,13 @@ from conftest import ROOT
 from diffusers import SD3Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
+from test_cli import in_folder
 from torch import Tensor
 
+from lpl_lightning.cli import main
+
 LIVES = ("ddp-life", "fsdp2-life", "fsdp2-life_one-life", "ddp-life_fsdp2-life")
-WAYS = (*LIVES, "ddp-accumulated", "fsdp2-accumulated", "fsdp2-mixed", "fsdp2-true")
+WAYS = (*LIVES, "ddp-accumulated", "fsdp2-accumulated", "fsdp2-mixed", "fsdp2-true", "fsdp2-lora", "fsdp2-refused")
 BUFFER = "denoiser.backbone.pos_embed.pos_embed"
 
 
@@ -44,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of one process, and then of two, which go on with what the one has left."""
     found = tmp_path_factory.mktemp("devices")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    one = ["one-life", "one-plain", "one-mixed", "one-true"]
+    one = ["one-life", "one-plain", "one-mixed", "one-true", "one-lora"]
     command = [sys.executable, str(ROOT / "tests" / "device_run.py"), str(found), *one]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -157,14 +161,24 @@ def test_batches_that_are_accumulated_are_those_of_a_larger_one(folder: Path, st
         assert all(two["reduced"][1::2])
 
 
-@pytest.mark.parametrize("precision", ["mixed", "true"])
-def test_bfloat16(folder: Path, precision: str) -> None:
-    """To the precision of its eight bits."""
-    one, two = result(folder, f"one-{precision}"), result(folder, f"fsdp2-{precision}")
+@pytest.mark.parametrize("variant", ["mixed", "true", "lora"])
+def test_bfloat16(folder: Path, variant: str) -> None:
+    """To the precision of its eight bits; also that of frozen weights alone."""
+    one, two = result(folder, f"one-{variant}"), result(folder, f"fsdp2-{variant}")
     for found, wanted in zip(two["losses"], one["losses"], strict=True):
         assert found["loss_diffusion"] == pytest.approx(wanted["loss_diffusion"], rel=2e-2)
-    kind = torch.bfloat16 if precision == "true" else torch.float32
+    assert two["weights"].keys() == one["weights"].keys()
+    kind = torch.bfloat16 if variant == "true" else torch.float32
     assert {tensor.dtype for name, tensor in two["weights"].items() if name != BUFFER} == {kind}
+
+
+def test_what_would_not_be_kept_equal_is_refused(folder: Path, make_module: Any) -> None:
+    said = result(folder, "fsdp2-refused")["said"]
+    assert "trains temperature, which lies neither in the denoiser's backbone nor in the conditioner" in said
+    module = make_module()
+    module._device_mesh = {"tensor_parallel": torch.empty(2)}
+    with pytest.raises(ValueError, match="`tensor_parallel_size` \\d+: take lpl_lightning.FSDP2Strategy"):
+        module.configure_model()
 
 
 @pytest.mark.slow
@@ -173,3 +187,57 @@ def test_compiled_blocks(tmp_path: Path) -> None:
     plain, *others = (result(tmp_path, f"{way}") for way in ("fsdp2-accumulated", "fsdp2-compiled", "ddp-compiled"))
     for other in others:
         assert_same(other["weights"], plain["weights"], atol=1e-5)
+
+
+def stack(*names: str) -> list[str]:
+    return [word for name in names for word in ("-c", f"{ROOT}/configs/{name}.yaml")]
+
+
+def by_command(folder: Path, overlay: str) -> Path:
+    """A checkpoint of two processes that ``lpl fit`` trained under torchrun, EMA and LPL on."""
+    configs = [
+        word for name in ("imagenet256", "flow", "lpl", overlay, "tiny") for word in ("-c", f"configs/{name}.yaml")
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["--trainer.devices=2", "--trainer.enable_progress_bar=false", *in_folder(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "-m", "lpl_lightning", "fit", *configs, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    (found,) = folder.rglob("last.ckpt")
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_the_command_line_trains_by_fsdp2_and_predicts_with_the_average_asked_for(tmp_path: Path) -> None:
+    source = by_command(tmp_path, "fsdp2")
+    configs = [
+        word for name in ("imagenet256", "flow", "lpl", "tiny") for word in ("-c", f"{ROOT}/configs/{name}.yaml")
+    ]
+    options = ["--ckpt_path", str(source), "--data.num_generate=2", *in_folder(tmp_path)]
+
+    def predicted(name: str, *ema: str) -> list[bytes]:
+        main(["predict", *configs, *options, *ema, f"--writer.dirname={tmp_path / name}"])
+        return [path.read_bytes() for path in sorted((tmp_path / name).rglob("*.png"))]
+
+    average, weights = predicted("average", "--ema", "0.99975"), predicted("weights", "--ema", "trained")
+    assert len(average) == 2
+    settings = [json.loads((tmp_path / name / "settings.json").read_text()) for name in ("average", "weights")]
+    assert settings[0]["weights_blake2b"] != settings[1]["weights_blake2b"]
+    assert len(weights) == 2
+    with pytest.raises(ValueError, match=r"of decay 0.5, but the checkpoint holds those of \[0.99975\]"):
+        predicted("other", "--ema", "0.5")
+    with pytest.raises(ValueError, match="give `--ckpt_path` too"):
+        main(["validate", *configs, *in_folder(tmp_path), "--ema", "0.5"])
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_by_ddp(tmp_path: Path) -> None:
+    assert by_command(tmp_path, "ddp").is_file()
