@@ -34,6 +34,7 @@ from lpl_lightning.mixin import LPLMixin
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.noise import DDPM, EDM, FlowMatching
 from lpl_lightning.sampling import Sampler
+from lpl_lightning.strategies import FSDP2Strategy
 from lpl_lightning.text_encoders import OpenCLIPText, SideBySide, TransformersText
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "Denoiser",
     "DiTDenoiser",
     "Evaluation",
+    "FSDP2Strategy",
     "FlowMatching",
     "FluxDenoiser",
     "Freeze",

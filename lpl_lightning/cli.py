@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import yaml
@@ -25,7 +25,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 
 from lpl_lightning.arguments import raised_in, refusal
-from lpl_lightning.callbacks import Evaluation, ImagesPerSecond, ImageWriter, LossByNoise
+from lpl_lightning.callbacks import EMA, Evaluation, ImagesPerSecond, ImageWriter, LossByNoise
 from lpl_lightning.captioning import caption_folder
 from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
@@ -45,6 +45,9 @@ WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
 
 OF_A_FOLDER = ("evaluate", "caption")
 """Those that take a folder of images without a name."""
+
+EVALUATIONS = ("validate", "test", "predict")
+"""Commands that look at a checkpoint."""
 
 REFUSALS = (ValueError, FileNotFoundError, ModuleNotFoundError)
 """What the package raises where it is a user's to mend."""
@@ -67,6 +70,9 @@ class LPLCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in EVALUATIONS:
+            said = "Decay of the average of EMA to take from the checkpoint, or 'trained' for the weights as trained."
+            parser.add_argument("--ema", type=float | Literal["trained"] | None, default=None, help=said)
         if subcommand in ("profile", "encode", "replay"):
             # So that the config that a run has saved can be given.
             for name in ("weights_only", *(() if subcommand == "replay" else ("ckpt_path",))):
@@ -106,18 +112,35 @@ class LPLCLI(LightningCLI):
         with _plain_refusals():
             super().instantiate_classes()
 
+    def before_validate(self) -> None:
+        """Choose the average that is asked for."""
+        self._choose_average("validate")
+
     def before_predict(self) -> None:
         """Refuse to generate from a model that nothing has trained."""
+        self._choose_average("predict")
         self._refuse_untrained("predict")
 
     def before_test(self) -> None:
         """The same, unless only the loss is asked for."""
+        self._choose_average("test")
         if self.config.test.evaluation.num_images:
             self._refuse_untrained("test", " For the loss alone, set `--evaluation.num_images 0`.")
 
     def before_sweep(self) -> None:
         """The same."""
         self._refuse_untrained("sweep")
+
+    def _choose_average(self, command: str) -> None:
+        ema = self.config[command].ema
+        if ema is None:
+            return
+        if self.config[command].ckpt_path is None:
+            raise ValueError("`ema` says which weights of a checkpoint to take: give `--ckpt_path` too.")
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, EMA)]
+        # First, so that the others find it in place.
+        callbacks.insert(0, EMA(evaluate=ema) if ema == "trained" else EMA(decay=ema))
 
     def _refuse_untrained(self, command: str, remedy: str = "") -> None:
         if (

@@ -39,6 +39,8 @@ ORDER = [
     "agreement",
     "metrics",
     "denoiser",
+    "sharding",
+    "strategies",
     "backbones",
     "fine_tuning",
     "losses",

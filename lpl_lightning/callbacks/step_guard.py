@@ -23,6 +23,7 @@ from lpl_lightning.callbacks.lpl import LPLCallback
 from lpl_lightning.callbacks.run_folder import run_folder
 from lpl_lightning.data.listing import some
 from lpl_lightning.losses import LatentPerceptualLoss
+from lpl_lightning.sharding import local, whole
 from lpl_lightning.step_record import StepRecord, plain
 
 __all__ = ["StepGuard", "last_step_skipped", "leave_lpl_to_guard", "lpl_losses", "parameters_not_finite"]
@@ -286,7 +287,7 @@ def _not_finite(
 def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Gradients, of sharded parameters those of this process."""
     gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-    return [cast(Any, g).to_local() if hasattr(g, "to_local") else g for g in gradients if g is not None]
+    return [local(gradient) for gradient in gradients if gradient is not None]
 
 
 def parameters_not_finite(pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -295,9 +296,7 @@ def parameters_not_finite(pl_module: pl.LightningModule, optimizer: torch.optim.
     found = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            gradient: Any = parameter.grad
-            local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-            if local is not None and not bool(local.isfinite().all()):
+            if parameter.grad is not None and not bool(local(parameter.grad).isfinite().all()):
                 found.append(names.get(id(parameter), "a parameter without a name"))
     return found
 
@@ -327,9 +326,9 @@ def _whole(pl_module: pl.LightningModule, keep: bool) -> dict[str, Tensor]:
     """The module's weights on the CPU, put together where processes share them; all of these must ask."""
     found = {}
     for name, value in pl_module.state_dict().items():
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        tensor = whole(value)
         if keep:
-            found[name] = whole.detach().to("cpu", copy=True).contiguous()
+            found[name] = tensor.detach().to("cpu", copy=True).contiguous()
     return found
 
 

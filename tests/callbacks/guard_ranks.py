@@ -19,12 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lightning.pytorch as pl
 import torch
 from conftest import image_batch, tiny_kl, tiny_sd3
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from ranks import Sharded
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lpl_lightning import Autoencoder, ClassTokens, FlowMatching, LatentPerceptualLoss, LPLCallback, StepGuard
+from lpl_lightning import (
+    Autoencoder,
+    ClassTokens,
+    FlowMatching,
+    FSDP2Strategy,
+    LatentDiffusionModule,
+    LatentPerceptualLoss,
+    LPLCallback,
+    StepGuard,
+)
 
 BAD = 1
 """The step of it."""
@@ -44,10 +52,10 @@ class Watch(pl.Callback):
         self.losses.append(float(outputs["loss"]))
 
 
-def parts() -> tuple[Sharded, LPLCallback]:
+def parts() -> tuple[LatentDiffusionModule, LPLCallback]:
     """The module with LPL, by a seed."""
     torch.manual_seed(0)
-    module = Sharded(
+    module = LatentDiffusionModule(
         Autoencoder(tiny_kl(scaling_factor=0.5)),
         FlowMatching(),
         tiny_sd3(),
@@ -66,9 +74,7 @@ def train(strategy: str, folder: Path, guard: StepGuard, steps: int = 3) -> Watc
         batches[BAD]["image"][0, 0, 0, 0] = float("inf")
     strategies: dict[str, Any] = {
         "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
-        "fsdp2": lambda: ModelParallelStrategy(
-            data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"
-        ),
+        "fsdp2": lambda: FSDP2Strategy(process_group_backend="gloo"),
     }
     watch = Watch()
     pl.Trainer(

@@ -70,8 +70,7 @@ def test_all_processes_refuse_what_one_cannot_use(folder: Path) -> None:
 def test_one_process_stands_in_for_either(strategy: str, folder: Path) -> None:
     found = said(folder, strategy)
     assert found[0]["losses"][2] != found[1]["losses"][2]
-    # What is not sharded, the conditioner here, each process of FSDP2 trains by itself; the first one's is recorded.
-    for rank in range(2 if strategy == "ddp" else 1):
+    for rank in range(2):
         module, lpl = guard_ranks.parts()
         trainer = ReplayingTrainer(
             accelerator="cpu",

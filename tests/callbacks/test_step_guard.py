@@ -54,8 +54,8 @@ class Watch(pl.Callback):
             found |= {f"{name} {number}": value for name, value in state.items()}
         averages: list[Any] = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]
         for average in averages:
-            found |= {f"average {name}": value for name, value in average._average_model.module.state_dict().items()}
-            found |= {f"further {name}": value for name, value in average._further.get(0.5, {}).items()}
+            for decay, values in average._averages.items():
+                found |= {f"average {decay} {name}": value for name, value in values.items()}
         self.states.append({name: value.detach().clone() for name, value in found.items()})
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
@@ -100,10 +100,9 @@ def test_a_step_that_is_left_out_changes_nothing(
     run = fit(scheduled(make_module), tmp_path, data, EMA(decay=0.9, also=[0.5]), guard, watch, **CASES[name])
     before, left_out, after = watch.states[1:]
     assert any(key.startswith("exp_avg_sq") for key in before)
-    assert any(key.startswith("average") for key in before)
-    assert any(key.startswith("further") for key in before)
+    assert {key[:11] for key in before if key.startswith("average")} == {"average 0.9", "average 0.5"}
     assert same(before, left_out)
-    for kind in ("weight", "exp_avg", "step", "average", "further"):
+    for kind in ("weight", "exp_avg", "step", "average 0.9", "average 0.5"):
         keys = [key for key in after if key.startswith(kind)]
         assert not same({key: after[key] for key in keys}, {key: before[key] for key in keys}), kind
     assert all(bool(value.isfinite().all()) for value in after.values())
