@@ -22,6 +22,7 @@ from lpl_lightning.callbacks import (
     SaveAutoencoder,
     SaveDiffusers,
     SaveWeights,
+    StepGuard,
 )
 from lpl_lightning.captions import Captions
 from lpl_lightning.checkpoints import SafeCheckpointIO
@@ -35,6 +36,7 @@ from lpl_lightning.mixin import LPLMixin
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.noise import DDPM, EDM, FlowMatching
 from lpl_lightning.sampling import Sampler
+from lpl_lightning.strategies import FSDP2Strategy
 from lpl_lightning.text_encoders import OpenCLIPText, SideBySide, TransformersText
 
 __version__ = "0.1.0"
@@ -51,6 +53,7 @@ __all__ = [
     "Denoiser",
     "DiTDenoiser",
     "Evaluation",
+    "FSDP2Strategy",
     "FlowMatching",
     "FluxDenoiser",
     "Freeze",
@@ -76,6 +79,7 @@ __all__ = [
     "SaveWeights",
     "ShapesDataModule",
     "SideBySide",
+    "StepGuard",
     "TransformersText",
     "UNetDenoiser",
     "export_diffusers",

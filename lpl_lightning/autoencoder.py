@@ -24,7 +24,8 @@ from lpl_lightning.draws import Generators
 from lpl_lightning.execution import StageRunner
 from lpl_lightning.feature_modules import check_feature_modules, run_to_modules
 from lpl_lightning.frozen import FrozenModule
-from lpl_lightning.latents import config_of, drawn, latent_space, moments
+from lpl_lightning.latents import config_of, drawn, joined, latent_space, moments
+from lpl_lightning.memory import Halving
 from lpl_lightning.model_loading import PRECISIONS
 from lpl_lightning.stages import Stage, decoder_stages
 
@@ -98,6 +99,7 @@ class Autoencoder(FrozenModule):
         self.model = (model if precision is None else nn.Module.to(model, precision)).eval().requires_grad_(False)
         self.sample_posterior = sample_posterior
         self.autocast = autocast
+        self._halving = Halving()
         self._overflows = bool(config_of(model).get("force_upcast", False))
         if self._overflows and self.dtype == torch.float16:
             raise ValueError(
@@ -209,7 +211,7 @@ class Autoencoder(FrozenModule):
                 f"`model` must have `encode` to map images to latents; {type(self.model).__name__} has none."
             )
         with torch.autocast(images.device.type, enabled=False):
-            return self.model.encode(self._space.images_in(images).to(self.dtype))
+            return self._halving("Encoder", self.model.encode, self._space.images_in(images).to(self.dtype), joined)
 
     def _scaled(self, z: Tensor) -> Tensor:
         shift, scale = self._affine(z.ndim)
@@ -221,7 +223,7 @@ class Autoencoder(FrozenModule):
         Raises:
             ValueError: Latents of another shape or on another device.
         """
-        return self._run(z, ("image",), ())[0]
+        return self._halving("Decoder", lambda part: self._run(part, ("image",), ())[0], z, torch.cat)
 
     def features(
         self,

@@ -24,7 +24,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-__all__ = ["SafeCheckpointIO", "checkpoint_folders", "fault_of", "newest_checkpoint", "refusal_of"]
+__all__ = ["SafeCheckpointIO", "check_checkpoint", "checkpoint_folders", "fault_of", "newest_checkpoint", "refusal_of"]
 
 UNFINISHED = ".unfinished"
 """End of the name of a file that is being written."""
@@ -87,12 +87,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         if weights_only is False:
             raise ValueError(f"`weights_only`=False would run what {path} says: leave it out.")
         if _is_local(path):
-            if not _path(path).exists():
-                raise FileNotFoundError(f"`ckpt_path`: there is no checkpoint {path}.")
-            if why := fault_of(_path(path)):
-                raise ValueError(
-                    f"`ckpt_path`: {path} cannot be used: {why}. `--ckpt_path last` takes the newest good one."
-                )
+            check_checkpoint(_path(path))
         try:
             found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
         except Exception as error:  # whatever an unpickler says to another file
@@ -112,6 +107,22 @@ def _check_plain(path: Path) -> None:
             f"{refusal_of(path, error)}. Keep such objects out of it: `save_hyperparameters(ignore=[...])` in the "
             "module, plain values in `state_dict` of callbacks."
         ) from error
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse a checkpoint that is not whole, or whose index could run code.
+
+    Args:
+        path: Its file or folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is such.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"`ckpt_path`: there is no checkpoint {path}.")
+    if why := fault_of(path):
+        raise ValueError(f"`ckpt_path`: {path} cannot be used: {why}. `--ckpt_path last` takes the newest that can.")
 
 
 def refusal_of(path: Any, error: Exception) -> str:

@@ -1,6 +1,6 @@
 """The ``lpl`` command: one LightningCLI over any module and any data.
 
-``lpl fit | validate | test | predict | sweep | encode | profile -c CONFIG.yaml [-c OVERLAY.yaml ...] [--key value]``.
+``lpl fit | validate | test | predict | sweep | encode | profile | replay -c CONFIG.yaml [-c OVERLAY.yaml] [--KEY]``.
 Files given later are laid over those before them; ``callbacks+:`` in one appends to the list of the last. Commands that
 need no trainer (``WITHOUT_TRAINER``), such as ``lpl export --ckpt CKPT --out DIR``, are functions with their arguments.
 
@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import yaml
@@ -27,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lpl_lightning.arguments import raised_in, refusal
 from lpl_lightning.callbacks import (
+    EMA,
     AccumulatedGradients,
     Evaluation,
     ImagesPerSecond,
@@ -35,7 +36,7 @@ from lpl_lightning.callbacks import (
     Preemption,
 )
 from lpl_lightning.captioning import caption_folder
-from lpl_lightning.checkpoints import SafeCheckpointIO, fault_of, newest_checkpoint
+from lpl_lightning.checkpoints import SafeCheckpointIO, check_checkpoint, newest_checkpoint
 from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
 from lpl_lightning.export import export_checkpoint
@@ -55,6 +56,9 @@ WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
 OF_A_FOLDER = ("evaluate", "caption")
 """Those that take a folder of images without a name."""
 
+EVALUATIONS = ("validate", "test", "predict")
+"""Commands that look at a checkpoint."""
+
 REFUSALS = (ValueError, OSError, ModuleNotFoundError)
 """What the package raises where it is a user's to mend."""
 
@@ -65,20 +69,23 @@ TRACEBACK = "LPL_TRACEBACK"
 class LPLCLI(LightningCLI):
     """LightningCLI with what every run of this package has: images per second, and files from ``predict``.
 
-    Beside Lightning's commands there are ``profile``, ``sweep`` and ``encode``; see ``EncodingTrainer``.
+    Beside Lightning's commands there are ``profile``, ``replay``, ``sweep`` and ``encode``; see ``EncodingTrainer``.
     """
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The commands, and which arguments of the trainer's methods are no options of theirs."""
-        own = ("profile", "sweep", "encode")
+        own = ("profile", "sweep", "encode", "replay")
         return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in own}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand in ("profile", "encode"):
+        if subcommand in EVALUATIONS:
+            said = "Decay of the average of EMA to take from the checkpoint, or 'trained' for the weights as trained."
+            parser.add_argument("--ema", type=float | Literal["trained"] | None, default=None, help=said)
+        if subcommand in ("profile", "encode", "replay"):
             # So that the config that a run has saved can be given.
-            for name in ("ckpt_path", "weights_only"):
+            for name in ("weights_only", *(() if subcommand == "replay" else ("ckpt_path",))):
                 parser.add_argument(f"--{name}", type=Any, default=None, help="Not looked at.")
         return parser
 
@@ -133,15 +140,19 @@ class LPLCLI(LightningCLI):
             self.config_init.fit.ckpt_path = self.config.fit.ckpt_path
 
     def before_validate(self) -> None:
-        """Refuse what could run code."""
+        """Choose the average that is asked for."""
         self._check_folder("validate")
+        self._choose_average("validate")
 
     def before_predict(self) -> None:
         """Refuse to generate from a model that nothing has trained."""
+        self._choose_average("predict")
         self._refuse_untrained("predict")
 
     def before_test(self) -> None:
         """The same, unless only the loss is asked for."""
+        self._check_folder("test")
+        self._choose_average("test")
         if self.config.test.evaluation.num_images:
             self._refuse_untrained("test", " For the loss alone, set `--evaluation.num_images 0`.")
 
@@ -152,8 +163,19 @@ class LPLCLI(LightningCLI):
     def _check_folder(self, command: str) -> None:
         """Look through a distributed checkpoint before Lightning reads its index, a pickle."""
         found = self.config[command].ckpt_path
-        if found and Path(found).is_dir() and (why := fault_of(Path(found))):
-            raise ValueError(f"`ckpt_path`: {found} cannot be used: {why}.")
+        if found and Path(found).is_dir():
+            check_checkpoint(Path(found))
+
+    def _choose_average(self, command: str) -> None:
+        ema = self.config[command].ema
+        if ema is None:
+            return
+        if self.config[command].ckpt_path is None:
+            raise ValueError("`ema` says which weights of a checkpoint to take: give `--ckpt_path` too.")
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, EMA)]
+        # First, so that the others find it in place.
+        callbacks.insert(0, EMA(evaluate=ema) if ema == "trained" else EMA(decay=ema))
 
     def _refuse_untrained(self, command: str, remedy: str = "") -> None:
         self._check_folder(command)

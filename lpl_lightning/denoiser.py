@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -20,7 +20,7 @@ from lpl_lightning.conditioning import ClassTokens, Condition, Conditioner, Cond
 from lpl_lightning.model_loading import PRECISIONS, load_model
 from lpl_lightning.pretrained import is_untrained
 
-__all__ = ["Denoiser"]
+__all__ = ["Denoiser", "outermost"]
 
 _KERNELS = {
     "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -220,16 +220,22 @@ def _regions(backbone: nn.Module, asked: bool | list[str]) -> Iterator[nn.Module
         return
     known = getattr(backbone, "_repeated_blocks", None) or getattr(backbone, "_no_split_modules", None)
     names: Sequence[str] = asked if isinstance(asked, list) else known or ("BasicTransformerBlock",)
-    found: list[str] = []
-    for name, module in backbone.named_modules():
-        if type(module).__name__ in names and not any(name.startswith(f"{outer}.") for outer in found):
-            found.append(name)
-            yield module
+    found = list(outermost(backbone, names))
+    yield from found
     if not found:
         raise ValueError(
             f"`compile`: {type(backbone).__name__} has no blocks of the classes {list(names)}. Give `compile` a list "
             "of the class names of its repeated blocks."
         )
+
+
+def outermost(module: nn.Module, names: Collection[str]) -> Iterator[nn.Module]:
+    """Parts of a module whose class has one of these names, and which lie in no other such part."""
+    found: list[str] = []
+    for name, part in module.named_modules():
+        if type(part).__name__ in names and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+            yield part
 
 
 def _choose_attention(backbone: nn.Module, name: str) -> None:

@@ -40,7 +40,7 @@ Precision = Literal["float16", "bfloat16", "float32"]
 
 
 class EncodingTrainer(SweepingTrainer):
-    """Lightning's trainer, with ``encode``, ``sweep`` and ``profile`` beside its own commands."""
+    """Lightning's trainer, with ``encode``, ``sweep``, ``replay`` and ``profile`` beside its own commands."""
 
     def encode(
         self,

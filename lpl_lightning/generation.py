@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +17,7 @@ from lpl_lightning.conditioning import Conditioner
 from lpl_lightning.denoiser import Denoiser
 from lpl_lightning.noise import NoiseProcess
 from lpl_lightning.sampling import Sampler, initial_noise
+from lpl_lightning.sharding import unsharded
 
 __all__ = ["GeneratingModule"]
 
@@ -27,6 +30,18 @@ class GeneratingModule(pl.LightningModule):
     denoiser: Denoiser
     conditioner: Conditioner
     sampler: Sampler
+
+    @cached_property
+    def _whole(self) -> ExitStack:
+        return ExitStack()
+
+    def on_predict_start(self) -> None:
+        """Let each process have the whole weights, since not all make as many images."""
+        self._whole.enter_context(unsharded(self))
+
+    def on_predict_end(self) -> None:
+        """Share the weights out again."""
+        self._whole.close()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Generate the images that a batch of ``SampleRequests`` asks for: (B, 3, H, W) in [-1, 1]."""

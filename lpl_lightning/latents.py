@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lpl_lightning.draws import Generators, normal
 
-__all__ = ["LatentSpace", "config_of", "drawn", "latent_space", "moments"]
+__all__ = ["LatentSpace", "config_of", "drawn", "joined", "latent_space", "moments"]
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -177,6 +177,12 @@ def config_of(model: nn.Module) -> Mapping[str, Any]:
     """The config of a diffusers model, or an empty one: other modules need not have any."""
     config = getattr(model, "config", None)
     return config if isinstance(config, Mapping) else {}
+
+
+def joined(parts: Sequence[Any]) -> Tensor | tuple[Tensor, Tensor]:
+    """What a model's ``encode`` gives for parts of a batch, put together as ``drawn`` and ``moments`` take it."""
+    means, deviations = zip(*map(moments, parts), strict=True)
+    return torch.cat(means) if deviations[0] is None else (torch.cat(means), torch.cat(deviations))
 
 
 @singledispatch

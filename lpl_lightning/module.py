@@ -32,8 +32,9 @@ from lpl_lightning.mixin import LPLMixin
 from lpl_lightning.noise import NoiseProcess
 from lpl_lightning.optimization import build_optimizers
 from lpl_lightning.pretrained import check_fit, read_state, resize_positions
-from lpl_lightning.processes import process_means
+from lpl_lightning.processes import counted, process_means
 from lpl_lightning.sampling import Sampler
+from lpl_lightning.sharding import shard
 
 __all__ = ["LatentDiffusionModule"]
 
@@ -117,6 +118,19 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
                 self.hparams["weights"] = self.hparams["weights_ema"] = None
         if tuning is not None and not is_tuned:
             tuning.prepare(self.denoiser)
+
+    def configure_model(self) -> None:
+        """Share the weights out between processes, where the strategy is FSDP2's."""
+        mesh = self.device_mesh
+        if mesh is None:
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                f"The model is sharded along data alone, but ModelParallelStrategy has `tensor_parallel_size` "
+                f"{mesh['tensor_parallel'].size()}: take lpl_lightning.FSDP2Strategy, or set it to 1 and "
+                "`data_parallel_size` to the number of processes."
+            )
+        shard(self, self.denoiser, self.conditioner, mesh["data_parallel"])
 
     def prepare_data(self) -> None:
         """Check that the parts and the data fit, before the data module looks at its images."""
@@ -234,7 +248,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         for name, value in values.items():
             shown = training or name == "loss"
             name = name if training else f"{stage}_{name}"
-            self.log(name, value, prog_bar=shown, batch_size=kept, sync_dist=not training)
+            self.log(name, value, prog_bar=shown, batch_size=counted(kept), sync_dist=not training)
         return loss
 
     def _draw(self, size: int, stage: Literal["train", "val", "test"], batch_idx: int) -> tuple[Draws, int]:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from lpl_lightning.checkpoints import refusal_of
 
 __all__ = [
+    "AVERAGES",
     "EMBEDDED",
-    "FURTHER_AVERAGES",
     "RANDOM",
     "averaged_by",
+    "averages_of",
     "check_fit",
     "chosen_state",
     "is_untrained",
@@ -35,8 +36,8 @@ EMBEDDED = "embedded:"
 RANDOM = "random:"
 """Prefix of a folder or hub id whose configs are taken and whose weights are not: they are drawn at random."""
 
-FURTHER_AVERAGES = "lpl_lightning_averages"
-"""Where a checkpoint holds averages of the trained weights of further decays, by decay."""
+AVERAGES = "lpl_lightning_averages"
+"""Where a checkpoint holds averages of the trained weights, by decay."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -137,8 +138,6 @@ def read_checkpoint(source: str, argument: str = "weights") -> dict[str, Any]:
 def chosen_state(checkpoint: Mapping[str, Any], source: str, ema: float | None) -> dict[str, Tensor]:
     """The weights of a checkpoint as they were trained, or their moving average.
 
-    Where weights were averaged Lightning puts the average in ``state_dict`` and the others elsewhere.
-
     Args:
         checkpoint: A Lightning checkpoint.
         source: Where it is from, for the error.
@@ -147,20 +146,31 @@ def chosen_state(checkpoint: Mapping[str, Any], source: str, ema: float | None) 
     Raises:
         ValueError: It holds no average, or one of another decay.
     """
-    averaged: dict[str, Tensor] = checkpoint["state_dict"]
-    trained: dict[str, Tensor] = checkpoint.get("current_model_state", averaged)
+    trained: dict[str, Tensor] = checkpoint.get("current_model_state", checkpoint["state_dict"])
     if ema is None:
         return trained
-    further: dict[float, dict[str, Tensor]] = {
-        float(decay): averages for decay, averages in checkpoint.get(FURTHER_AVERAGES, {}).items()
-    }
-    if ema in further:
-        return trained | further[ema]
-    decays = {state["decay"] for state in checkpoint.get("callbacks", {}).values() if "decay" in state}
-    if "current_model_state" not in checkpoint or (decays and ema not in decays):
-        there = f"has those of decay {sorted(decays | set(further))}" if decays else "has none"
+    found = averages_of(checkpoint, unnamed=ema)
+    if ema not in found:
+        there = f"has those of decay {sorted(found)}" if found else "has none"
         raise ValueError(f"`ema`={ema}: {source} {there}. Leave it out to have the weights as they were trained.")
-    return averaged
+    return trained | found[ema]
+
+
+def averages_of(checkpoint: Mapping[str, Any], unnamed: float) -> dict[float, dict[str, Tensor]]:
+    """All averages that a checkpoint holds, by decay: of what was trained, or of all weights.
+
+    Args:
+        checkpoint: A Lightning checkpoint. Lightning's own callback, and ``EMA`` of earlier versions, put the average
+            in ``state_dict`` and the weights as they were trained elsewhere.
+        unnamed: What to take for the decay of an average whose checkpoint does not say it.
+    """
+    found: dict[float, dict[str, Tensor]] = {
+        float(decay): averages for decay, averages in checkpoint.get(AVERAGES, {}).items()
+    }
+    if "current_model_state" in checkpoint:
+        decay = averaged_by(checkpoint)
+        found[unnamed if decay is None else decay] = checkpoint["state_dict"]
+    return found
 
 
 def averaged_by(checkpoint: Mapping[str, Any]) -> float | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-__all__ = ["process_means"]
+__all__ = ["counted", "process_means"]
 
 
 def process_means(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -30,3 +31,11 @@ def process_means(values: Mapping[str, Tensor], device: torch.device) -> dict[st
     together = torch.stack([value.to(device, torch.float32, non_blocking=True) for value in found.values()])
     torch.distributed.all_reduce(together)
     return dict(zip(found, (together / world_size).unbind(), strict=True))
+
+
+def counted(samples: int) -> int:
+    """A number of samples as ``LightningModule.log`` weighs the means of processes by it.
+
+    Lightning rounds the mean of whole numbers of samples down, so that means over processes come out too large.
+    """
+    return cast(int, float(samples))

@@ -21,7 +21,7 @@ from lpl_lightning.evaluation.report import Report, formatted, write_whole
 from lpl_lightning.evaluation.settings import digest
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.pretrained import chosen_state, read_checkpoint
-from lpl_lightning.profiling import ProfilingTrainer
+from lpl_lightning.replay import ReplayingTrainer
 
 __all__ = ["Sweep", "SweepingTrainer"]
 
@@ -133,8 +133,8 @@ def _said(setting: float | None) -> str:
     return "as trained" if setting is None else f"{setting:g}"
 
 
-class SweepingTrainer(ProfilingTrainer):
-    """Lightning's trainer, with ``sweep`` and ``profile`` beside ``fit``, ``validate``, ``test`` and ``predict``."""
+class SweepingTrainer(ReplayingTrainer):
+    """Lightning's trainer, with ``sweep``, ``replay`` and ``profile`` beside its own commands."""
 
     def sweep(
         self,

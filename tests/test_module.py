@@ -275,6 +275,7 @@ def test_weights_to_start_from_never_replace_trained_ones(
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
 def test_weight_averaging_starts_from_the_weights_and_resumes(
     make_module: MakeModule, data: ShapesDataModule, tmp_path: Path
 ) -> None:

@@ -27,7 +27,9 @@ NOISES = ["ddpm_epsilon", "ddpm_v", "flow"]
 PAPER = ["imagenet256", "imagenet512", "cc12m256", "cc12m512"]
 LORA = ["sdxl_lora_lpl", "sd3_lora_lpl"]
 OTHERS = ["quickstart", "folder", "denoiser_shapes", "autoencoder_shapes"]
-OVERLAYS = [*NOISES, "lpl", "tiny", "sdxl_vae", "mmdit_805m", "mmdit_2363m"]
+OVERLAYS = [*NOISES, "lpl", "guards", "tiny", "sdxl_vae", "mmdit_805m", "mmdit_2363m"]
+DEVICES = ["ddp", "fsdp2"]
+"""Run by two processes in test_devices.py."""
 STACKS = [
     *(["imagenet256", noise, *lpl] for noise in NOISES for lpl in ([], ["lpl"])),
     *([config, noise, "lpl"] for config, noise in zip(PAPER[1:], NOISES, strict=True)),
@@ -36,12 +38,12 @@ STACKS = [
     ["imagenet512", "mmdit_2363m", "flow", "sdxl_vae"],
     *([config] for config in LORA),
     *([config] for config in OTHERS),
-    ["folder", "flow", "lpl"],
+    ["folder", "flow", "lpl", "guards"],
 ]
 
 
 def test_no_config_is_forgotten() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PAPER, *LORA, *OTHERS, *OVERLAYS}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PAPER, *LORA, *OTHERS, *OVERLAYS, *DEVICES}
 
 
 def given(stack: list[str]) -> list[str]:

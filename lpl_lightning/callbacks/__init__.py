@@ -8,6 +8,7 @@ from lpl_lightning.callbacks.loss_by_noise import LossByNoise
 from lpl_lightning.callbacks.lpl import LPLCallback
 from lpl_lightning.callbacks.preemption import Preemption
 from lpl_lightning.callbacks.saving import SaveAutoencoder, SaveDiffusers, SaveWeights
+from lpl_lightning.callbacks.step_guard import StepGuard
 from lpl_lightning.callbacks.throughput import ImagesPerSecond
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "SaveAutoencoder",
     "SaveDiffusers",
     "SaveWeights",
+    "StepGuard",
 ]

@@ -1,33 +1,56 @@
-"""A moving average of the weights, with which models are evaluated, sampled and published."""
+r"""Moving averages of the trained weights, with which models are evaluated, sampled and published.
+
+.. math:: \bar\theta_n = d_n \bar\theta_{n-1} + (1 - d_n) \theta_n, \quad \bar\theta_1 = \theta_1
+
+after the n-th update, in float32 whatever the precision of the weights, by ``torch.optim.swa_utils``. An average is
+kept of what is trained alone, by each process of its own shards.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EMAWeightAveraging
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from lpl_lightning.pretrained import FURTHER_AVERAGES
+from lpl_lightning.arguments import at_least
+from lpl_lightning.callbacks.step_guard import last_step_skipped
+from lpl_lightning.pretrained import AVERAGES, averaged_by, averages_of
+from lpl_lightning.sharding import as_shard, load_whole, local, reshard, shard_like, whole
 
-__all__ = ["EMA", "averaged"]
+__all__ = ["EMA", "averaged", "decay_in_place"]
+
+Averages = dict[str, Tensor]
+"""By names of parameters: what this process has of them, float32."""
 
 
-class EMA(EMAWeightAveraging):
-    r"""Exponential moving average :math:`\bar\theta \leftarrow d \bar\theta + (1 - d) \theta` of the weights.
+class EMA(Callback):
+    r"""Exponential moving averages :math:`\bar\theta \leftarrow d \bar\theta + (1 - d) \theta` of the trained weights.
 
-    Lightning's, of which checkpoints also say the decay, so that ``weights_ema`` and ``lpl export --ema`` find it, and
-    hold the weights as they were trained even where they are written when training has ended. The average is in place
-    for validation and test, and after training.
+    The average of ``decay``, or of ``evaluate``, is in place of the weights wherever they are looked at: in validation,
+    in test and prediction from a checkpoint that holds it, in ``SampleGrid`` and ``Evaluation``, and from the end of
+    training on, for export. Before its first update there is none. Checkpoints hold the weights as they were trained,
+    whatever is in place, and all averages beside them: for ``weights_ema``, for ``--ema`` of ``lpl validate``,
+    ``test``, ``predict``, ``sweep`` and ``export``, and for a run that goes on.
 
     Args:
-        decay: d. The paper finds 0.99975 best with LPL and 0.9999 without (Berrada et al., figure 10).
-        every_n_steps: Optimizer steps between updates.
-        device: Where the average is kept, such as ``cpu``; by default with the model.
-        also: Further decays, whose averages of the trained weights checkpoints hold too, for ``weights_ema``,
-            ``lpl export --ema`` and ``lpl sweep --ema``. Each costs a copy of the trained weights.
+        decay: d, for one optimizer step. The paper finds 0.99975 best with LPL and 0.9999 without (Berrada et al.,
+            figure 10).
+        every_n_steps: Optimizer steps n between updates, which then take :math:`d^n`.
+        device: Where averages are kept, such as ``cpu``, which costs a copy of the weights at each update; by default
+            with the model.
+        also: Further decays. Each costs a float32 copy of the trained weights.
+        warm_up: Begin with smaller decays, so that the first weights are soon forgotten: after n updates
+            :math:`\min(d, (1 + n) / (10 + n))`, as TensorFlow's ``ExponentialMovingAverage`` has it (``num_updates``).
+        evaluate: Which of the decays is put in place; by default ``decay``. ``trained`` leaves the weights as they are.
     """
 
     def __init__(
@@ -36,98 +59,254 @@ class EMA(EMAWeightAveraging):
         every_n_steps: int = 1,
         device: str | None = None,
         also: Sequence[float] = (),
+        warm_up: bool = False,
+        evaluate: float | Literal["trained"] | None = None,
     ) -> None:
         for name, value in (("decay", decay), *(("also", value) for value in also)):
             if not 0 <= value < 1:
                 raise ValueError(f"`{name}` must lie from 0 to below 1, got {value}.")
         if len({decay, *also}) <= len(also):
             raise ValueError(f"`also` must hold further decays, each once, beside {decay}, got {list(also)}.")
-        super().__init__(decay=decay, update_every_n_steps=every_n_steps, device=device)
-        self.decay, self.also = decay, tuple(also)
-        self._further: dict[float, dict[str, Tensor]] = {}
-        self._in_place = False
+        at_least(1, every_n_steps=every_n_steps)
+        if evaluate not in (None, "trained", decay, *also):
+            raise ValueError(f"`evaluate` must be one of {[decay, *also]} or 'trained', got {evaluate!r}.")
+        self.decay, self.also, self.every_n_steps, self.warm_up = decay, tuple(also), every_n_steps, warm_up
+        self.evaluate = evaluate
+        self._device = None if device is None else torch.device(device)
+        self._averages: dict[float, Averages] = {}
+        self._updates: dict[float, int] = {}
+        self._latest_step = 0
+        self._of_checkpoint = False  # whether they were loaded to be evaluated
+        self._kept: dict[str, Tensor] | None = None  # the weights as they were trained, while an average is in place
+
+    @property
+    def in_place(self) -> float | None:
+        """Decay of the average that is in place of the weights; None while they are as they were trained."""
+        return None if self._kept is None else self._chosen
+
+    def decay_at(self, decay: float, updates: int) -> float:
+        """Decay of an update of one of the averages after so many."""
+        own = decay**self.every_n_steps
+        return min(own, (1 + updates) / (10 + updates)) if self.warm_up else own
+
+    @property
+    def _chosen(self) -> float | None:
+        return self.decay if self.evaluate is None else None if self.evaluate == "trained" else float(self.evaluate)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin an average where training begins."""
-        super().setup(trainer, pl_module, stage)
+        """Begin anew where training begins."""
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "EMA averages parameters, which FSDPStrategy makes one of: take lpl_lightning.FSDP2Strategy, or leave "
+                "EMA out."
+            )
         if stage == "fit":
-            self._in_place = False
-            self._further = {}
+            self._put_back(pl_module)
+            self._averages, self._updates, self._latest_step = {}, {}, 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the averages after a step."""
-        before = self._latest_update_step
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._latest_update_step == before:
+        """Update the averages after a step; after one that a ``StepGuard`` left out there is nothing new."""
+        if self.every_n_steps == 1 and last_step_skipped(trainer):
             return
-        weights = {name: value.detach() for name, value in pl_module.named_parameters() if value.requires_grad}
-        for decay in self.also:
-            if decay not in self._further:  # Lightning's begins with the weights after the first step too
-                place = self._device or pl_module.device
-                self._further[decay] = {name: weight.to(place, copy=True) for name, weight in weights.items()}
-                continue
-            for name, average in self._further[decay].items():
-                average.lerp_(weights[name].to(average.device), 1 - decay)
+        step = trainer.global_step
+        if step > self._latest_step and (step - 1) % self.every_n_steps == 0:
+            self._latest_step = step
+            self._update(pl_module)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the average in place of the weights, which are kept for checkpoints that are yet to come."""
-        self._swap_models(pl_module)
-        self._in_place = True
+    @torch.no_grad()
+    def _update(self, pl_module: pl.LightningModule) -> None:
+        names, parameters = zip(*_trained(pl_module).items(), strict=True)
+        weights = [self._placed(local(parameter.detach()), parameter) for parameter in parameters]
+        for decay in (self.decay, *self.also):
+            updates = self._updates.get(decay, 0)
+            if decay not in self._averages:
+                self._averages[decay] = {name: weight.clone() for name, weight in zip(names, weights, strict=True)}
+            else:
+                averages = list(self._averages[decay].values())
+                update: Any = get_ema_multi_avg_fn(self.decay_at(decay, updates))
+                update(averages, weights, updates)
+            self._updates[decay] = updates + 1
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the average in place, where it is not yet."""
-        if not self._in_place:
-            super().on_validation_epoch_start(trainer, pl_module)
+    def _placed(self, tensor: Tensor, parameter: Tensor) -> Tensor:
+        return tensor.to(self._device or local(parameter).device, torch.float32)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the weights back, unless training has ended."""
-        if not self._in_place:
-            super().on_validation_epoch_end(trainer, pl_module)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Put the average in ``state_dict``, and the weights as they were trained beside it."""
-        if self._further:
-            checkpoint[FURTHER_AVERAGES] = {str(decay): averages for decay, averages in self._further.items()}
-        if not self._in_place:
-            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+    @torch.no_grad()
+    def _put(self, pl_module: pl.LightningModule) -> None:
+        """Put an average in place, if there is one and none is yet."""
+        chosen = self._chosen
+        if self._kept is not None or chosen is None or chosen not in self._averages:
             return
-        average = checkpoint["state_dict"]
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)  # takes what it keeps for the average
-        checkpoint["current_model_state"], checkpoint["state_dict"] = checkpoint["state_dict"], average
+        self._kept = {}
+        parameters = _trained(pl_module)
+        for name, average in self._averages[chosen].items():
+            weight = local(parameters[name].detach())
+            self._kept[name] = weight.to(self._device or weight.device, copy=True)
+            weight.copy_(average)
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Go on with the averages of a checkpoint; outside of training its ``state_dict`` is the average already."""
-        if self._average_model is None:
+    @torch.no_grad()
+    def _put_back(self, pl_module: pl.LightningModule) -> None:
+        """Put the weights back, if an average is in place."""
+        if self._kept is None:
             return
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        place = self._device or pl_module.device
-        self._further = {
-            float(decay): {name: average.to(place, copy=True) for name, average in averages.items()}
-            for decay, averages in checkpoint.get(FURTHER_AVERAGES, {}).items()
-            if float(decay) in self.also
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Lightning's state, and the decay."""
-        return {**super().state_dict(), "decay": self.decay}
+        parameters, kept = _trained(pl_module), self._kept
+        for name, weight in kept.items():
+            local(parameters[name].detach()).copy_(weight)
+        self._kept = None
 
     @contextmanager
     def put_in_place(self, pl_module: pl.LightningModule) -> Iterator[None]:
         """Put the average in place for a while, between two steps of training."""
-        if self._in_place or self._average_model is None:
+        if self._kept is not None:
             yield
             return
-        self._swap_models(pl_module)
+        self._put(pl_module)
         try:
             yield
         finally:
-            self._swap_models(pl_module)
+            self._put_back(pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bring averages of a checkpoint to where they are kept."""
+        self._settle(pl_module)
+
+    def _settle(self, pl_module: pl.LightningModule) -> None:
+        parameters = _trained(pl_module)
+        for averages in self._averages.values():
+            for name, average in averages.items():
+                averages[name] = self._placed(average, parameters[name])
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the average in place."""
+        self._settle(pl_module)
+        self._put(pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the weights back."""
+        self._end(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the average in place."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the weights back."""
+        self._end(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the average in place."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the weights back."""
+        self._end(trainer, pl_module)
+
+    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._put_back(pl_module)
+        elif self._of_checkpoint:
+            self._put_back(pl_module)
+            self._averages, self._of_checkpoint = {}, False  # another evaluation may be of other weights
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the average in place, to stay."""
+        self._put(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Put the weights back where training or an evaluation is interrupted."""
+        self._put_back(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often, and after which step, averages were updated; they themselves are in the checkpoint beside it."""
+        return {"updates": {str(decay): count for decay, count in self._updates.items()}, "step": self._latest_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; states of Lightning's callback, which this was once, say less."""
+        if "updates" in state:
+            self._updates = {float(decay): count for decay, count in state["updates"].items()}
+        self._updates = {decay: self._updates.get(decay, 1) for decay in self._averages}
+        self._latest_step = state.get("step", state.get("latest_update_step", 0))
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the averages, and see to it that ``state_dict`` holds the weights as they were trained."""
+        parameters, saved = _trained(pl_module), checkpoint["state_dict"]
+        in_shards = any(isinstance(tensor, DTensor) for tensor in saved.values())  # a folder of all processes' shards
+        for name, weight in (self._kept or {}).items():
+            shard = as_shard(weight, parameters[name])
+            kept = shard if in_shards else whole(shard)
+            if name in saved:
+                saved[name] = kept.to(saved[name].device)
+        if self._averages:
+            checkpoint[AVERAGES] = {str(decay): {} for decay in self._averages}
+        for decay, averages in self._averages.items():
+            for name, average in averages.items():
+                full = whole(as_shard(average, parameters[name]))
+                if trainer.is_global_zero:
+                    checkpoint[AVERAGES][str(decay)][name] = full.cpu()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take up what a checkpoint holds: to go on with, or the one that is to be evaluated."""
+        self._kept = None  # what was in place is no more
+        found = averages_of(checkpoint, unnamed=self.decay)
+        if "current_model_state" in checkpoint:
+            load_whole(pl_module, checkpoint["current_model_state"])
+        chosen, names = self._chosen, sorted(found)
+        if trainer.state.fn == "fit":
+            wanted = [decay for decay in (self.decay, *self.also) if decay in found]
+            if begun := sorted({self.decay, *self.also} - set(found)):
+                rank_zero_warn(
+                    f"The checkpoint holds averages of decay {names}: those of {begun} begin with the next update."
+                )
+        elif chosen is None:
+            return
+        elif chosen in found:
+            wanted, self._of_checkpoint = [chosen], True
+        else:
+            raise ValueError(
+                f"EMA is to evaluate the average of decay {chosen}, but the checkpoint "
+                + (f"holds those of {names}: choose one of them" if names else "holds none: leave EMA out")
+                + ", or take `--ema trained` (EMA's `evaluate`) for the weights as they were trained."
+            )
+        self._averages, parameters = {}, _trained(pl_module)
+        for decay in wanted:
+            if missing := sorted(set(parameters) - set(found[decay])):
+                raise ValueError(
+                    f"The checkpoint's average of decay {decay} lacks {len(missing)} weights that are trained here, "
+                    f"such as {missing[0]!r}: give the `fine_tuning` that it was trained with."
+                )
+            own = found[decay]
+            self._averages[decay] = {
+                name: local(shard_like(own[name], like, torch.float32)).clone() for name, like in parameters.items()
+            }
+
+
+def _trained(module: pl.LightningModule) -> dict[str, Tensor]:
+    """Parameters that are trained, by name, as shards where they are sharded."""
+    reshard(module)
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _callback(trainer: pl.Trainer) -> EMA | None:
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    return next((callback for callback in callbacks if isinstance(callback, EMA)), None)
+
+
+def decay_in_place(trainer: pl.Trainer, checkpoint: Mapping[str, Any] | None = None) -> float | None:
+    """Decay of the average that is in place; None where weights are as they were trained.
+
+    Args:
+        trainer: Whose ``EMA`` callback may have put it there.
+        checkpoint: What was loaded. Without such a callback, one of an earlier version was loaded as the average.
+    """
+    callback = _callback(trainer)
+    if callback is None:
+        return None if checkpoint is None else averaged_by(checkpoint)
+    return callback.in_place
 
 
 @contextmanager
@@ -135,12 +314,11 @@ def averaged(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[flo
     """Put the average that an ``EMA`` callback keeps in place for a while, between two steps of training.
 
     Yields:
-        Its decay; None where there is no such callback, and the weights stay as they are.
+        Its decay; None where there is no such callback or no average yet, and the weights stay as they are.
     """
-    callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    for callback in callbacks:
-        if isinstance(callback, EMA):
-            with callback.put_in_place(pl_module):
-                yield callback.decay
-            return
-    yield None
+    callback = _callback(trainer)
+    if callback is None:
+        yield None
+        return
+    with callback.put_in_place(pl_module):
+        yield callback.in_place

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lpl_lightning.arguments import at_least
-from lpl_lightning.callbacks.ema import averaged
+from lpl_lightning.callbacks.ema import averaged, decay_in_place
 from lpl_lightning.callbacks.run_folder import loaded_run_folder, run_folder
 from lpl_lightning.data.base import ImageDataModule, SampleRequests
 from lpl_lightning.data.captions import read_prompts
@@ -36,7 +36,7 @@ from lpl_lightning.evaluation.settings import digest
 from lpl_lightning.evaluation.suite import Suite
 from lpl_lightning.frozen import weights_hash
 from lpl_lightning.module import LatentDiffusionModule
-from lpl_lightning.pretrained import averaged_by, read_checkpoint
+from lpl_lightning.pretrained import read_checkpoint
 
 __all__ = ["Evaluation"]
 
@@ -181,7 +181,7 @@ class Evaluation(Callback):
         made: dict[str, Any] = {"weights": getattr(pl_module, "weights", None)}
         if source is not None:
             checkpoint = read_checkpoint(str(source), "ckpt_path")
-            decay = averaged_by(checkpoint) if self.origin is None else decay
+            decay = decay_in_place(trainer, checkpoint) if self.origin is None else decay
             made = {"checkpoint": str(source), "global_step": checkpoint.get("global_step"), "ema": decay}
         report = self._evaluate(trainer, pl_module, "weights" if source is None else Path(source).stem, made)
         if report is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from lpl_lightning.arguments import at_least
+from lpl_lightning.callbacks.ema import averaged
 from lpl_lightning.callbacks.run_folder import run_folder
 from lpl_lightning.data.base import ImageDataModule, SampleRequests
 from lpl_lightning.data.listing import some
@@ -27,6 +28,7 @@ from lpl_lightning.evaluation.generated import (
     write_png,
 )
 from lpl_lightning.module import LatentDiffusionModule
+from lpl_lightning.sharding import unsharded
 
 __all__ = ["ImageWriter", "SampleGrid"]
 
@@ -35,9 +37,8 @@ class SampleGrid(Callback):
     """Writes a grid of samples as PNG: at the start of training, every n steps, and at the end.
 
     All grids of a run use the same seeds, so that they can be compared. They lie in ``samples/`` of the run's folder
-    and go to TensorBoard where it is the logger. Among the callbacks it stands behind one that averages weights, so
-    that the last grid shows the averaged ones. Images that are not finite are warned of, and black: they
-    are no reason to end a training run.
+    and go to TensorBoard where it is the logger. With an ``EMA`` callback before it they show the average, from its
+    first update on. Images that are not finite are warned of, and black: they are no reason to end a training run.
 
     Models that go by captions draw the first ones of the validation images, unless ``prompts`` are given.
 
@@ -111,11 +112,12 @@ class SampleGrid(Callback):
         modes = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
         images = []
-        for start in range(0, self.num_images, self.batch_size):
-            part = asked[start : start + self.batch_size]
-            captions = [r["caption"] for r in part if "caption" in r] or None
-            with trainer.precision_plugin.forward_context():  # as in `lpl predict`
-                images.append(pl_module.generate([r["seed"] for r in part], [r["label"] for r in part], captions))
+        with averaged(trainer, pl_module), unsharded(pl_module):
+            for start in range(0, self.num_images, self.batch_size):
+                part = asked[start : start + self.batch_size]
+                captions = [r["caption"] for r in part if "caption" in r] or None
+                with trainer.precision_plugin.forward_context():  # as in `lpl predict`
+                    images.append(pl_module.generate([r["seed"] for r in part], [r["label"] for r in part], captions))
         for module, training in modes.items():
             module.training = training
         drawn = torch.cat(images)
@@ -182,6 +184,7 @@ class ImageWriter(BasePredictionWriter):
         )
         remedy = "Give another folder with --writer.dirname, or delete it."
         self.generated.claim(settings, remedy, write=trainer.is_global_zero)
+        trainer.strategy.barrier()  # all have looked before any writes
 
     def on_predict_batch_start(
         self,

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lpl_lightning.arguments import above
-from lpl_lightning.callbacks.ema import EMA
+from lpl_lightning.callbacks.ema import decay_in_place
 from lpl_lightning.callbacks.lpl import LPLCallback
 from lpl_lightning.callbacks.run_folder import loaded_run_folder
 from lpl_lightning.evaluation.evaluator import posterior_mean
@@ -28,7 +28,7 @@ from lpl_lightning.evaluation.report import VALIDATION, formatted, write_whole
 from lpl_lightning.evaluation.settings import as_json, attributes, digest, model_settings
 from lpl_lightning.evaluation.suite import versions
 from lpl_lightning.module import LatentDiffusionModule
-from lpl_lightning.pretrained import averaged_by, read_checkpoint
+from lpl_lightning.pretrained import read_checkpoint
 
 __all__ = ["LossByNoise", "read_loss_by_noise"]
 
@@ -149,14 +149,14 @@ class LossByNoise(Callback):
             settings |= model_settings(module)  # all processes must ask
         if not trainer.is_global_zero:
             return
-        decays = [callback.decay for callback in _callbacks(trainer) if isinstance(callback, EMA)]
-        made: dict[str, Any] = {"global_step": trainer.global_step, "ema": decays[0] if decays else None}
+        made: dict[str, Any] = {"global_step": trainer.global_step, "ema": decay_in_place(trainer)}
         name = f"step-{trainer.global_step:08d}"
         if trainer.state.fn == "validate":
             checkpoint = None if source is None else read_checkpoint(str(source), "ckpt_path")
             made = {"weights": module.weights} if checkpoint is None else {"checkpoint": str(source)}
             if checkpoint is not None:
-                made |= {"global_step": checkpoint.get("global_step"), "ema": averaged_by(checkpoint)}
+                ema = decay_in_place(trainer, checkpoint)
+                made |= {"global_step": checkpoint.get("global_step"), "ema": ema}
             name = "weights" if source is None else Path(source).stem
         made |= {"noise": type(module.noise).__name__, "prediction_type": module.noise.prediction_type}
         made |= {"seed": self.seed, "images": len(index), "images_hash": digest(index.tolist(), 16)}

@@ -18,7 +18,7 @@ from lpl_lightning.callbacks.gradients import GradientRatio
 from lpl_lightning.losses import LatentPerceptualLoss
 from lpl_lightning.mixin import LPLMixin
 from lpl_lightning.noise import DDPM
-from lpl_lightning.processes import process_means
+from lpl_lightning.processes import counted, process_means
 
 __all__ = ["LPLCallback"]
 
@@ -195,11 +195,17 @@ class LPLCallback(Callback):
                 pl_module.log(name, scalar, batch_size=len(z0))
         else:
             name = "test_loss_lpl" if trainer.testing else "val_loss_lpl"
-            pl_module.log(name, value.detach(), batch_size=len(z0), sync_dist=True)
+            pl_module.log(name, value.detach(), batch_size=counted(len(z0)), sync_dist=True)
         if measuring:
             self._calibration.measure(value)
             return z0.new_zeros(())
         return value * weight
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lay out the autoencoder's weights: encoding rounds by how they lie, the first batch too, and after a stop."""
+        if self._loss is not None:
+            place = torch.empty(1, 1, 1, 1, device=pl_module.device)
+            self._loss.runner.prepare(place, self._loss.autoencoder.model)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what the backward pass told."""

@@ -15,6 +15,7 @@ from lpl_lightning.autoencoder_module import AutoencoderModule
 from lpl_lightning.callbacks.run_folder import run_folder
 from lpl_lightning.export import export_diffusers
 from lpl_lightning.module import LatentDiffusionModule
+from lpl_lightning.sharding import gathered
 
 __all__ = ["SaveAutoencoder", "SaveDiffusers", "SaveWeights"]
 
@@ -36,13 +37,16 @@ class SaveWeights(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file."""
         folder = run_folder(trainer)
-        if folder is None or not trainer.is_global_zero:
+        if folder is None:
+            return
+        module = gathered(pl_module, keep=trainer.is_global_zero)
+        if module is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         dtype = getattr(torch, self.dtype)
         state = {
             name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-            for name, tensor in pl_module.state_dict().items()
+            for name, tensor in module.state_dict().items()
         }
         save_file(state, folder / self.filename)
         rank_zero_info(f"Weights saved in {folder / self.filename}")
@@ -116,6 +120,8 @@ class SaveDiffusers(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the folder."""
         folder = run_folder(trainer)
-        if folder is None or not trainer.is_global_zero or not isinstance(pl_module, LatentDiffusionModule):
+        if folder is None or not isinstance(pl_module, LatentDiffusionModule):
             return
-        export_diffusers(pl_module, folder / self.dirname, self.dtype, replace=True)
+        module = gathered(pl_module, keep=trainer.is_global_zero)
+        if module is not None:
+            export_diffusers(module, folder / self.dirname, self.dtype, replace=True)

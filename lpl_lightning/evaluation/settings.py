@@ -16,6 +16,7 @@ from lpl_lightning.fine_tuning import LoRA
 from lpl_lightning.frozen import weights_hash
 from lpl_lightning.latents import config_of
 from lpl_lightning.module import LatentDiffusionModule
+from lpl_lightning.sharding import original_class, whole
 
 __all__ = ["as_json", "attributes", "described", "differing", "digest", "model_settings", "tensors_hash"]
 
@@ -37,7 +38,7 @@ def attributes(part: object) -> dict[str, Any]:
 
     Modules and tensors are no part of it, since a hash of weights says what they are.
     """
-    found: dict[str, Any] = {"class": type(part).__name__}
+    found: dict[str, Any] = {"class": original_class(part).__name__}
     for name, value in vars(part).items():
         if name.startswith("_") or name == "training":
             continue
@@ -53,16 +54,16 @@ def attributes(part: object) -> dict[str, Any]:
 def described(part: Any) -> dict[str, Any]:
     """Class and config of a part of diffusers, without its private keys, whose order differs between processes."""
     public = {key: value for key, value in config_of(part).items() if not key.startswith("_")}
-    return {"class": type(part).__name__, **public}
+    return {"class": original_class(part).__name__, **public}
 
 
 def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A blake2b hash of names, dtypes, shapes and values. All processes must call it where they share the tensors."""
     found = blake2b(digest_size=16)
     for name, tensor in tensors:
-        whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of one that is sharded
-        found.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
-        found.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        values = whole(tensor.detach())
+        found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        found.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

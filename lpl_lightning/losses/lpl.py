@@ -148,9 +148,9 @@ class LatentPerceptualLoss(nn.Module):
         self.subset.probabilities(len(self.compared))
         self.ddpm: DDPM | None = None
         self.draws: Draws | None = None  # of samples, for the subset; else PyTorch's own generator
-        self._runner = StageRunner(self.execution)
+        self.runner = StageRunner(self.execution)
         self._comparison = Comparison(self.options, self.compared, self.stages, self.autoencoder.is_video)
-        self._guard = NonFiniteGuard(self.options.nonfinite)
+        self.guard = NonFiniteGuard(self.options.nonfinite)
         self._chunks: dict[object, int] = {}
         self._announced = False
 
@@ -192,7 +192,7 @@ class LatentPerceptualLoss(nn.Module):
 
     def flush(self) -> None:
         """Raise for the last call, if that is still to come; see ``NonFiniteGuard``."""
-        self._guard.flush()
+        self.guard.flush()
 
     def forward(self, z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None = None) -> Tensor:
         """Compute the loss of each sample.
@@ -238,7 +238,7 @@ class LatentPerceptualLoss(nn.Module):
         if weight is not None:
             finite = finite | (weight == 0)
             ungated = torch.where(weight > 0, ungated * weight, torch.zeros_like(ungated))
-        counted, finite = self._guard(ungated, finite, comparison.places, kept_hat)
+        counted, finite = self.guard(ungated, finite, comparison.places, kept_hat)
         losses = losses + counted if passed is None else losses.index_add(0, passed, counted)
         diagnostics = None
         if diagnose:
@@ -287,7 +287,7 @@ class LatentPerceptualLoss(nn.Module):
     def features(self, z: Tensor, names: Sequence[str], runner: StageRunner | None = None) -> list[Tensor]:
         """The decoder's maps of latents (n, C, *positions), by names of stages; run as ``execution`` says."""
         skip = () if self.options.post_quant_conv else ("post_quant_conv",)
-        return self.autoencoder.features(z, names, skip, runner or self._runner)
+        return self.autoencoder.features(z, names, skip, runner or self.runner)
 
     def _parts(self, z0: Tensor, whole: Tensor, noise_to_signal: Tensor | None) -> list[Part]:
         """What is compared of samples that have passed: all of it, or in training the subset drawn."""

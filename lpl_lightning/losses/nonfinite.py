@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from math import nan
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +21,12 @@ class NonFiniteGuard:
         policy: ``raise`` stops the run and names where the first such value arose; ``zero`` counts the sample as zero;
             ``skip`` the whole call. With each of them the gradient of what is left out is zero. On an accelerator
             nothing waits for the result: ``raise`` comes at the next call, and the sample counts as zero until then.
+
+    Attributes:
+        policy: The policy; ``pass`` gives such a sample's loss as not a number, for ``StepGuard`` to find.
     """
 
-    def __init__(self, policy: NonFinite) -> None:
+    def __init__(self, policy: NonFinite | Literal["pass"]) -> None:
         self.policy = policy
         self._pending: tuple[Tensor, Any, tuple[str, ...]] | None = None
 
@@ -53,7 +57,7 @@ class NonFiniteGuard:
                 return None if gradient is None else torch.where(rows, gradient, torch.zeros_like(gradient))
 
             z0_hat.register_hook(keep)
-        return torch.where(kept, losses, torch.zeros_like(losses)), kept
+        return torch.where(kept, losses, torch.full_like(losses, nan if self.policy == "pass" else 0.0)), kept
 
     def flush(self) -> None:
         """Raise for the call before, if that is still to come."""

@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lpl_lightning.losses.comparison import Compared, Comparison, Part
+from lpl_lightning.memory import is_out_of_memory, say_halved
 
 __all__ = ["Features", "activation_bytes", "attach_gradient", "chunk_for", "compare_whole", "on_device_of", "stream"]
 
@@ -58,7 +58,7 @@ def stream(
         float32 and zero where something is not finite; None without.
 
     Raises:
-        torch.OutOfMemoryError: A single sample is too large. Chunks of more are halved.
+        RuntimeError: A single sample is too large for memory. Chunks of more are halved.
     """
     wide = torch.promote_types(z0_hat.dtype, torch.float32)
     total = comparison.nothing(len(z0), z0_hat)
@@ -72,12 +72,15 @@ def stream(
             estimates, clean = z0_hat[rows].to(wide), z0[rows]
             try:
                 found, found_gradient = _compare(features, comparison, estimates, clean, part, diagnose, with_gradient)
-            except torch.OutOfMemoryError:
-                if count + copies == 1:
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or count + copies == 1:
                     raise
+                found = None
+            if found is None:
+                # Not above, where the error still holds what its frames held.
                 too_large(count + copies)
                 chunk_size = math.ceil((count + copies) / 2)
-                rank_zero_info(f"LPL: {count + copies} samples do not fit in memory at once; now {chunk_size}.")
+                say_halved("LPL", count + copies, chunk_size)
                 continue
             total.put(rows[:count], found.of(count))
             if gradient is not None and found_gradient is not None:

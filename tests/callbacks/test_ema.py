@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 from test_fine_tuning import data, module
 from test_module import trainer
 
-from lpl_lightning import EMA, LatentDiffusionModule
+from lpl_lightning import EMA, LatentDiffusionModule, LoRA
+from lpl_lightning.callbacks.ema import decay_in_place as in_place
 
 
 def key(m: LatentDiffusionModule) -> torch.Tensor:
@@ -117,3 +119,168 @@ def test_further_decays(tmp_path: Path) -> None:
     for wrong, said in (([0.5], "each once"), ([0.9, 0.9], "each once"), ([1.0], "`also` must lie")):
         with pytest.raises(ValueError, match=said):
             EMA(decay=0.5, also=wrong)
+
+
+def naive(steps: list[torch.Tensor], decays: list[float]) -> torch.Tensor:
+    """The average by its formula in float64, with a decay for each update after the first."""
+    average = steps[0].double()
+    for weights, decay in zip(steps[1:], decays, strict=True):
+        average = decay * average + (1 - decay) * weights.double()
+    return average.float()
+
+
+def saved(fit: Any, path: Path) -> dict[str, Any]:
+    fit.save_checkpoint(path)
+    found: dict[str, Any] = torch.load(path, weights_only=True)
+    return found
+
+
+NAME = "denoiser.backbone.proj_out.weight"
+
+
+@pytest.mark.parametrize(
+    ("options", "used", "decays"),
+    [
+        ({"warm_up": True, "decay": 0.28}, [0, 1, 2, 3, 4], [2 / 11, 3 / 12, 0.28, 0.28]),
+        ({"every_n_steps": 2, "decay": 0.7}, [0, 2, 4], [0.49, 0.49]),
+        ({"device": "cpu", "decay": 0.7}, [0, 1, 2, 3, 4], [0.7] * 4),
+    ],
+    ids=["warm_up", "every_2_steps", "offloaded"],
+)
+def test_updates_by_the_formula(tmp_path: Path, options: dict[str, Any], used: list[int], decays: list[float]) -> None:
+    watch = Watch()
+    fit = trainer(tmp_path, max_steps=5, callbacks=[EMA(**options), watch], limit_val_batches=0, max_epochs=-1)
+    fit.fit(module(), data())
+    found = saved(fit, tmp_path / "a.ckpt")["lpl_lightning_averages"][str(options["decay"])][NAME]
+    torch.testing.assert_close(found, naive([watch.steps[i] for i in used], decays), atol=1e-7, rtol=0)
+
+
+def test_only_what_is_trained_is_averaged_and_in_float32(tmp_path: Path) -> None:
+    """With LoRA, the weights in bfloat16; validation sees the average, and leaves no bit of the weights changed."""
+    trained, watch = module(fine_tuning=LoRA(rank=2)), Watch()
+    names = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    ema = EMA(decay=0.9)
+    options: dict[str, Any] = {"val_check_interval": 2, "check_val_every_n_epoch": None, "precision": "bf16-true"}
+    fit = trainer(tmp_path, max_steps=4, callbacks=[ema, watch], **options)
+    before: list[dict[str, torch.Tensor]] = []
+
+    class Compare(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            before.append({name: tensor.detach().clone() for name, tensor in pl_module.named_parameters()})
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            for name, tensor in pl_module.named_parameters() if before else ():
+                assert torch.equal(tensor, before[-1][name])
+
+    cast(Any, fit).callbacks.insert(0, Compare())
+    fit.fit(trained, data())
+    found = saved(fit, tmp_path / "a.ckpt")
+    (averages,) = found["lpl_lightning_averages"].values()
+    assert averages.keys() == names
+    assert {tensor.dtype for tensor in averages.values()} == {torch.float32}
+    assert {parameter.dtype for name, parameter in trained.named_parameters() if name in names} == {torch.bfloat16}
+    for name, average in averages.items():
+        steps = [step[name] for step in before]
+        torch.testing.assert_close(average, naive(steps, [0.9] * 3), atol=1e-7, rtol=1e-6)
+        assert torch.equal(found["state_dict"][name], steps[-1])
+
+
+def test_which_average_is_evaluated(tmp_path: Path) -> None:
+    trained, watch = module(), Watch()
+    fit = trainer(tmp_path, max_steps=3, callbacks=[EMA(decay=0.5, also=[0.9]), watch], limit_val_batches=0)
+    fit.fit(trained, data())
+    source, steps = tmp_path / "a.ckpt", watch.steps
+    saved(fit, source)
+    for options, wanted in (
+        ({"decay": 0.5}, naive(steps, [0.5] * 2)),
+        ({"decay": 0.5, "also": [0.9], "evaluate": 0.9}, naive(steps, [0.9] * 2)),
+        ({"evaluate": "trained"}, steps[-1]),
+    ):
+        seen, other = Watch(), module()
+        run = trainer(tmp_path, callbacks=[EMA(**options), seen])
+        run.validate(other, data(), ckpt_path=source, verbose=False, weights_only=True)
+        torch.testing.assert_close(seen.validated[0], wanted, atol=1e-7, rtol=0)
+        assert torch.equal(key(other), steps[-1])
+    # What was loaded for one evaluation is not put in place in another.
+    seen, other = Watch(), module()
+    run = trainer(tmp_path, callbacks=[EMA(decay=0.5), seen])
+    run.validate(other, data(), ckpt_path=source, verbose=False, weights_only=True)
+    begin = module()
+    run.validate(begin, data(), verbose=False)
+    assert torch.equal(seen.validated[1], key(begin))
+    with pytest.raises(ValueError, match=r"of decay 0.7, but the checkpoint holds those of \[0.5, 0.9\]"):
+        trainer(tmp_path, callbacks=[EMA(decay=0.7)]).validate(module(), data(), ckpt_path=source, weights_only=True)
+    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(plain := module(), data())
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    run.fit(plain, data())
+    run.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="holds none: leave EMA out"):
+        trainer(tmp_path, callbacks=[EMA()]).validate(
+            module(), data(), ckpt_path=tmp_path / "plain.ckpt", weights_only=True
+        )
+    with pytest.raises(ValueError, match="`evaluate` must be one of"):
+        EMA(evaluate=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_checkpoints_of_lightnings_callback_which_this_was_once(tmp_path: Path) -> None:
+    """The average in ``state_dict``, the weights elsewhere: loaded, evaluated and gone on with."""
+    trained, watch = module(), Watch()
+    fit = trainer(tmp_path, max_steps=3, callbacks=[EMA(decay=0.5), watch], limit_val_batches=0)
+    fit.fit(trained, data())
+    found = saved(fit, tmp_path / "new.ckpt")
+    average, weights = naive(watch.steps, [0.5] * 2), watch.steps[-1]
+    averages = found.pop("lpl_lightning_averages")["0.5"]
+    found["current_model_state"] = found["state_dict"]
+    found["state_dict"] = {name: averages.get(name, tensor) for name, tensor in found["state_dict"].items()}
+    found["averaging_state"] = {"n_averaged": torch.tensor(3)}
+    found["callbacks"]["EMA"] = {"latest_update_step": 3, "decay": 0.5}
+    source = str(tmp_path / "old.ckpt")
+    torch.save(found, source)
+    torch.testing.assert_close(key(module(weights=source)), weights)
+    torch.testing.assert_close(key(module(weights=source, weights_ema=0.5)), average)
+    with pytest.raises(ValueError, match=r"has those of decay \[0.5\]"):
+        module(weights=source, weights_ema=0.9)
+    later = Watch()
+    fit = trainer(tmp_path, max_steps=4, callbacks=[EMA(decay=0.5), later], limit_val_batches=0)
+    fit.fit(module(), data(), ckpt_path=source, weights_only=True)
+    assert 0 < (later.steps[0] - weights).abs().max() < 0.05  # one step at 1e-2 from the trained weights
+    new = saved(fit, tmp_path / "later.ckpt")["lpl_lightning_averages"]["0.5"][NAME]
+    torch.testing.assert_close(new, 0.5 * average + 0.5 * later.steps[0], atol=1e-7, rtol=0)
+
+
+def test_before_the_first_update_and_after_an_interruption_the_weights_are_in_place(tmp_path: Path) -> None:
+    """Validation at the start of training, which sees no average; and one that ends with an error, between steps."""
+
+    class Fail(Callback):
+        steps = 0
+
+        def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            self.steps = trainer.global_step
+            assert in_place(trainer) == (0.5 if self.steps else None)
+            if self.steps:
+                raise RuntimeError("stopped")
+
+    trained, watch, fail = module(), Watch(), Fail()
+    begin = key(trained)
+    fit = trainer(
+        tmp_path,
+        max_steps=4,
+        callbacks=[EMA(decay=0.5), watch, fail],
+        num_sanity_val_steps=1,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+    )
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit.fit(trained, data())
+    assert torch.equal(watch.validated[0], begin)
+    torch.testing.assert_close(watch.validated[1], naive(watch.steps, [0.5]))
+    assert torch.equal(key(trained), watch.steps[-1])
+
+
+def test_fsdp1_is_refused() -> None:
+    class Trainer:
+        strategy = FSDPStrategy()
+
+    with pytest.raises(ValueError, match="take lpl_lightning.FSDP2Strategy"):
+        EMA().setup(cast(Any, Trainer()), module(), "fit")

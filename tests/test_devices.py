@@ -1,0 +1,243 @@
+"""Numbers do not depend on how many processes computed them: real ones, under torchrun, against a single one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import device_run
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import SD3Transformer2DModel
+from PIL import Image
+from safetensors.torch import load_file
+from test_cli import in_folder
+from torch import Tensor
+
+from lpl_lightning.cli import main
+
+LIVES = ("ddp-life", "fsdp2-life", "fsdp2-life_one-life", "ddp-life_fsdp2-life")
+WAYS = (*LIVES, "ddp-accumulated", "fsdp2-accumulated", "fsdp2-mixed", "fsdp2-true", "fsdp2-lora", "fsdp2-refused")
+BUFFER = "denoiser.backbone.pos_embed.pos_embed"
+
+
+def torchrun(folder: Path, *ways: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = ROOT / "tests" / "device_run.py"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [*command, str(script), str(folder), *ways],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of one process, and then of two, which go on with what the one has left."""
+    found = tmp_path_factory.mktemp("devices")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    one = ["one-life", "one-plain", "one-mixed", "one-true", "one-lora"]
+    command = [sys.executable, str(ROOT / "tests" / "device_run.py"), str(found), *one]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-6000:]
+    torchrun(found, *WAYS)
+    return found
+
+
+def result(folder: Path, way: str, rank: int = 0) -> Any:
+    return torch.load(folder / f"{way}-{rank}.pt", weights_only=True)
+
+
+def checkpoint(folder: Path, way: str, name: str = "end") -> Any:
+    return torch.load(folder / way / f"{name}.ckpt", weights_only=True)
+
+
+def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], atol: float = 2e-7) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name].double(), tensor.double(), atol=atol, rtol=0, msg=name)
+
+
+def assert_same_numbers(found: Mapping[str, float], wanted: Mapping[str, float], rel: float = 1e-5) -> None:
+    assert found == pytest.approx(wanted, rel=rel)
+
+
+def average(steps: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
+    """The moving average by its formula, in float64."""
+    found = {name: tensor.double() for name, tensor in steps[0].items() if name != BUFFER}
+    for step in steps[1:]:
+        for name in found:
+            found[name] = decay * found[name] + (1 - decay) * step[name].double()
+    return found
+
+
+@pytest.mark.parametrize("way", LIVES)
+def test_losses_weights_averages_and_optimizer_are_those_of_one_process(folder: Path, way: str) -> None:
+    """Stopped half-way and gone on, by another strategy too, LPL on a random subset, validation with one to fill up."""
+    one, two = result(folder, "one-life"), result(folder, way)
+    skipped = len(one["losses"]) - len(two["losses"])
+    for found, wanted in zip(two["losses"], one["losses"][skipped:], strict=True):
+        assert_same_numbers(found, wanted)
+    for name in ("validation", "tested"):
+        assert_same_numbers(two[name], one[name])
+    assert_same(two["weights"], one["weights"])
+    own, other = checkpoint(folder, way), checkpoint(folder, "one-life")
+    assert_same(own["state_dict"], other["state_dict"])
+    for decay, averages in other["lpl_lightning_averages"].items():
+        assert_same(own["lpl_lightning_averages"][decay], averages)
+    (state,), (wanted,) = own["optimizer_states"], other["optimizer_states"]
+    assert state["param_groups"] == wanted["param_groups"]
+    for number, of_parameter in wanted["state"].items():
+        assert_same(state["state"][number], of_parameter)
+    assert own.keys() == other.keys()
+
+
+def test_a_run_that_was_stopped_is_the_run_that_was_not_bit_for_bit(folder: Path) -> None:
+    assert_same(checkpoint(folder, "one-life")["state_dict"], result(folder, "one-plain")["weights"], atol=0)
+    assert result(folder, "one-life")["losses"] == result(folder, "one-plain")["losses"]
+
+
+def test_processes_have_none_past_the_gate_alone_and_together(folder: Path) -> None:
+    for strategy in ("ddp", "fsdp2"):
+        first, second = (result(folder, f"{strategy}-life", rank)["passed"] for rank in (0, 1))
+        passed = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
+        assert {(False, True), (True, False), (False, False)} <= set(passed)
+
+
+@pytest.mark.parametrize("way", ["one-life", *LIVES[:2]])
+def test_averages_are_those_of_the_formula_and_in_place_where_they_should(folder: Path, way: str) -> None:
+    """Of the weights after each step: in the checkpoint, also one from within a validation, and in validation."""
+    run, within, end = result(folder, way), checkpoint(folder, way, "half"), checkpoint(folder, way)
+    steps = run["steps"]
+    assert len(steps) == device_run.STEPS
+    assert_same(within["state_dict"], steps[1], atol=0)
+    assert_same(end["state_dict"], steps[-1], atol=0)
+    for decay in (0.5, 0.9):
+        assert_same(within["lpl_lightning_averages"][str(decay)], average(steps[:2], decay))
+        assert_same(end["lpl_lightning_averages"][str(decay)], average(steps, decay))
+    for validated, last in ((run["validated"][0], 2), (run["validated"][-1], 4), (run["weights"], 4)):
+        assert_same({name: validated[name] for name in validated if name != BUFFER}, average(steps[:last], 0.5))
+    assert_same(load_file(folder / way / "weights.safetensors"), run["weights"], atol=0)
+    exported = SD3Transformer2DModel.from_pretrained(folder / way / "diffusers" / "transformer").state_dict()
+    prefix = "denoiser.backbone."
+    backbone = {name.removeprefix(prefix): run["weights"][name] for name in run["weights"] if name.startswith(prefix)}
+    assert_same(exported, backbone, atol=0)
+
+
+@pytest.mark.parametrize("way", LIVES)
+def test_images_are_those_of_one_process(folder: Path, way: str) -> None:
+    """Grids in training, and predictions, of which one process has one more to make; a level apart at most."""
+    for kind, count in (("samples", 2), ("generated", 5)):
+        found, wanted = (sorted((folder / run / kind).rglob("*.png")) for run in (way, "one-life"))
+        assert len(found) == len(wanted) == count
+        for a, b in zip(found, wanted, strict=True):
+            first, second = (np.asarray(Image.open(path)).astype(int) for path in (a, b))
+            assert np.abs(first - second).max() <= 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_batches_that_are_accumulated_are_those_of_a_larger_one(folder: Path, strategy: str) -> None:
+    """And activations that are computed anew; gradients are reduced once a step."""
+    one, two = result(folder, "one-plain"), result(folder, f"{strategy}-accumulated")
+    pairs = list(zip(two["losses"][::2], two["losses"][1::2], strict=True))
+    for (a, b), wanted in zip(pairs, one["losses"], strict=True):
+        assert_same_numbers({name: (a[name] + b[name]) / 2 for name in a}, wanted)
+    assert_same(two["weights"], one["weights"], atol=3e-6)  # Adam divides by gradients near zero
+    assert_same_numbers(two["validation"], one["validation"])
+    if strategy == "fsdp2":
+        assert two["reduced"][::2] == [0] * device_run.STEPS
+        assert all(two["reduced"][1::2])
+
+
+@pytest.mark.parametrize("variant", ["mixed", "true", "lora"])
+def test_bfloat16(folder: Path, variant: str) -> None:
+    """To the precision of its eight bits; also that of frozen weights alone."""
+    one, two = result(folder, f"one-{variant}"), result(folder, f"fsdp2-{variant}")
+    for found, wanted in zip(two["losses"], one["losses"], strict=True):
+        assert found["loss_diffusion"] == pytest.approx(wanted["loss_diffusion"], rel=2e-2)
+    assert two["weights"].keys() == one["weights"].keys()
+    kind = torch.bfloat16 if variant == "true" else torch.float32
+    assert {tensor.dtype for name, tensor in two["weights"].items() if name != BUFFER} == {kind}
+
+
+def test_what_would_not_be_kept_equal_is_refused(folder: Path, make_module: Any) -> None:
+    said = result(folder, "fsdp2-refused")["said"]
+    assert "trains temperature, which lies neither in the denoiser's backbone nor in the conditioner" in said
+    module = make_module()
+    module._device_mesh = {"tensor_parallel": torch.empty(2)}
+    with pytest.raises(ValueError, match="`tensor_parallel_size` \\d+: take lpl_lightning.FSDP2Strategy"):
+        module.configure_model()
+
+
+@pytest.mark.slow
+def test_compiled_blocks(tmp_path: Path) -> None:
+    torchrun(tmp_path, "fsdp2-accumulated", "fsdp2-compiled", "ddp-compiled")
+    plain, *others = (result(tmp_path, f"{way}") for way in ("fsdp2-accumulated", "fsdp2-compiled", "ddp-compiled"))
+    for other in others:
+        assert_same(other["weights"], plain["weights"], atol=1e-5)
+
+
+def stack(*names: str) -> list[str]:
+    return [word for name in names for word in ("-c", f"{ROOT}/configs/{name}.yaml")]
+
+
+def by_command(folder: Path, overlay: str) -> Path:
+    """A checkpoint of two processes that ``lpl fit`` trained under torchrun, EMA and LPL on."""
+    configs = [
+        word for name in ("imagenet256", "flow", "lpl", overlay, "tiny") for word in ("-c", f"configs/{name}.yaml")
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["--trainer.devices=2", "--trainer.enable_progress_bar=false", *in_folder(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "-m", "lpl_lightning", "fit", *configs, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    (found,) = folder.rglob("last.ckpt")
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_the_command_line_trains_by_fsdp2_and_predicts_with_the_average_asked_for(tmp_path: Path) -> None:
+    source = by_command(tmp_path, "fsdp2")
+    configs = [
+        word for name in ("imagenet256", "flow", "lpl", "tiny") for word in ("-c", f"{ROOT}/configs/{name}.yaml")
+    ]
+    options = ["--ckpt_path", str(source), "--data.num_generate=2", *in_folder(tmp_path)]
+
+    def predicted(name: str, *ema: str) -> list[bytes]:
+        main(["predict", *configs, *options, *ema, f"--writer.dirname={tmp_path / name}"])
+        return [path.read_bytes() for path in sorted((tmp_path / name).rglob("*.png"))]
+
+    average, weights = predicted("average", "--ema", "0.99975"), predicted("weights", "--ema", "trained")
+    assert len(average) == 2
+    settings = [json.loads((tmp_path / name / "settings.json").read_text()) for name in ("average", "weights")]
+    assert settings[0]["weights_blake2b"] != settings[1]["weights_blake2b"]
+    assert len(weights) == 2
+    with pytest.raises(ValueError, match=r"of decay 0.5, but the checkpoint holds those of \[0.99975\]"):
+        predicted("other", "--ema", "0.5")
+    with pytest.raises(ValueError, match="give `--ckpt_path` too"):
+        main(["validate", *configs, *in_folder(tmp_path), "--ema", "0.5"])
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_by_ddp(tmp_path: Path) -> None:
+    assert by_command(tmp_path, "ddp").is_file()
