@@ -94,6 +94,8 @@ class CachedLatents(Dataset[dict[str, Any]]):
         assignment: Which size the image of each item has, where there are several.
     """
 
+    runs_in_thread = True
+
     def __init__(self, paths: Sequence[Path], counts: Sequence[int], assignment: Assignment | None = None) -> None:
         self.paths, self.assignment = list(paths), assignment
         self.starts = np.cumsum([0, *counts])

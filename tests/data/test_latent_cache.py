@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ def test_batches_are_the_items_asked_for_in_their_order(tmp_path: Path) -> None:
     dataset = data.dataset("train")
     assert len(dataset) == 13
     indices = [12, 0, 5, 4, 6, 0, 11]
+    before = torch.get_rng_state()
     batch = dataset.batch(Request(1, 2, indices))
+    assert torch.equal(torch.get_rng_state(), before), "so it may be made beside a training step"
     latents = batch["latent"][:, 0, 0, 0].float()
     assert latents.long().tolist() == indices
     variants = ((latents - latents.long()) * 8).long()
@@ -133,6 +136,14 @@ def test_variants_and_captions_are_drawn_evenly_and_apart(tmp_path: Path, with_t
     expected = 3000 / 36
     # Chi square of 35 degrees of freedom: above 66.6 once in a thousand.
     assert float(((table - expected) ** 2 / expected).sum()) < 66.6
+
+
+def test_batches_are_made_beside_a_training_step(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    for batch in LatentCacheDataModule(cache_of(tmp_path), batch_size=2).train_dataloader():
+        assert batch["latent"].shape == (2, 4, 2, 3)
+        assert set(threading.enumerate()) - before
+        break
 
 
 def test_loader_processes_map_files_of_their_own(tmp_path: Path) -> None:
