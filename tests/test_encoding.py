@@ -281,6 +281,22 @@ def test_other_settings_models_and_folders_are_refused(make_module: MakeModule, 
         encode(module, folder_data(photos), out, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"begun with other settings \(.*fingerprint"):
         encode(make_module(), folder_data(photos), out)
+    changes: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("seed", {"seed": 1}, {}),
+        ("std", {"std": False}, {}),
+        ("shard_size", {"shard_size": 7}, {}),
+        ("batch_size", {}, {"batch_size": 3}),
+        (r"data\.train\.preparation\.crop", {}, {"crop": "random"}),
+        (r"data\.val\.preparation\.resize", {}, {"interpolation": "bilinear"}),
+    ]
+    for name, options, of_data in changes:
+        with pytest.raises(ValueError, match=rf"begun with other settings \(.*{name} "):
+            encode(module, folder_data(photos, **of_data), out, **options)
+    with pytest.raises(ValueError, match=r"begun with other settings \(image_size 16 there, 32 here\)"):
+        encode(module, ImageFolderDataModule(photos, 32, batch_size=4, num_workers=0, val_fraction=0.2), out)
+    coarse = make_module(autoencoder=Autoencoder(copy.deepcopy(module.autoencoder.model), dtype="bfloat16"))
+    with pytest.raises(ValueError, match=r'autoencoder\.precision "torch.float32" there, "torch.bfloat16" here'):
+        encode(coarse, folder_data(photos), out)
     with pytest.raises(ValueError, match=r"`splits` must name all that .* holds, val too"):
         encode(module, folder_data(photos), out, splits=["train"])
     photo, other = photos / "a" / "00.png", tmp_path / "new.png"
@@ -402,6 +418,7 @@ def test_a_model_with_another_autoencoder_is_refused_before_training(make_module
     for other in (
         Autoencoder(tiny_kl(scaling_factor=0.5, shift_factor=0.1)),
         Autoencoder(module.autoencoder.model, scaling_factor=0.6),
+        Autoencoder(module.autoencoder.model, shift_factor=0.2),
     ):
         stranger = make_module(autoencoder=other, conditioner=module.conditioner)
         with pytest.raises(ValueError, match=r"`data`: what .* holds was made by another autoencoder than the model's"):
