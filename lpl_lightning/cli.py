@@ -46,8 +46,8 @@ WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
 OF_A_FOLDER = ("evaluate", "caption")
 """Those that take a folder of images without a name."""
 
-REFUSALS = (ValueError, FileNotFoundError, ModuleNotFoundError)
-"""What the package raises where it is a user's to mend."""
+REFUSALS = (ValueError, OSError, ModuleNotFoundError)
+"""What the package raises where it is a user's to mend, such as a full disk."""
 
 TRACEBACK = "LPL_TRACEBACK"
 """Variable of the environment that, set to anything but 0, lets tracebacks be shown."""
@@ -203,7 +203,9 @@ def main(args: ArgsType = None) -> None:
     try:
         _run(None)
     except REFUSALS as error:
-        if os.environ.get(TRACEBACK, "0") != "0" or not raised_in(error).startswith("lpl_lightning"):
+        # The system's own errors have a number, and say too little without a traceback.
+        is_ours = raised_in(error).startswith("lpl_lightning") and getattr(error, "errno", None) is None
+        if os.environ.get(TRACEBACK, "0") != "0" or not is_ours:
             raise
         print(f"lpl: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

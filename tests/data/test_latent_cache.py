@@ -146,6 +146,19 @@ def test_batches_are_made_beside_a_training_step(tmp_path: Path) -> None:
         break
 
 
+def test_draws_come_from_the_seed_too_and_are_apart_where_they_are_of_as_many(tmp_path: Path) -> None:
+    """Of two variants and two captions all four pairs, as often; another seed draws otherwise."""
+    dataset = LatentCacheDataModule(cache_of(tmp_path)).dataset("train")
+    counts = torch.zeros(2, 2)
+    for epoch in range(400):
+        batch = dataset.batch(Request(0, epoch, [4]))
+        counts[int(float(batch["latent"][0, 0, 0, 0]) % 1 * 8), int(batch["caption"][0][-1])] += 1
+    assert float(((counts - 100) ** 2 / 100).sum()) < 16.3  # 3 degrees of freedom: above once in a thousand
+    one, other = (dataset.batch(Request(seed, 0, list(range(13)))) for seed in (0, 1))
+    assert not torch.equal(one["latent"], other["latent"])
+    assert one["caption"] != other["caption"]
+
+
 def test_loader_processes_map_files_of_their_own(tmp_path: Path) -> None:
     dataset = LatentCacheDataModule(cache_of(tmp_path)).dataset("train")
     dataset.shard(0)
@@ -217,7 +230,8 @@ def test_a_shard_that_is_cut_off_anywhere_is_refused(tmp_path: Path, keep: int) 
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"`root` must be a folder that `lpl encode --out .* has written"):
         LatentCacheDataModule(tmp_path)
-    for content in ("", "[]", "{}", '{"format": "another"}'):
+    bare = json.dumps({"format": FORMAT, "finished": True})
+    for content in ("", "[]", "{}", '{"format": "another"}', bare):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(ValueError, match="is no manifest of a latent cache"):
             LatentCacheDataModule(tmp_path)

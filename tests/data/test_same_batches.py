@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,12 +172,15 @@ def test_a_cache_of_latents_gives_the_latents_of_the_same_first_batch(
 
 
 @pytest.mark.parametrize("make", [as_table, as_stream, as_shards], ids=lambda make: make.__name__)
-def test_loader_processes_encode_the_same(tmp_path: Path, make: Make) -> None:
+def test_loader_processes_encode_the_same(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """All training images once, in crops and mirrored, from streams too, of which each process reads a part."""
+    monkeypatch.setitem(COMMON, "crop", "random")
+    monkeypatch.setitem(COMMON, "horizontal_flip", True)
     for number in range(30):
-        path = tmp_path / "photos" / "ab"[number % 2] / f"{number:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(photo(number, (24, 18))))
+        for root, first in (("photos", 0), ("others", 30)):
+            path = tmp_path / root / "ab"[number % 2] / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(photo(first + number, (24, 18))))
     found = []
     for workers in (0, 2):
         data: Any = make(tmp_path / "photos", tmp_path / f"made{workers}")
@@ -185,12 +189,18 @@ def test_loader_processes_encode_the_same(tmp_path: Path, make: Make) -> None:
         parts: Any = (FlowMatching(), tiny_sd3(), ClassTokens(2, token_dim=8, pooled_dim=8))
         module = LatentDiffusionModule(Autoencoder(tiny_kl()), *parts)
         run = EncodingTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-        out = run.encode(module, data, str(tmp_path / str(workers)), ("train",), shard_size=8, crops=2, flips=True)
+        out = run.encode(module, data, str(tmp_path / str(workers)), ("train",), shard_size=8, crops=2)
         dataset = LatentCacheDataModule(out).dataset("train")
         keys = [
             dataset.shard(n).item(row)["key"] for n in range(len(dataset.paths)) for row in range(len(dataset.shard(n)))
         ]
         assert len(set(keys)) == len(keys) == 30
         found.append([path.read_bytes() for path in sorted(out.rglob("*.tar"))])
+        assert dataset.shard(0).tensors["latent"].shape[1] == 4
     assert found[0] == found[1]
     assert len(found[0]) == 4
+    # As many images of the same names are others.
+    shutil.rmtree(tmp_path / "made2")
+    data = make(tmp_path / "others", tmp_path / "made2")
+    with pytest.raises(ValueError, match=r"begun with other settings \(data\.train\.contents [^;]*\)"):
+        run.encode(module, data, str(tmp_path / "2"), ("train",), shard_size=8, crops=2)
