@@ -10,6 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,7 +18,8 @@ from lpl_lightning.arguments import at_least
 from lpl_lightning.data.batches import EpochPlan, Shuffled, TrainingLoader
 from lpl_lightning.data.buckets import Assignment
 from lpl_lightning.data.captions import read_prompts
-from lpl_lightning.data.faults import Faults
+from lpl_lightning.data.faults import Faults, Unreadable
+from lpl_lightning.data.listing import some
 
 __all__ = ["ImageDataModule", "SampleRequests"]
 
@@ -192,6 +194,30 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         """Write bad images down, reasons by name, once for all processes."""
         if self.trainer is None or self.trainer.is_global_zero:
             self.faults.write(bad)
+
+    def _left_out(self, bad: Mapping[str, str], total: int, what: str) -> None:
+        """Leave out what was found bad beforehand, or refuse to.
+
+        Args:
+            bad: Reasons by name.
+            total: How many items those are among.
+            what: What they are, for the warning.
+
+        Raises:
+            Unreadable: They are not to be skipped.
+            ValueError: They are too many.
+        """
+        if not bad:
+            return
+        if self.faults.on_error == "raise":
+            raise Unreadable(*next(iter(bad.items())))
+        self._write_faults(bad)
+        self.faults.check_share(len(bad), total, bad)
+        rank_zero_warn(
+            f"Left out {len(bad)} of {total} {what}: "
+            f"{some(f'{name} ({reason})' for name, reason in bad.items())}. Mend or remove them to be rid of this "
+            "warning."
+        )
 
     def _eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         return DataLoader(
