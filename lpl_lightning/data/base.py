@@ -10,7 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,7 +18,7 @@ from lpl_lightning.arguments import at_least
 from lpl_lightning.data.batches import EpochPlan, Shuffled, TrainingLoader
 from lpl_lightning.data.buckets import Assignment
 from lpl_lightning.data.captions import read_prompts
-from lpl_lightning.data.faults import Faults, Unreadable
+from lpl_lightning.data.faults import Faults, Unreadable, read_faults
 from lpl_lightning.data.listing import some
 
 __all__ = ["ImageDataModule", "SampleRequests"]
@@ -251,6 +251,12 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         """Test batches, in order."""
         self._write_faults_into_run()
         return self._eval_loader("test")
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Say how many items were left out in all, by all processes."""
+        report = self.faults.report
+        if report is not None and (count := len(read_faults(report))):
+            rank_zero_info(f"{count} items could not be used: {report} names them.")
 
     def predict_dataloader(self) -> DataLoader[Request]:
         """Requests for ``num_generate`` images: ``index``, ``label`` and ``seed``, each (B,) int64.

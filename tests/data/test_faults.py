@@ -111,7 +111,9 @@ def test_those_found_beforehand_are_left_out_and_written_down(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_those_met_in_training_are_replaced_and_written_down(tmp_path: Path, workers: int) -> None:
+def test_those_met_in_training_are_replaced_and_written_down(
+    tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """A batch keeps its size, each bad image stands in the report, and what takes its place is the same each time."""
     root = folder_of(tmp_path / "photos")
     batches = []
@@ -128,6 +130,9 @@ def test_those_met_in_training_are_replaced_and_written_down(tmp_path: Path, wor
     assert sum(len(batch["image"]) for batch in loader) == 70
     assert [len(batch["image"]) for batch in data.val_dataloader()] == [5] * 14
     assert len(report.read_text().splitlines()) == len(BAD)
+    with caplog.at_level("INFO"):
+        data.teardown("fit")
+    assert f"10 items could not be used: {report} names them" in caplog.text
 
 
 def write_all(report: Path, number: int) -> None:
