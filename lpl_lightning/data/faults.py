@@ -116,8 +116,7 @@ class Faults:
             where = "" if self.report is None else f"; {self.report} names them"
             raise ValueError(
                 f"{bad} of {total} items cannot be read, more than `max_bad_share` ({self.max_bad_share:g}) allows"
-                f"{where}: {some(f'{name} ({reason})' for name, reason in named.items())}. Mend or remove them, or "
-                "raise `max_bad_share`."
+                f"{where}: {_list(named)}. Mend or remove them, or raise `max_bad_share`."
             )
 
     def write(self, found: Mapping[str, str]) -> None:
@@ -147,6 +146,10 @@ class Faults:
         return bool(begun)
 
 
+def _list(named: Mapping[str, str]) -> str:
+    return some(f"{name} ({reason})" for name, reason in named.items())
+
+
 def first_readable(get: Callable[[int], Item], index: int, count: int, faults: Faults) -> Item:
     """The item at a position or, where that cannot be read, the next that can.
 
@@ -170,7 +173,9 @@ def first_readable(get: Callable[[int], Item], index: int, count: int, faults: F
         else:
             faults.passed()
             return item
-    raise ValueError(f"None of {count} items can be read: {some(map(str, faults.met.items()))}.")
+    raise ValueError(
+        f"None of {count} items can be read: {_list(faults.met)}. Mend them, or name other columns, members or classes."
+    )
 
 
 def read_faults(report: str | Path) -> dict[str, str]:

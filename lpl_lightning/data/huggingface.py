@@ -296,7 +296,7 @@ class HuggingFaceDataModule(SourceDataModule):
         shards = list(range(len(stream.shards)))
         whole = self.splits["val"] is not None or split == "test"
         if not whole:
-            out = held_out(stream.shards, self.val_fraction, "`val_split`")
+            out = held_out([f"part {part}" for part in shards], self.val_fraction, "`val_split`")
             shards = [shard for shard in shards if out[shard] == (split == "val")]
         if split == "train" and self.images_per_epoch is not None:
             return self._streamed(split, stream, shards, None, self.images_per_epoch)

@@ -62,9 +62,9 @@ class SourceDataModule(ImageDataModule):
     ) -> None:
         faults = Faults(on_error, max_bad_share, None if report is None else Path(report).expanduser().absolute())
         super().__init__(image_size, batch_size, num_workers, num_generate, generate_seed, prompts, faults)
-        at_least(
-            1, shuffle_buffer=shuffle_buffer, **({"images_per_epoch": images_per_epoch} if images_per_epoch else {})
-        )
+        at_least(1, shuffle_buffer=shuffle_buffer)
+        if images_per_epoch is not None:
+            at_least(1, images_per_epoch=images_per_epoch)
         if not 0 < val_fraction < 1:
             raise ValueError(
                 f"`val_fraction` must be in (0, 1), got {val_fraction}; to hold out none, give validation data."

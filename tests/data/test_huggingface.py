@@ -158,6 +158,10 @@ def test_rows_are_held_out_by_their_numbers(tmp_path: Path) -> None:
     train, val = captions(data.train_dataloader()), captions(data.val_dataloader())
     assert sorted(train + val) == sorted(f"photo {number}" for number in range(12))
     assert len(val) == 4, "one file of the stream"
+    (tmp_path / "files").rename(tmp_path / "moved")
+    moved = str(tmp_path / "moved/*.parquet")
+    data = module("parquet", data_files=[moved], val_fraction=0.01, batch_size=1, streaming=True)
+    assert captions(data.val_dataloader()) == val
 
 
 def test_rows_stored_class_by_class_are_spread_for_validation(tmp_path: Path) -> None:
