@@ -135,24 +135,25 @@ def test_those_met_in_training_are_replaced_and_written_down(
     assert f"10 items could not be used: {report} names them" in caplog.text
 
 
-def write_all(report: Path, number: int) -> None:
-    """Write a hundred faults, from another one on than other processes do."""
+def write_all(report: Path, number: int, start: Any) -> None:
+    """Write faults one by one, as other processes do at the same time."""
     faults = Faults(max_bad_share=1, report=report)
-    for at in range(100):
-        name = f"{(at + 25 * number) % 100}\n\udcff.png"
-        faults.write({name: f"met by {number}"})
+    start.wait()
+    for at in range(300):
+        faults.write({f"{at}\n\udcff.png": f"met by {number}"})
 
 
 def test_processes_name_each_once(tmp_path: Path) -> None:
     report = tmp_path / "bad.jsonl"
-    processes = [get_context("fork").Process(target=write_all, args=(report, number)) for number in range(4)]
+    start = get_context("fork").Barrier(4)
+    processes = [get_context("fork").Process(target=write_all, args=(report, number, start)) for number in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    assert len(report.read_text().splitlines()) == 100
-    assert set(read_faults(report)) == {f"{at}\n\udcff.png" for at in range(100)}
+    assert len(report.read_text().splitlines()) == 300
+    assert set(read_faults(report)) == {f"{at}\n\udcff.png" for at in range(300)}
 
 
 def test_a_report_that_was_cut_off_or_removed_goes_on(tmp_path: Path) -> None:
