@@ -360,13 +360,14 @@ def test_images_beside_one_text_file_are_named_and_the_first_counts(tmp_path: Pa
 
 def test_rows_that_say_the_same_are_named_and_count_once(tmp_path: Path) -> None:
     folder_of(tmp_path, "a.png", "b.png")
-    texts = [("a", "one"), ("b", "one"), ("a", "two"), ("a", " one "), ("b", ""), ("b", "")]
+    texts: list[tuple[str, Any]] = [("a", "one"), ("b", "one"), ("a", "two"), ("a", " one "), ("b", ""), ("b", "")]
+    texts += [("a", ["two", "three"])]
     rows = [{"file_name": f"{name}.png", "text": text} for name, text in texts]
     table = write(tmp_path / "metadata.jsonl", jsonl(*rows))
     report = tmp_path / "reports/bad.jsonl"
-    with pytest.warns(UserWarning, match=r"Left out 1 of 6 rows that say of an image what another has said"):
+    with pytest.warns(UserWarning, match=r"Left out 1 of 7 rows that say of an image what another has said"):
         found = captions_of(tmp_path, report=report, max_bad_share=0.2)
-    assert found == {"a.png": ["one", "two"], "b.png": ["one"]}
+    assert found == {"a.png": ["one", "two", "two", "three"], "b.png": ["one"]}
     assert read_faults(report) == {f"{table}, line 4": "another row has said the same of a.png"}
     with pytest.raises(ValueError, match=r"line 4 cannot be read \(another row has said the same of a\.png\)"):
         captions_of(tmp_path, on_error="raise")

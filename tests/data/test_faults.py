@@ -251,6 +251,7 @@ def test_the_next_item_takes_the_place_of_a_bad_one() -> None:
     faults = Faults(max_bad_share=1)
     assert [first_readable(get, index, 10, faults) for index in range(10)] == [0, 1, 4, 4, 4, 5, 6, 7, 8, 0]
     assert faults.met == {"2": "bad", "3": "bad", "9": "bad"}
+    assert faults.good == 10
 
     def none(index: int) -> int:
         raise Unreadable(str(index), "bad")
