@@ -24,7 +24,7 @@ from jsonargparse import Namespace, auto_cli
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from lpl_lightning.arguments import raised_in, refusal
+from lpl_lightning.arguments import raised_in, refusal, refused_by_loader
 from lpl_lightning.callbacks import Evaluation, ImagesPerSecond, ImageWriter, LossByNoise
 from lpl_lightning.captioning import caption_folder
 from lpl_lightning.encoding import EncodingTrainer
@@ -202,12 +202,13 @@ def main(args: ArgsType = None) -> None:
         return
     try:
         _run(None)
-    except REFUSALS as error:
+    except (*REFUSALS, RuntimeError) as error:
         # The system's own errors have a number, and say too little without a traceback.
-        is_ours = raised_in(error).startswith("lpl_lightning") and getattr(error, "errno", None) is None
-        if os.environ.get(TRACEBACK, "0") != "0" or not is_ours:
+        is_own = isinstance(error, REFUSALS) and raised_in(error).startswith("lpl_lightning")
+        said = str(error) if is_own and getattr(error, "errno", None) is None else refused_by_loader(error)
+        if os.environ.get(TRACEBACK, "0") != "0" or not said:
             raise
-        print(f"lpl: error: {error}", file=sys.stderr)
+        print(f"lpl: error: {said}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -42,9 +42,6 @@ __all__ = ["EncodingTrainer"]
 
 Precision = Literal["float16", "bfloat16", "float32"]
 
-SAMPLED = 16
-"""Images that other data are told by, where it would take reading all of them."""
-
 
 class EncodingTrainer(SweepingTrainer):
     """Lightning's trainer, with ``encode``, ``sweep`` and ``profile`` beside its own commands."""
@@ -187,7 +184,8 @@ def _described(items: Any) -> dict[str, Any]:
         names.update(items.described().encode())
     else:
         for index in range(len(items)):
-            names.update((items.key(index) if hasattr(items, "key") else str(index)).encode() + b"\0")
+            key = items.key(index) if hasattr(items, "key") else str(index)
+            names.update(key.encode(errors="surrogateescape") + b"\0")  # not all names of files are UTF-8
     for said in _contents(items):
         contents.update(repr(said).encode() + b"\0")
     return {
@@ -200,20 +198,19 @@ def _described(items: Any) -> dict[str, Any]:
 
 
 def _contents(items: Any) -> Iterator[object]:
-    """What tells images and captions from others of the same names, without reading all of them."""
+    """What tells images and captions from others of the same names, without reading all of them.
+
+    Keys of tables do so themselves, and what others draw may be different each time.
+    """
     if isinstance(items, ImageFolderDataset):
         for index, (path, label) in enumerate(items.files):
             yield os.path.getsize(path), label, tuple(items.captions_of(index))
-        return
-    if not hasattr(items, "preparation"):
-        return  # what others draw may be different each time
-    items = items.mirrored(0.0)  # a copy: a stream's own place stays where it is
-    first_alone = isinstance(items, StreamDataset)  # others would have to be read up to
-    for index in [0] if first_alone else sorted({len(items) * part // SAMPLED for part in range(SAMPLED)}):
+    elif isinstance(items, StreamDataset):
+        items = items.mirrored(0.0)  # a copy: a stream's own place stays where it is
         try:
-            with drawing(0, index):
-                item = items.item(index)
-            yield blake2b(item["image"].numpy().tobytes()).digest(), item.get("label"), tuple(items.captions_of(index))
+            with drawing(0, 0):
+                item = items.item(0)  # others would have to be read up to
+            yield blake2b(item["image"].numpy().tobytes()).digest(), item.get("label"), tuple(items.captions_of(0))
         except Unreadable as fault:
             yield str(fault)
 

@@ -88,6 +88,13 @@ def test_a_shard_is_what_other_libraries_read(tmp_path: Path, dtype: torch.dtype
     assert torch.equal(LatentShard(tmp_path / "deep" / "0.tar").tensors["latent"], tensors["latent"])
 
 
+def test_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:
+    keys = ["a\udcff.png", "é.png", "b.png"]
+    write_shard(tmp_path / "0.tar", shard_of(0, 3), [{"key": key, "captions": ["ü"]} for key in keys])
+    shard = LatentShard(tmp_path / "0.tar")
+    assert [shard.item(row)["key"] for row in range(3)] == keys
+
+
 def test_batches_are_the_items_asked_for_in_their_order(tmp_path: Path) -> None:
     data = LatentCacheDataModule(cache_of(tmp_path))
     dataset = data.dataset("train")

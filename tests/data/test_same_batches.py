@@ -202,5 +202,28 @@ def test_loader_processes_encode_the_same(tmp_path: Path, make: Make, monkeypatc
     # As many images of the same names are others.
     shutil.rmtree(tmp_path / "made2")
     data = make(tmp_path / "others", tmp_path / "made2")
-    with pytest.raises(ValueError, match=r"begun with other settings \(data\.train\.contents [^;]*\)"):
+    with pytest.raises(ValueError, match=r"begun with other settings \(data\.train\.(contents|names) [^;]*\)"):
         run.encode(module, data, str(tmp_path / "2"), ("train",), shard_size=8, crops=2)
+
+
+def test_an_encoding_goes_on_with_the_same_table_alone(tmp_path: Path) -> None:
+    """Where it lies does not matter, but another of as many rows is refused."""
+
+    def encoded(name: str, first: int) -> dict[str, bytes]:
+        root = tmp_path / f"{name} photos"
+        for number in range(12):
+            (root / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+            (root / "ab"[number % 2] / f"{number:02}.png").write_bytes(png(photo(first + number, (24, 18))))
+        torch.manual_seed(0)
+        parts: Any = (FlowMatching(), tiny_sd3(), ClassTokens(2, token_dim=8, pooled_dim=8))
+        module = LatentDiffusionModule(Autoencoder(tiny_kl()), *parts)
+        run = EncodingTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        run.encode(module, as_table(root, tmp_path / name), str(tmp_path / "out"), ("train",), shard_size=5)
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*.tar")}
+
+    whole = encoded("one", 0)
+    assert len(whole) == 3
+    next((tmp_path / "out").rglob("*.tar")).unlink()
+    with pytest.raises(ValueError, match="holds a cache that was begun with other settings"):
+        encoded("other", 1)
+    assert encoded("moved", 0) == whole
