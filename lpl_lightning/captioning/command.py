@@ -78,8 +78,8 @@ def caption_images(
         num_workers: Processes that read images.
         shard: I/N, as in 0/4, for the share I of N processes; by default what torchrun sets, or all. Tar shards are
             shared out whole.
-        on_error: What becomes of images that cannot be read: ``skip`` names them in the report, and a later run tries
-            again; ``raise`` stops.
+        on_error: What becomes of images that cannot be read: ``skip`` names them in the report, and in a folder or an
+            unfinished shard a later run tries again; ``raise`` stops.
         overwrite: Replace captions, and shards in ``out``, that are there already from elsewhere.
         limit: Stop after this many images, rounded up to whole batches. 0 writes the table of what there is.
 

@@ -499,6 +499,18 @@ def test_a_deleted_shard_is_written_anew_without_the_model(
     assert files_of(out) == state
 
 
+def test_it_can_be_tried_out(shards: Path, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    caption(shards, tiny, out, "--limit=7")
+    counts = report(out)["counts"]
+    assert [counts[name] for name in ("shards_written", "images", "captioned", "not_captioned_yet")] == [1, 9, 7, 2]
+    caption(shards, tiny, out, "--limit=0")
+    assert report(out)["counts"] == counts
+    caption(shards, tiny, out)
+    caption(shards, tiny, tmp_path / "once")
+    assert files_of(out) == files_of(tmp_path / "once")
+
+
 def test_shards_that_are_added_are_captioned(shards: Path, tiny: Path, tmp_path: Path) -> None:
     caption(shards / "00000.tar", tiny, tmp_path / "out")
     caption(shards, tiny, tmp_path / "out")
@@ -627,7 +639,9 @@ def test_bad_arguments_are_refused_before_anything_is_written(
 
 
 def test_a_pattern_without_quotes_is_refused(tiny: Path) -> None:
-    with pytest.raises(ValueError, match=r"`lpl caption` takes one folder or, in quotes, pattern of shards, got a.tar b"):
+    with pytest.raises(
+        ValueError, match=r"`lpl caption` takes one folder or, in quotes, pattern of shards, got a.tar b"
+    ):
         main(["caption", "a.tar", "b.tar", f"--model={tiny}"])
 
 
