@@ -260,6 +260,8 @@ class ShardImages:
             self._entries, self._next = TarStream([str(self.path)], Contents(_IMAGES)).entries(0, images=True), 0
         entry = next(islice(self._entries, place - self._next, None))
         self._next = place + 1
+        if entry is None:
+            raise ValueError("the shard holds less than when it was listed")
         image = entry.read().image
         assert isinstance(image, bytes)
         return image
