@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from captioners import florence, full_disk, photo, transformers
+from captioners import blip, florence, full_disk, photo, transformers
 from conftest import ROOT
 from PIL import Image
 
@@ -210,7 +210,7 @@ def test_training_reads_them(shards: Path, tiny: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "runs").rglob("samples/step-00000002.png"))
 
 
-@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+@pytest.mark.parametrize("mode", ["w:gz", "w:xz"])
 def test_compressed_shards_become_plain_ones(shards: Path, tiny: Path, tmp_path: Path, mode: str) -> None:
     (tmp_path / "packed").mkdir()
     for path in sorted(shards.iterdir())[:2]:
@@ -249,6 +249,14 @@ def test_captions_may_replace_the_old_ones(shards: Path, tiny: Path, tmp_path: P
         tmp_path / "other", shards / "00000.tar"
     )
     assert captions_in(tmp_path / "both" / "00000.tar", "txt") == by_hand(tiny, shards / "00000.tar")
+
+
+def test_empty_captions_are_no_members(shards: Path, tmp_path: Path) -> None:
+    blip(tmp_path / "blip", ends_at_once=True)
+    with pytest.warns(UserWarning, match=r"5 of 5 images have an empty caption"):
+        caption(shards / "00000.tar", tmp_path / "blip", tmp_path / "out")
+    assert members(tmp_path / "out" / "00000.tar") == members(shards / "00000.tar")
+    assert report(tmp_path / "out")["empty"] == [f"00000.tar/{number:09}" for number in range(5)]
 
 
 # Shards that are damaged
