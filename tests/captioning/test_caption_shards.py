@@ -360,7 +360,7 @@ def test_sparse_members_and_those_too_large_to_read(
         file.write(b"end")
     (tmp_path / "files" / "a.raw").write_bytes(b"b" * 100_000)
     for name, options in (("gnu", ["--format=gnu"]), ("pax", ["--format=pax"])):
-        command = ["tar", "--sparse", *options, "-cf", str(tmp_path / "old" / f"{name}.tar"), "a.jpg", "a.bin", "a.raw"]
+        command = ["tar", "--sparse", *options, "-cf", str(tmp_path / "old" / f"{name}.tar"), "a.jpg", "a.raw", "a.bin"]
         subprocess.run(command, cwd=tmp_path / "files", check=True)
     monkeypatch.setattr("lpl_lightning.data.tar_members.LARGEST", 80_000)
     with pytest.warns(UserWarning, match=r"2 samples or shards cannot be used as they are"):
