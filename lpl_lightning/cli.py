@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lpl_lightning.arguments import raised_in, refusal, refused_by_loader
 from lpl_lightning.callbacks import Evaluation, ImagesPerSecond, ImageWriter, LossByNoise
-from lpl_lightning.captioning import caption_folder
+from lpl_lightning.captioning import caption_images
 from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
 from lpl_lightning.export import export_checkpoint
@@ -39,12 +39,12 @@ WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
     "export": export_checkpoint,
     "evaluate": evaluate_folder,
     "compare": compare,
-    "caption": caption_folder,
+    "caption": caption_images,
 }
 """Commands that need no trainer, by name."""
 
-OF_A_FOLDER = ("evaluate", "caption")
-"""Those that take a folder of images without a name."""
+OF_A_FOLDER = {"evaluate": "one folder, that of the images", "caption": "one folder or, in quotes, pattern of shards"}
+"""Those that take images without a name, and what is to be given."""
 
 REFUSALS = (ValueError, OSError, ModuleNotFoundError)
 """What the package raises where it is a user's to mend, such as a full disk."""
@@ -175,7 +175,7 @@ def _named(command: str, args: Sequence[str]) -> list[str]:
     if command in OF_A_FOLDER and len(plain) == 1:
         return ["--images", *plain, *options]
     if plain:
-        wanted = "one folder, that of the images" if command in OF_A_FOLDER else "options alone"
+        wanted = OF_A_FOLDER.get(command, "options alone")
         raise ValueError(f"`lpl {command}` takes {wanted}, got {' '.join(plain)}: give what else there is by --NAME.")
     return options
 
