@@ -48,6 +48,9 @@ class _Header(tarfile.TarInfo):
         except tarfile.InvalidHeaderError:  # type: ignore[attr-defined]
             tarfile_.damaged.append(tarfile_.offset)
             raise
+        except tarfile.SubsequentHeaderError as error:  # type: ignore[attr-defined]
+            # Of two headers of a member the second is damaged: reading goes on behind it as it does behind one.
+            raise tarfile.InvalidHeaderError(str(error)) from error  # type: ignore[attr-defined]
         tarfile_.marked = False
         return found
 
