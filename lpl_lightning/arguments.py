@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import PurePath
 from typing import Any, TypeVar
 
-__all__ = ["above", "at_least", "check_divides", "check_sizes", "raised_in", "read_settings", "refusal"]
+__all__ = [
+    "above",
+    "at_least",
+    "check_divides",
+    "check_sizes",
+    "raised_in",
+    "read_settings",
+    "refusal",
+    "refused_by_loader",
+]
 
 Settings = TypeVar("Settings")
 
@@ -86,6 +97,24 @@ def raised_in(error: BaseException) -> str:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+
+
+def refused_by_loader(error: BaseException) -> str:
+    """What the package refused in a loader process, whose errors torch hands on as the text of a traceback.
+
+    Args:
+        error: What torch made of it.
+
+    Returns:
+        The message; nothing where the error is another.
+    """
+    text = str(error)
+    if not re.match(r"Caught (Unreadable|\w*(Value|NotFound)Error) in DataLoader worker process", text):
+        return ""
+    *_, (place, rest) = [("", ""), *re.findall(r'^  File "(.+)", line .*\n((?:(?!  File ).*\n?)*)', text, re.MULTILINE)]
+    said = re.sub(r"\A(?: .*\n)*", "", rest)  # the lines of code
+    is_own = "lpl_lightning" in PurePath(place).parts
+    return said.partition(": ")[2].strip() if is_own else ""
 
 
 def check_divides(image_size: int, downscale: int) -> None:

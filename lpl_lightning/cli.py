@@ -25,7 +25,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from lpl_lightning.arguments import raised_in, refusal
+from lpl_lightning.arguments import raised_in, refusal, refused_by_loader
 from lpl_lightning.callbacks import (
     EMA,
     AccumulatedGradients,
@@ -35,7 +35,7 @@ from lpl_lightning.callbacks import (
     LossByNoise,
     Preemption,
 )
-from lpl_lightning.captioning import caption_folder
+from lpl_lightning.captioning import caption_images
 from lpl_lightning.checkpoints import SafeCheckpointIO, check_checkpoint, newest_checkpoint
 from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
@@ -49,18 +49,18 @@ WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
     "export": export_checkpoint,
     "evaluate": evaluate_folder,
     "compare": compare,
-    "caption": caption_folder,
+    "caption": caption_images,
 }
 """Commands that need no trainer, by name."""
 
-OF_A_FOLDER = ("evaluate", "caption")
-"""Those that take a folder of images without a name."""
+OF_A_FOLDER = {"evaluate": "one folder, that of the images", "caption": "one folder or, in quotes, pattern of shards"}
+"""Those that take images without a name, and what is to be given."""
 
 EVALUATIONS = ("validate", "test", "predict")
 """Commands that look at a checkpoint."""
 
 REFUSALS = (ValueError, OSError, ModuleNotFoundError)
-"""What the package raises where it is a user's to mend."""
+"""What the package raises where it is a user's to mend, such as a full disk."""
 
 TRACEBACK = "LPL_TRACEBACK"
 """Variable of the environment that, set to anything but 0, lets tracebacks be shown."""
@@ -234,7 +234,7 @@ def _named(command: str, args: Sequence[str]) -> list[str]:
     if command in OF_A_FOLDER and len(plain) == 1:
         return ["--images", *plain, *options]
     if plain:
-        wanted = "one folder, that of the images" if command in OF_A_FOLDER else "options alone"
+        wanted = OF_A_FOLDER.get(command, "options alone")
         raise ValueError(f"`lpl {command}` takes {wanted}, got {' '.join(plain)}: give what else there is by --NAME.")
     return options
 
@@ -261,10 +261,13 @@ def main(args: ArgsType = None) -> None:
         return
     try:
         _run(None)
-    except REFUSALS as error:
-        if os.environ.get(TRACEBACK, "0") != "0" or not raised_in(error).startswith("lpl_lightning"):
+    except (*REFUSALS, RuntimeError) as error:
+        # The system's own errors have a number, and say too little without a traceback.
+        is_own = isinstance(error, REFUSALS) and raised_in(error).startswith("lpl_lightning")
+        said = str(error) if is_own and getattr(error, "errno", None) is None else refused_by_loader(error)
+        if os.environ.get(TRACEBACK, "0") != "0" or not said:
             raise
-        print(f"lpl: error: {error}", file=sys.stderr)
+        print(f"lpl: error: {said}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -155,14 +155,9 @@ class Encoder(pl.LightningModule):
         kept = [deviation for deviation in deviations if deviation is not None]
         if kept:
             found["latent_std"] = torch.cat(kept)
-        stored = {name: tensor.to(self.dtype_stored).unflatten(0, images.shape[:2]) for name, tensor in found.items()}
+        keys = [item["key"] for item in batch["items"]]
+        stored = {name: self._rounded(x, name, keys).unflatten(0, images.shape[:2]) for name, x in found.items()}
         error = stored["latent"].flatten(0, 1).double() - found["latent"].double()
-        if not stored["latent"].isfinite().all():
-            raise ValueError(
-                f"Latents of {some(item['key'] for item in batch['items'])} and others near them do not fit "
-                f"{self.dtype_stored}: the largest is {found['latent'].abs().max():.4g}. Set `dtype` to bfloat16 or "
-                "float32, or see whether the autoencoder gives numbers at all."
-            )
         # Largest error, and sums of squared errors and of squares.
         stored["_rounding"] = torch.stack(
             [error.abs().max(), error.square().sum(), found["latent"].double().square().sum()]
@@ -172,10 +167,21 @@ class Encoder(pl.LightningModule):
                 stored[name] = batch[name].cpu()
         stored["target_size"] = torch.tensor(images.shape[-2:]).expand(len(images), 2)
         if self.text is not None:
-            stored |= self._texts([item["captions"] for item in batch["items"]])
+            stored |= self._texts([item["captions"] for item in batch["items"]], keys)
         return stored
 
-    def _texts(self, captions: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    def _rounded(self, tensor: Tensor, name: str, keys: Sequence[str]) -> Tensor:
+        """Numbers as they are stored."""
+        rounded = tensor.to(self.dtype_stored)
+        if not rounded.isfinite().all():
+            largest = tensor.abs().max()
+            raise ValueError(
+                f"What is made of {some(keys)} does not fit {self.dtype_stored}: the largest number of `{name}` is "
+                f"{largest:.4g}. Set `dtype` to bfloat16 or float32, or see whether the model gives numbers at all."
+            )
+        return rounded
+
+    def _texts(self, captions: Sequence[Sequence[str]], keys: Sequence[str]) -> dict[str, Tensor]:
         assert self.text is not None
         flat = [text for texts in captions for text in (texts or [""])]
         parts = [vars(self.text.encode(flat[at : at + self.chunk])) for at in range(0, len(flat), self.chunk)]
@@ -183,8 +189,8 @@ class Encoder(pl.LightningModule):
         for name in ("tokens", "mask", "pooled"):
             tensors = [part[name].cpu() for part in parts if part[name] is not None]
             if tensors:
-                kept = torch.cat(tensors)
-                found[f"text_{name}"] = kept.to(self.dtype_stored) if kept.is_floating_point() else kept
+                kept, name = torch.cat(tensors), f"text_{name}"
+                found[name] = self._rounded(kept, name, keys) if kept.is_floating_point() else kept
         return found
 
     def _write(self, file: str) -> None:
@@ -239,10 +245,11 @@ def said_of(shard: Path) -> Path:
 
 
 def _is_whole(shard: Path) -> bool:
-    if not said_of(shard).is_file():
+    try:
+        said = json.loads(said_of(shard).read_text(encoding="utf-8"))
+        return not said["items"] or shard.stat().st_size == said["bytes"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that a crash of the machine has left empty
         return False
-    said = json.loads(said_of(shard).read_text(encoding="utf-8"))
-    return not said["items"] or (shard.is_file() and shard.stat().st_size == said["bytes"])
 
 
 def tasks(split: Split, groups: Iterable[Sequence[int]], shard_size: int, batch_size: int) -> Iterator[Task]:

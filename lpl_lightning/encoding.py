@@ -9,7 +9,8 @@ would have made in one go, byte for byte, on the same kind of machine.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +20,15 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lpl_lightning.agreement import autoencoder_fingerprint
 from lpl_lightning.arguments import at_least, check_divides, check_sizes
 from lpl_lightning.captions import Captions
 from lpl_lightning.data.base import REPORT, ImageDataModule, Split
+from lpl_lightning.data.batches import drawing
+from lpl_lightning.data.faults import Faults, Unreadable, read_faults
+from lpl_lightning.data.folder_dataset import ImageFolderDataset
 from lpl_lightning.data.latent_cache import FORMAT, MANIFEST
 from lpl_lightning.data.latent_shards import UNFINISHED
 from lpl_lightning.data.listing import some
@@ -58,9 +62,10 @@ class EncodingTrainer(SweepingTrainer):
     ) -> Path:
         """Encode the data once, into a folder that ``LatentCacheDataModule`` trains from.
 
-        Called again after it was stopped, it goes on with the shards that are missing. Images that cannot be read are
-        left out and named in ``bad_data.jsonl`` of the folder, as the data module's ``on_error`` and
-        ``max_bad_share`` say. Images per pass of the autoencoder, and loader processes, are those of the data module.
+        Called again after it was stopped, it goes on with the shards that are missing; called with more ``splits``, it
+        adds them. Images that cannot be read are left out and named in ``bad_data.jsonl`` of the folder, as the data
+        module's ``on_error`` and ``max_bad_share`` say. Images per pass of the autoencoder, and loader processes, are
+        those of the data module.
 
         Args:
             model: The model whose autoencoder, and conditioner, encode.
@@ -68,7 +73,8 @@ class EncodingTrainer(SweepingTrainer):
             out: Folder of the cache.
             splits: What is encoded.
             dtype: In what latents and embeddings are stored. The error is measured and said.
-            crops: How often each training image is cropped, as the data module crops it, from a seed of its own.
+            crops: How often each training image is cropped, as the data module crops it, from a seed of its own. More
+                than one needs a data module that draws crops.
             flips: Whether each crop of a training image is stored mirrored too. By default as the data module's
                 ``horizontal_flip`` says.
             std: Whether the posterior's standard deviation is stored, so that training may draw from it.
@@ -87,6 +93,8 @@ class EncodingTrainer(SweepingTrainer):
         at_least(1, crops=crops, shard_size=shard_size)
         if getattr(self, "fast_dev_run", False) or isinstance(self.strategy.launcher, _MultiProcessingLauncher):
             raise ValueError("`lpl encode` needs its files and this process: no `fast_dev_run`, no spawned strategy.")
+        if isinstance(splits, str) or not splits or not {*splits} <= {*get_args(Split)}:
+            raise ValueError(f"`splits` must be a list of one or more of {', '.join(get_args(Split))}, got {splits!r}.")
         if dtype not in get_args(Precision):
             raise ValueError(f"`dtype` must be one of {', '.join(get_args(Precision))}, got {dtype!r}.")
         if not isinstance(model, LatentDiffusionModule) or not isinstance(datamodule, ImageDataModule):
@@ -108,7 +116,13 @@ class EncodingTrainer(SweepingTrainer):
             datamodule.verify = False  # images are decoded once, here
         datamodule.prepare_data()
         sets: dict[Split, Any] = {split: datamodule.dataset(split) for split in dict.fromkeys(splits)}
-        mirrored = bool(getattr(datamodule, "horizontal_flip", False)) if flips is None else flips
+        if crops > 1 and "train" in sets and _prepared(sets["train"]).get("crop") == "center":
+            raise ValueError(
+                f"`crops`={crops}: the data crop in the centre, so that all would be the same. Set `crop` of the data "
+                "to random, or leave `crops` out."
+            )
+        by_default = getattr(datamodule, "horizontal_flip", False) or ("train" in sets and _mirrors(sets["train"]))
+        mirrored = bool(by_default) if flips is None else flips
         if mirrored and any(not hasattr(items, "mirrored") for split, items in sets.items() if split == "train"):
             raise ValueError(f"`flips`: {type(datamodule).__name__} does not mirror images. Leave it out.")
         both = [0.0, 1.0] if mirrored else [0.0]
@@ -155,58 +169,125 @@ class EncodingTrainer(SweepingTrainer):
         trainer = cast(Any, self)
         trainer.loggers = []
         trainer.callbacks = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
+        trainer.limit_predict_batches = 1.0  # a config may limit what it predicts
         if encoder.missing():
             self.predict(encoder, return_predictions=False)
         if self.is_global_zero:
-            _finish(folder, begun, todo)
+            _finish(folder, begun, todo, datamodule.faults)
         return folder
 
 
 def _described(items: Any) -> dict[str, Any]:
-    """What a set is: its class, how many images it has, a hash of their names, and what is done to them."""
-    digest = blake2b(digest_size=16)
+    """What a set is: its class, how many images it has, hashes of names and contents, and what is done to them."""
+    names, contents = blake2b(digest_size=16), blake2b(digest_size=16)
     if isinstance(items, StreamDataset):
-        digest.update(items.described().encode())
+        names.update(items.described().encode())
     else:
         for index in range(len(items)):
-            digest.update((items.key(index) if hasattr(items, "key") else str(index)).encode() + b"\0")
+            key = items.key(index) if hasattr(items, "key") else str(index)
+            names.update(key.encode(errors="surrogateescape") + b"\0")  # not all names of files are UTF-8
+    for said in _contents(items):
+        contents.update(repr(said).encode() + b"\0")
     return {
         "class": type(items).__name__,
         "images": len(items),
-        "names": digest.hexdigest(),
-        "preparation": items.preparation() if hasattr(items, "preparation") else None,
+        "names": names.hexdigest(),
+        "contents": contents.hexdigest(),
+        "preparation": _prepared(items) or None,
     }
 
 
+def _contents(items: Any) -> Iterator[object]:
+    """What tells images and captions from others of the same names, without reading all of them.
+
+    Keys of tables do so themselves, and what others draw may be different each time.
+    """
+    if isinstance(items, ImageFolderDataset):
+        for index, (path, label) in enumerate(items.files):
+            yield os.path.getsize(path), label, tuple(items.captions_of(index))
+    elif isinstance(items, StreamDataset):
+        items = items.mirrored(0.0)  # a copy: a stream's own place stays where it is
+        try:
+            with drawing(0, 0):
+                item = items.item(0)  # others would have to be read up to
+            yield blake2b(item["image"].numpy().tobytes()).digest(), item.get("label"), tuple(items.captions_of(0))
+        except Unreadable as fault:
+            yield str(fault)
+
+
+def _prepared(items: Any) -> dict[str, Any]:
+    """What is done to images besides the size that they are brought to, where a set says."""
+    return dict(items.preparation()) if hasattr(items, "preparation") else {}
+
+
+def _mirrors(items: Any) -> bool:
+    """Whether a set mirrors some of its images."""
+    transform = getattr(getattr(items, "prepare", items), "transform", None)
+    return bool(getattr(getattr(transform, "covering", transform), "flip_probability", 0.0))
+
+
 def _claim(folder: Path, begun: dict[str, Any]) -> None:
-    """Note what the cache will be, or see that it is what was begun."""
+    """Note what the cache will be, or see that it is what was begun; each process does, before any writes a shard."""
     path = folder / MANIFEST
-    if not path.is_file():
-        if folder.is_dir() and (others := sorted(entry.name for entry in folder.iterdir())):
+    try:
+        found = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+        # What another process is writing is no stranger.
+        others = sorted(name for name in found if not name.startswith(MANIFEST))
+        if MANIFEST not in found and others and not path.is_file():
             raise ValueError(
                 f"`out` must be a new folder, or one that this command has begun, but {folder} holds {some(others)}."
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(begun, indent=1))
-        return
-    known, begun = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(begun))
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(begun, indent=1))
+            return
+        known = json.loads(path.read_text(encoding="utf-8"))
+        splits = list(known["settings"]["data"])
+        was, now = (_flat(_settled(manifest, splits)) for manifest in (known, json.loads(json.dumps(begun))))
+    except OSError as error:
+        raise ValueError(f"`out`: {folder} cannot be a folder to write into ({error}). Give another.") from error
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`out`: {path} is damaged, or is no manifest of a latent cache ({error!r}). Give another folder, or "
+            "delete this one."
+        ) from error
+    if gone := [split for split in splits if split not in begun["settings"]["data"]]:
+        raise ValueError(
+            f"`splits` must name all that {folder} holds, {', '.join(gone)} too, or `out` must be another folder."
+        )
     differ = [
         f"{key} {json.dumps(was.get(key))} there, {json.dumps(now.get(key))} here"
-        for was, now in ((known, begun), (known.get("settings", {}), begun["settings"]))
-        for key in now
-        if key not in ("finished", "settings", "versions") and was.get(key) != now[key]
+        for key in dict.fromkeys([*was, *now])
+        if was.get(key) != now.get(key)
     ]
     if differ:
         raise ValueError(
             f"`out`: {folder} holds a cache that was begun with other settings ({'; '.join(differ)}). Give another "
             "folder, or delete it."
         )
-    for left in folder.rglob(f"*{UNFINISHED}"):
+    for left in folder.glob(f"*/*{UNFINISHED}"):
         left.unlink(missing_ok=True)
 
 
-def _finish(folder: Path, begun: Mapping[str, Any], todo: Sequence[Task]) -> None:
-    """Write the manifest, with all shards."""
+def _settled(manifest: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Any]:
+    """What must not change while a cache is made: what it was begun with, of the splits that it was begun with."""
+    settings = dict(manifest["settings"])
+    for name in ("data", "buckets"):
+        settings[name] = {split: said for split, said in settings[name].items() if split in splits}
+    names = ("format", "autoencoder", "text", "image_size", "class_names", "has_captions")
+    return {**{name: manifest.get(name) for name in names}, **settings}
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What differs is named by where it stands."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+def _finish(folder: Path, begun: Mapping[str, Any], todo: Sequence[Task], faults: Faults) -> None:
+    """Write the manifest, with all shards, unless too many images were left out."""
     shards: dict[str, list[dict[str, Any]]] = {}
     for split, file in dict.fromkeys((task.split, task.file) for task in todo):
         shards.setdefault(split, []).append(json.loads(said_of(folder / file).read_text(encoding="utf-8")))
@@ -217,6 +298,10 @@ def _finish(folder: Path, begun: Mapping[str, Any], todo: Sequence[Task]) -> Non
     counts = {split: sum(shard["items"] for shard in found) for split, found in kept.items()}
     if empty := [split for split, count in counts.items() if not count]:
         raise ValueError(f"None of the {empty[0]} images can be read: {folder / REPORT} names them.")
+    total = sum(len(task.indices) for task in todo)
+    if lost := total - sum(counts.values()):
+        faults.check_share(lost, total, read_faults(folder / REPORT))
+        rank_zero_warn(f"Left out {lost} of {total} images that cannot be read: {folder / REPORT} names them.")
     manifest = {**begun, "finished": True, "images": counts, "rounding_error": error, "shards": kept}
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
     size = sum(shard["bytes"] for found in kept.values() for shard in found)

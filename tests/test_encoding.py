@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -50,7 +52,8 @@ def folder_data(root: Path, **options: Any) -> ImageFolderDataModule:
 
 
 def encode(module: LatentDiffusionModule, data: Any, out: Path, **options: Any) -> Path:
-    run = EncodingTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    # A config may limit what it predicts, which is no limit here.
+    run = EncodingTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, limit_predict_batches=1)
     return run.encode(module, data, str(out), **options)
 
 
@@ -171,6 +174,11 @@ def test_crops_and_mirrored_ones_are_stored_and_drawn(make_module: MakeModule, t
         assert lefts[1::2] == [24 - left for left in lefts[::2]]
     val = LatentShard(tmp_path / "cache" / "val" / "000000.tar")
     assert val.tensors["latent"].shape[1] == 1
+    options: dict[str, Any] = {"splits": ["train"], "crops": 3, "flips": False, "std": False}
+    encode(module, data, tmp_path / "other", dtype="float32", seed=1, **options)
+    other = LatentShard(tmp_path / "other" / "train" / "000000.tar").tensors
+    assert "latent_std" not in other
+    assert (other["crop_top_left"] != shard.tensors["crop_top_left"][:, ::2]).any(), "another seed crops otherwise"
     torch.manual_seed(0)
     loader = cached.train_dataloader()
     latents = shard.tensors["latent"]
@@ -273,8 +281,34 @@ def test_other_settings_models_and_folders_are_refused(make_module: MakeModule, 
         encode(module, folder_data(photos), out, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"begun with other settings \(.*fingerprint"):
         encode(make_module(), folder_data(photos), out)
-    Image.new("RGB", (16, 16)).save(photos / "a" / "new.png")
-    with pytest.raises(ValueError, match=r"begun with other settings \(data .*names"):
+    changes: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("seed", {"seed": 1}, {}),
+        ("std", {"std": False}, {}),
+        ("shard_size", {"shard_size": 7}, {}),
+        ("batch_size", {}, {"batch_size": 3}),
+        (r"data\.train\.preparation\.crop", {}, {"crop": "random"}),
+        (r"data\.val\.preparation\.resize", {}, {"interpolation": "bilinear"}),
+    ]
+    for name, options, of_data in changes:
+        with pytest.raises(ValueError, match=rf"begun with other settings \(.*{name} "):
+            encode(module, folder_data(photos, **of_data), out, **options)
+    with pytest.raises(ValueError, match=r"begun with other settings \(image_size 16 there, 32 here\)"):
+        encode(module, ImageFolderDataModule(photos, 32, batch_size=4, num_workers=0, val_fraction=0.2), out)
+    coarse = make_module(autoencoder=Autoencoder(copy.deepcopy(module.autoencoder.model), dtype="bfloat16"))
+    with pytest.raises(ValueError, match=r'autoencoder\.precision "torch.float32" there, "torch.bfloat16" here'):
+        encode(coarse, folder_data(photos), out)
+    with pytest.raises(ValueError, match=r"`splits` must name all that .* holds, val too"):
+        encode(module, folder_data(photos), out, splits=["train"])
+    photo, other = photos / "a" / "00.png", tmp_path / "new.png"
+    Image.new("RGB", (21, 16)).save(other)
+    shutil.copy(photo, tmp_path / "kept.png")
+    shutil.copy(other, photo)  # of the same name
+    with pytest.raises(ValueError, match=r"begun with other settings \(data\.train\.contents [^;]*\)"):
+        encode(module, folder_data(photos), out)
+    shutil.copy(tmp_path / "kept.png", photo)
+    encode(module, folder_data(photos), out)
+    shutil.move(other, photos / "a" / "new.png")
+    with pytest.raises(ValueError, match=r"begun with other settings \(.*data\.train\.names"):
         encode(module, folder_data(photos), out)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
@@ -283,6 +317,10 @@ def test_other_settings_models_and_folders_are_refused(make_module: MakeModule, 
     for options, message in (
         ({"dtype": "int8"}, r"`dtype` must be one of float16, bfloat16, float32, got 'int8'"),
         ({"crops": 0}, r"`crops` must be 1 or more"),
+        ({"crops": 2}, r"`crops`=2: the data crop in the centre, so that all would be the same"),
+        ({"splits": []}, r"`splits` must be a list of one or more of train, val, test, got \[\]"),
+        ({"splits": "train"}, r"`splits` must be a list .* got 'train'"),
+        ({"splits": ["train", "valid"]}, r"`splits` must be a list .*valid"),
         ({"text": True}, r"`text`: the model goes by ClassTokens, not by Captions"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -293,6 +331,86 @@ def test_other_settings_models_and_folders_are_refused(make_module: MakeModule, 
         encode(module, LatentCacheDataModule(out), tmp_path / "other")
 
 
+def test_other_captions_are_refused(make_module: MakeModule, tmp_path: Path) -> None:
+    photos, module = photos_in(tmp_path / "photos", 6), make_module()
+    for path in photos.rglob("*.png"):
+        path.with_suffix(".txt").write_text(path.stem)
+    encode(module, folder_data(photos, captions="sidecar"), tmp_path / "cache")
+    (photos / "a" / "00.txt").write_text("another")
+    with pytest.raises(ValueError, match=r"begun with other settings \(data\.\w+\.contents [^;]*\)"):
+        encode(module, folder_data(photos, captions="sidecar"), tmp_path / "cache")
+
+
+def test_splits_are_added_and_training_needs_no_more_than_it_uses(make_module: MakeModule, tmp_path: Path) -> None:
+    photos = photos_in(tmp_path / "photos", 12)
+    module = make_module(conditioner=ClassTokens(2, token_dim=8, pooled_dim=8))
+    whole = encode(module, folder_data(photos), tmp_path / "whole")
+    out = encode(module, folder_data(photos), tmp_path / "cache", splits=["train"])
+    run = trainer(tmp_path, limit_val_batches=0, num_sanity_val_steps=0)
+    run.fit(module, LatentCacheDataModule(out, batch_size=4))
+    with pytest.raises(ValueError, match=r"holds no val images, only train: add them by `lpl encode --splits`"):
+        trainer(tmp_path).fit(module, LatentCacheDataModule(out))
+    written = (out / "train" / "000000.tar").stat().st_mtime_ns
+    encode(module, folder_data(photos), out)
+    assert content(out) == content(whole)
+    assert (out / "train" / "000000.tar").stat().st_mtime_ns == written
+
+
+def test_a_damaged_cache_is_mended_or_refused(make_module: MakeModule, tmp_path: Path) -> None:
+    """Files beside shards as a crash of the machine may leave them, and a manifest that is none."""
+    photos, module = photos_in(tmp_path / "photos", 12), make_module()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "manifest.json.7.unfinished").touch()  # another process is about to write it
+    out = encode(module, folder_data(photos), tmp_path / "cache", shard_size=4)
+    expected = content(out)
+    (out / "train" / "000000.json").write_bytes(b"")
+    (out / "train" / "000001.json").write_text("{}")
+    (out / "train" / "000002.tar").write_bytes(b"")
+    encode(module, folder_data(photos), out, shard_size=4)
+    assert content(out) == expected
+    for damaged in ("", "[]", '{"settings": {}}', '{"settings": {"data": []}}'):
+        (out / "manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"`out`: .*manifest\.json is damaged, or is no manifest"):
+            encode(module, folder_data(photos), out, shard_size=4)
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(ValueError, match=r"`out`: .*file.* cannot be a folder to write into"):
+            encode(module, folder_data(photos), place)
+
+
+def test_images_that_are_left_out_are_counted_at_the_end(make_module: MakeModule, tmp_path: Path) -> None:
+    photos, module = photos_in(tmp_path / "photos", 20), make_module()
+    for number in (0, 2, 4):
+        (photos / "a" / f"{number:02d}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"3 of 20 items cannot be read, more than `max_bad_share` .*00\.png"):
+        encode(module, folder_data(photos), tmp_path / "cache")
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.tar")}
+    with pytest.warns(UserWarning, match=r"Left out 3 of 20 images that cannot be read: .*bad_data\.jsonl names them"):
+        out = encode(module, folder_data(photos, max_bad_share=0.2), tmp_path / "cache")
+    assert kept == {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    assert sum(json.loads((out / "manifest.json").read_text())["images"].values()) == 17
+
+
+def test_numbers_that_do_not_fit_are_refused(make_module: MakeModule, tmp_path: Path) -> None:
+    """A posterior's width, and embeddings, as well as latents."""
+    photos = photos_in(tmp_path / "photos", 6)
+    for path in photos.rglob("*.png"):
+        path.with_suffix(".txt").write_text(path.stem)
+    data = folder_data(photos, captions="sidecar")
+    letters = Letters(width=8, pooled=8, length=12)
+    module = make_module(conditioner=Captions([letters]))
+    with torch.no_grad():
+        next(letters.parameters()).mul_(1e6)
+    with pytest.raises(ValueError, match=r"does not fit torch\.float16: the largest number of `text_tokens` is .*e\+0"):
+        encode(module, data, tmp_path / "text", text=True)
+    for factor, name in ((1e6, "latent"), (2e3, "latent_std")):
+        wide = tiny_kl(scaling_factor=factor)
+        with torch.no_grad():
+            wide.quant_conv.bias[4:] = 8.0 if name == "latent_std" else -30.0  # log variance
+        with pytest.raises(ValueError, match=rf"`{name}` is .* Set `dtype` to bfloat16 or float32"):
+            encode(make_module(autoencoder=Autoencoder(wide)), data, tmp_path / name)
+
+
 def test_a_model_with_another_autoencoder_is_refused_before_training(make_module: MakeModule, tmp_path: Path) -> None:
     photos = photos_in(tmp_path / "photos", 12)
     module = make_module(conditioner=ClassTokens(2, token_dim=8, pooled_dim=8))
@@ -300,6 +418,7 @@ def test_a_model_with_another_autoencoder_is_refused_before_training(make_module
     for other in (
         Autoencoder(tiny_kl(scaling_factor=0.5, shift_factor=0.1)),
         Autoencoder(module.autoencoder.model, scaling_factor=0.6),
+        Autoencoder(module.autoencoder.model, shift_factor=0.2),
     ):
         stranger = make_module(autoencoder=other, conditioner=module.conditioner)
         with pytest.raises(ValueError, match=r"`data`: what .* holds was made by another autoencoder than the model's"):
@@ -369,7 +488,7 @@ def _there(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def test_the_command(make_module: MakeModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     photos = photos_in(tmp_path / "photos", 12)
     tiny_taesd(latent_channels=16).save_pretrained(tmp_path / "taesd")
     monkeypatch.chdir(tmp_path)
@@ -379,6 +498,18 @@ def test_the_command(make_module: MakeModule, tmp_path: Path, monkeypatch: pytes
     model += ["--model.autoencoder.downscale=8"]
     data = [f"--data.root={photos}", "--data.num_workers=0", "--data.image_size=64", "--data.batch_size=4"]
     main(["encode", *model, *data, "--out=cache"])
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as terminal:
+        terminal.setattr(sys, "argv", ["lpl", "encode", *model, *data, "--out=full"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, most))  # as on a full disk
+        try:
+            with pytest.raises(SystemExit):
+                main()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+    said = [line for line in capsys.readouterr().err.splitlines() if "full" in line]
+    assert len(said) == 1
+    assert said[0].startswith("lpl: error: `out`: ")
     shutil.rmtree(photos)
     few = [
         "--trainer.max_steps=2",
@@ -423,4 +554,9 @@ def test_buckets_are_cached_each_in_shards_of_its_own(make_module: MakeModule, t
     for (height, width), image in pixels.items():
         expected = autoencoder.encode(image)
         torch.testing.assert_close(encoded[height // 4, width // 4], expected, rtol=1e-3, atol=1e-4)
-    trainer(tmp_path, max_steps=4).fit(module, cached)
+    state = copy.deepcopy(module.state_dict())
+    of_images, _, _ = trained(module, data, tmp_path / "images")
+    module.load_state_dict(state)
+    of_latents, _, _ = trained(module, LatentCacheDataModule(out, batch_size=3), tmp_path / "latents")
+    for one, other in zip(of_latents, of_images, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)

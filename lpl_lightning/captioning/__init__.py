@@ -1,5 +1,5 @@
 """Captions of images by vision-language models of transformers: ``lpl caption``."""
 
-from lpl_lightning.captioning.folders import caption_folder
+from lpl_lightning.captioning.command import caption_images
 
-__all__ = ["caption_folder"]
+__all__ = ["caption_images"]

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from PIL import Image
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from lpl_lightning.data.reading import load_rgb, reason
 
-__all__ = ["Batch", "Batches", "Flags", "Share", "planned"]
+__all__ = ["Batch", "Batches", "Flags", "Images", "Share", "planned"]
 
 Inputs = Mapping[str, Any]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -97,11 +97,18 @@ class Batch(NamedTuple):
     inputs: Inputs | None
 
 
+class Images(Protocol):
+    """The images of a listing."""
+
+    def __getitem__(self, number: int, /) -> str | bytes:
+        """The path of an image, or what is in its file."""
+
+
 class Batches(Dataset[Batch]):
     """Reads images and prepares them, batch by batch, in a loader's processes.
 
     Args:
-        paths: The images of the listing.
+        images: The images of the listing.
         plan: Their numbers, batch by batch.
         rows: Rows of the inputs, whatever number of images there is: the first is repeated, since how a sum is
             rounded depends on the shape of what it is part of.
@@ -110,12 +117,12 @@ class Batches(Dataset[Batch]):
 
     def __init__(
         self,
-        paths: Sequence[str],
+        images: Images,
         plan: Sequence[list[int]],
         rows: int,
         prepare: Callable[[list[Image.Image]], Inputs],
     ) -> None:
-        self.paths, self.plan, self.rows, self.prepare = paths, plan, rows, prepare
+        self.images, self.plan, self.rows, self.prepare = images, plan, rows, prepare
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -128,7 +135,7 @@ class Batches(Dataset[Batch]):
             warnings.simplefilter("ignore")  # Pillow's remarks on odd files
             for number in numbers:
                 try:
-                    images[number] = load_rgb(self.paths[number])
+                    images[number] = load_rgb(self.images[number])
                 except Exception as error:  # Pillow's decoders do not agree on a type.
                     errors[number] = reason(error)
             inputs = self._prepared(list(images.values()))

@@ -20,8 +20,9 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import numpy as np
 
 from lpl_lightning.captioning.batches import Flags, Share
+from lpl_lightning.captioning.record import writing
 
-__all__ = ["Journal", "Row", "as_line"]
+__all__ = ["PARTS", "Journal", "Row", "as_line"]
 
 PARTS = "captions-parts"
 
@@ -48,13 +49,13 @@ class Journal:
     Rows are found by the number of an image in the listing. They are left on the disk: in memory is where each is.
 
     Args:
-        folder: Where ``captions-parts`` is, or will be.
+        folder: Where the parts are, or will be: ``captions-parts``, or a folder in it.
         names: Names of the images, in the order of the listing.
         share: Which part is this process's.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], share: Share) -> None:
-        self.folder, self.names = folder / PARTS, names
+        self.folder, self.names = folder, names
         self.writer = share.name
         self.own = self.folder / f"{share.name}.jsonl"
         self._numbers = {name: number for number, name in enumerate(names)}
@@ -79,8 +80,9 @@ class Journal:
         return self
 
     def _open(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._out = self._files.enter_context(self.own.open("ab"))
+        with writing(self.own):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._out = self._files.enter_context(self.own.open("ab", buffering=0))
         if not _lock(self._out):
             raise BlockingIOError(
                 f"{self.own} is being written by another process. Let it end, or give each process its own `shard`."
@@ -131,13 +133,20 @@ class Journal:
         return self._numbers.get(name)
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Write a batch; it is on the disk when this returns. What failed again for the same reason is not repeated."""
+        """Write a batch; it is on the disk when this returns. What failed again for the same reason is not repeated.
+
+        Raises:
+            ValueError: It cannot be written.
+        """
         new = [row for row in rows if row.text is not None or self.row(self._numbers[row.name]) != row]
         if new:
             start = self._size()
-            self._out.write(b"".join(_line(row, len(new) - 1 - number) for number, row in enumerate(new)))
-            self._out.flush()
-            os.fsync(self._out.fileno())
+            left = b"".join(_line(row, len(new) - 1 - number) for number, row in enumerate(new))
+            with writing(self.own):
+                # Without a buffer, which a full disk would keep from being closed.
+                while left:
+                    left = left[self._out.write(left) :]
+                os.fsync(self._out.fileno())
             self._read(self.own, start)
 
     def _size(self) -> int:

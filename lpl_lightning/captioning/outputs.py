@@ -1,4 +1,4 @@
-"""Captions as files that ``ImageFolderDataModule`` reads, and the report of what became of each image.
+"""Captions as files that ``ImageFolderDataModule`` reads.
 
 A file is written whole or not at all, and one that holds anything else than this wrote is left alone.
 """
@@ -9,16 +9,14 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from lpl_lightning.captioning.journal import Journal, Row, as_line
 from lpl_lightning.captioning.record import write_whole
 from lpl_lightning.data.listing import some
 
-__all__ = ["REPORT", "TABLE", "Sidecars", "Table", "write_report"]
+__all__ = ["TABLE", "Sidecars", "Table"]
 
 TABLE = "metadata.jsonl"
-REPORT = "captions-report.json"
 _OTHER_TABLES = ("metadata.csv", "metadata.parquet")
 
 
@@ -158,31 +156,3 @@ class Sidecars:
     def _write(self, row: Row) -> None:
         if row.text:
             write_whole(self.files[row.name], [f"{row.text}\n".encode()], self.writer)
-
-
-def write_report(folder: Path, journal: Journal) -> dict[str, int]:
-    """Write what became of each image, and count it."""
-    failed: dict[str, str] = {}
-    empty: list[str] = []
-    long: list[str] = []
-    done = 0
-    for row in journal.rows():
-        if row.text is None:
-            failed[row.name] = str(row.error)
-            continue
-        done += 1
-        if not row.text:
-            empty.append(row.name)
-        if row.is_long:
-            long.append(row.name)
-    counts = {
-        "images": len(journal.names),
-        "captioned": done,
-        "not_captioned_yet": len(journal.names) - done - len(failed),
-        "failed": len(failed),
-        "empty": len(empty),
-        "reached_max_new_tokens": len(long),
-    }
-    content: dict[str, Any] = {"counts": counts, "failed": failed, "empty": empty, "reached_max_new_tokens": long}
-    write_whole(folder / REPORT, [json.dumps(content, indent=2).encode() + b"\n"], journal.writer)
-    return counts

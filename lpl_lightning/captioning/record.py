@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-__all__ = ["RECORD", "check_record", "hashes", "versions", "write_whole"]
+__all__ = ["RECORD", "appearing", "check_record", "hashes", "versions", "write_whole", "writing"]
 
 RECORD = "captions-record.json"
 _FORMAT = "lpl_lightning captions 1"
@@ -90,21 +91,52 @@ def check_record(folder: Path, binding: Mapping[str, Any], noted: Mapping[str, A
 
 
 def write_whole(path: Path, content: Iterable[bytes], writer: str) -> None:
-    """Write a file, which appears whole or not at all, in the place of an older one.
+    """Write a file as ``appearing`` does.
 
     Args:
         path: The file.
         content: What it holds.
+        writer: Name of this process's share.
+    """
+    with appearing(path, writer) as file:
+        file.writelines(content)
+
+
+@contextmanager
+def appearing(path: Path, writer: str) -> Iterator[IO[bytes]]:
+    """A file to write, which appears whole or not at all, in the place of an older one.
+
+    Args:
+        path: The file.
         writer: Name of this process's share. Unfinished files are named by it, so that processes have one each, and the
             one that goes on after a kill finds that of the one that was killed.
+
+    Raises:
+        ValueError: It cannot be written.
     """
     unfinished = path.with_name(f".{path.name}.{writer}.unfinished")
     try:
-        with unfinished.open("wb") as file:
-            for piece in content:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with writing(path):
+            with unfinished.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk says, such as that it is full, is an error that names a file and what to do.
+
+    Raises:
+        ValueError: The file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error}). Make room or mend what is wrong, and call the same command again: it "
+            "goes on with what is finished."
+        ) from error

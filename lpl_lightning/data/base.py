@@ -10,6 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,7 +18,8 @@ from lpl_lightning.arguments import at_least
 from lpl_lightning.data.batches import EpochPlan, Shuffled, TrainingLoader
 from lpl_lightning.data.buckets import Assignment
 from lpl_lightning.data.captions import read_prompts
-from lpl_lightning.data.faults import Faults
+from lpl_lightning.data.faults import Faults, Unreadable, read_faults
+from lpl_lightning.data.listing import some
 
 __all__ = ["ImageDataModule", "SampleRequests"]
 
@@ -193,6 +195,30 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         if self.trainer is None or self.trainer.is_global_zero:
             self.faults.write(bad)
 
+    def _left_out(self, bad: Mapping[str, str], total: int, what: str) -> None:
+        """Leave out what was found bad beforehand, or refuse to.
+
+        Args:
+            bad: Reasons by name.
+            total: How many items those are among.
+            what: What they are, for the warning.
+
+        Raises:
+            Unreadable: They are not to be skipped.
+            ValueError: They are too many.
+        """
+        if not bad:
+            return
+        if self.faults.on_error == "raise":
+            raise Unreadable(*next(iter(bad.items())))
+        self._write_faults(bad)
+        self.faults.check_share(len(bad), total, bad)
+        rank_zero_warn(
+            f"Left out {len(bad)} of {total} {what}: "
+            f"{some(f'{name} ({reason})' for name, reason in bad.items())}. Mend or remove them to be rid of this "
+            "warning."
+        )
+
     def _eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         return DataLoader(
             self.dataset(split),
@@ -225,6 +251,12 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         """Test batches, in order."""
         self._write_faults_into_run()
         return self._eval_loader("test")
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Say how many items were left out in all, by all processes."""
+        report = self.faults.report
+        if report is not None and (count := len(read_faults(report))):
+            rank_zero_info(f"{count} items could not be used: {report} names them.")
 
     def predict_dataloader(self) -> DataLoader[Request]:
         """Requests for ``num_generate`` images: ``index``, ``label`` and ``seed``, each (B,) int64.

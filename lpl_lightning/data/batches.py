@@ -7,7 +7,9 @@ and its position in the data. W processes with B items a batch share out what on
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
@@ -133,7 +135,9 @@ class TrainingLoader(DataLoader[Any]):
     Lightning keeps ``state_dict`` in checkpoints and gives it back.
 
     Args:
-        dataset: A map-style data set. It may have a method ``batch`` that makes a whole batch of a ``Request``.
+        dataset: A map-style data set. It may have a method ``batch`` that makes a whole batch of a ``Request``, and,
+            where that draws nothing from torch, ``runs_in_thread = True``: without loader processes, the next batches
+            are then made in a thread while the training step runs.
         plan: Which items make a batch.
         seed: Of order and draws, equal on all processes.
         rank: Number of this process.
@@ -141,6 +145,7 @@ class TrainingLoader(DataLoader[Any]):
         num_workers: Loader processes; 0 loads in this one.
     """
 
+    dataset: _Batches
     sampler: _Sampler
 
     def __init__(
@@ -176,7 +181,9 @@ class TrainingLoader(DataLoader[Any]):
         if self._done >= len(self):
             self._epoch, self._done = self._epoch + 1, 0
         self.sampler.epoch, self.sampler.first = self._epoch, self._done
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        runs_in_thread = self.num_workers == 0 and getattr(self.dataset.items, "runs_in_thread", False)
+        for batch in _made_ahead(batches) if runs_in_thread else batches:
             self._done += 1
             yield batch
 
@@ -202,6 +209,16 @@ class TrainingLoader(DataLoader[Any]):
         self.sampler.seed, self._epoch = int(state["seed"]), int(state["epoch"])
         # Of an epoch of other batches that was at its end, the next one follows.
         self._done = int(state["batches"]) if own == found else len(self)
+
+
+def _made_ahead(batches: Iterator[Any], most: int = 2) -> Iterator[Any]:
+    """The same batches, of which some are made in a thread before they are asked for."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        waiting = deque(thread.submit(next, batches, end) for _ in range(most))
+        while (batch := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, batches, end))
+            yield batch
 
 
 def _same(batch: Any) -> Any:

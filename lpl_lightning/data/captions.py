@@ -18,14 +18,23 @@ import csv
 import io
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lpl_lightning.data.listing import some
 
-__all__ = ["CaptionSource", "MissingCaptions", "read_metadata", "read_prompts", "read_sidecars", "texts_of"]
+__all__ = [
+    "CaptionSource",
+    "Captioned",
+    "MissingCaptions",
+    "read_metadata",
+    "read_prompts",
+    "read_sidecars",
+    "texts_of",
+]
 
 CaptionSource = Literal["sidecar", "metadata"]
 MissingCaptions = Literal["raise", "skip", "empty"]
@@ -33,32 +42,50 @@ FILE_NAME = "file_name"
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
-def read_sidecars(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+class Captioned(NamedTuple):
+    """Captions that were found.
+
+    Attributes:
+        texts: Those of each image that has any.
+        doubled: What comes a second time and does not count, images or rows by name: the reasons.
+        total: How many images or rows those are among.
+        what: What is left out with them, for a message.
+    """
+
+    texts: dict[str, tuple[str, ...]]
+    doubled: dict[str, str]
+    total: int
+    what: str
+
+
+def read_sidecars(paths: Sequence[str]) -> Captioned:
     """Read the text files beside images.
 
     Args:
-        paths: Images.
-
-    Returns:
-        Captions by image, without the images that have none.
+        paths: Images. Of several beside one text file, as ``1.jpg`` and ``1.png`` are, it is the first's.
 
     Raises:
-        ValueError: A file is not UTF-8.
+        ValueError: A file is not UTF-8, or not a file that can be read.
     """
-    captions = {}
+    captions: dict[str, tuple[str, ...]] = {}
+    owner: dict[str, str] = {}
+    doubled = {}
     for path in paths:
+        place = os.path.splitext(path)[0]
+        if (first := owner.get(place)) is not None:
+            doubled[path] = f"its text file is that of {first} too"
+            continue
         try:
             found = _lines(Path(path).with_suffix(".txt"))
         except FileNotFoundError:
             continue
+        owner[place] = path
         if found:
             captions[path] = found
-    return captions
+    return Captioned(captions, doubled, len(paths), "images whose text file is another's too")
 
 
-def read_metadata(
-    folder: Path, paths: Iterable[str], columns: Sequence[str], place: Path | None = None
-) -> dict[str, tuple[str, ...]]:
+def read_metadata(folder: Path, paths: Iterable[str], columns: Sequence[str], place: Path | None = None) -> Captioned:
     """Read the table of a folder's images.
 
     Args:
@@ -68,7 +95,7 @@ def read_metadata(
         place: Another folder that the table is in. Its paths are then relative to ``folder``.
 
     Returns:
-        Captions by image, without the images that have none: row by row, in the order of the columns.
+        Captions row by row, in the order of the columns. A row that says of its image what others have said is doubled.
 
     Raises:
         FileNotFoundError: There is no table.
@@ -80,6 +107,7 @@ def read_metadata(
     captions: dict[str, list[str]] = {path: [] for path in paths}
     known: dict[str, None] = {}
     absent: dict[str, None] = {}
+    doubled, total = {}, 0
     base = table.parent if place is None else folder
     for line, row in _rows(table, columns):
         known |= dict.fromkeys(row)
@@ -96,7 +124,12 @@ def read_metadata(
             continue
         path = os.path.join(folder, name.removeprefix(prefix))
         if path in captions:
-            captions[path] += [text for column in columns for text in texts_of(row.get(column), line, column)]
+            texts = [text for column in columns for text in texts_of(row.get(column), line, column)]
+            total += 1
+            if texts and all(text in captions[path] for text in texts):
+                doubled[line.rstrip(",")] = f"another row has said the same of {name}"
+            else:
+                captions[path] += texts
         elif not os.path.exists(path):
             absent[name] = None
     if lacking := [column for column in columns if column not in known]:
@@ -110,7 +143,8 @@ def read_metadata(
             f"{table} must name files that are there, but {len(absent)} in its column `{FILE_NAME}` are not: "
             f"{some(absent)}. Paths are relative to {base}; mend them, or remove these rows."
         )
-    return {path: tuple(texts) for path, texts in captions.items() if texts}
+    found = {path: tuple(texts) for path, texts in captions.items() if texts}
+    return Captioned(found, doubled, total, "rows that say of an image what another has said")
 
 
 def read_prompts(path: Path, argument: str = "prompts", what: str = "prompt") -> tuple[str, ...]:
@@ -138,7 +172,11 @@ def read_prompts(path: Path, argument: str = "prompts", what: str = "prompt") ->
 
 def _text(path: Path) -> str:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{path} must be a text file, but is none. Move it elsewhere.")
         return path.read_bytes().decode("utf-8-sig")
+    except PermissionError as error:
+        raise ValueError(f"{path} may not be read. Change its permissions.") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} must be UTF-8 text, but its byte {error.start} is not. Save it as UTF-8: in an editor, or with "
@@ -202,6 +240,9 @@ def _rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[st
     # Strict: otherwise a quotation mark that is not closed would swallow the rows after it.
     reader = csv.DictReader(text, strict=True)
     try:
+        names = reader.fieldnames or ()
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{table} must name each column once, but has {some(twice)} several times.")
         for row in reader:
             place = f"{table}, line {reader.line_num},"
             if None in row:

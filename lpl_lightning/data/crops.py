@@ -15,11 +15,15 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from lpl_lightning.data.base import to_unit_range
+from lpl_lightning.data.faults import Unreadable
 
-__all__ = ["CoveringCrop", "Crop", "Interpolation", "SquareCrop"]
+__all__ = ["CoveringCrop", "Crop", "Interpolation", "SquareCrop", "check_covering"]
 
 Crop = Literal["center", "random"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos"]
+
+LARGEST = 2**27
+"""Pixels of the largest image that one is resized to: 0.4 GB."""
 
 
 class CoveringCrop:
@@ -48,19 +52,23 @@ class CoveringCrop:
         """What is done to images besides the size that they are brought to."""
         return {"resize": self.interpolation.value, "antialias": True, "crop": self.crop}
 
-    def __call__(self, image: Image.Image, size: tuple[int, int]) -> dict[str, Tensor]:
+    def __call__(self, image: Image.Image, size: tuple[int, int], name: str = "The image") -> dict[str, Tensor]:
         """Make an image of a size.
 
         Args:
             image: RGB, upright.
             size: Height H and width W, in pixels.
+            name: What the image is called in errors.
 
         Returns:
             ``image``: (3, H, W) float32 in [-1, 1];
             ``original_size``: (2,) int64, height and width of the image given;
             ``crop_top_left``: (2,) int64, top and left of the crop in the resized image.
+
+        Raises:
+            Unreadable: The image is so long that what it would be resized to does not fit memory.
         """
-        height, width = covering(image.height, image.width, size)
+        height, width = check_covering(image, size, name)
         resized = v2.functional.resize(image, [height, width], self.interpolation, antialias=True)
         if self.crop == "center":
             # As CenterCrop rounds.
@@ -90,6 +98,22 @@ def covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
     return height * size[1] // width, size[1]
 
 
+def check_covering(image: Image.Image, size: tuple[int, int], name: str = "The image") -> tuple[int, int]:
+    """``covering``, unless the sides of the image are too far apart for it.
+
+    Raises:
+        Unreadable: It would be resized to more than ``LARGEST`` pixels.
+    """
+    height, width = covering(image.height, image.width, size)
+    if height * width > LARGEST:
+        raise Unreadable(
+            name,
+            f"it is {image.height} pixels high and {image.width} wide, and would be {height} x {width} where it covers "
+            f"{size[0]} x {size[1]}; crop it",
+        )
+    return height, width
+
+
 class SquareCrop:
     """Resizes the shorter side of an image, anti-aliased, up or down, and crops the rest.
 
@@ -110,6 +134,6 @@ class SquareCrop:
         self.size = (image_size, image_size)
         self.covering = CoveringCrop(crop, horizontal_flip, interpolation)
 
-    def __call__(self, image: Image.Image) -> dict[str, Tensor]:
+    def __call__(self, image: Image.Image, name: str = "The image") -> dict[str, Tensor]:
         """Make the square of an RGB, upright image; see ``CoveringCrop``."""
-        return self.covering(image, self.size)
+        return self.covering(image, self.size, name)

@@ -4,16 +4,16 @@ Nothing is left out in silence. Each item that is skipped stands in a report, a 
 
     {"name": "cat/7.jpg", "reason": "OSError: image file is truncated (12 bytes not processed)"}
 
-to which loader processes and ranks all append.
+to which loader processes and ranks all append, each item once, whoever meets it and however often.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import IO, Any, Literal, TypeVar, get_args
 
 from lpl_lightning.data.listing import some
 
@@ -35,11 +35,14 @@ class Unreadable(ValueError):
         reason: Why, in one line.
     """
 
-    def __init__(self, name: str, reason: str) -> None:
+    # One argument does: a loader process hands its errors on as text.
+    def __init__(self, name: str, reason: str = "") -> None:
         super().__init__(name, reason)
         self.name, self.reason = name, reason
 
     def __str__(self) -> str:
+        if not self.reason:
+            return self.name
         return f"{self.name} cannot be read ({self.reason}). Mend or remove it, or set `on_error` to skip it."
 
 
@@ -65,10 +68,18 @@ class Faults:
         self.max_bad_share, self.report = max_bad_share, report
         self.good = 0
         self.met: dict[str, str] = {}
+        self._written: set[str] = set()
+        self._read_to = 0
 
     def passed(self, count: int = 1) -> None:
-        """Count items that this process could use."""
+        """Count items that this process could use.
+
+        Raises:
+            ValueError: Too many of those met are bad.
+        """
         self.good += count
+        if self.met:
+            self._check_met()
 
     def take(self, fault: Unreadable) -> None:
         """Skip an item that was met, or refuse to.
@@ -83,6 +94,9 @@ class Faults:
             return
         self.met[fault.name] = fault.reason
         self.write({fault.name: fault.reason})
+        self._check_met()
+
+    def _check_met(self) -> None:
         # Bad items count once, good ones each time they are met: the share can only be too low.
         self.check_share(len(self.met), self.good + len(self.met), self.met, FIRST_LOOK)
 
@@ -102,22 +116,38 @@ class Faults:
             where = "" if self.report is None else f"; {self.report} names them"
             raise ValueError(
                 f"{bad} of {total} items cannot be read, more than `max_bad_share` ({self.max_bad_share:g}) allows"
-                f"{where}: {some(f'{name} ({reason})' for name, reason in named.items())}. Mend or remove them, or "
-                "raise `max_bad_share`."
+                f"{where}: {_list(named)}. Mend or remove them, or raise `max_bad_share`."
             )
 
     def write(self, found: Mapping[str, str]) -> None:
-        """Append to the report."""
+        """Append to the report what it does not name yet."""
         if self.report is None or not found:
             return
         self.report.parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in found.items())
-        # One write: lines of several processes do not mix.
-        file = os.open(self.report, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(file, lines.encode())
-        finally:
-            os.close(file)
+        with self.report.open("ab+", buffering=0) as file:
+            _lock(file)
+            is_begun = self._catch_up(file)
+            new = {name: reason for name, reason in found.items() if name not in self._written}
+            lines = "".join(json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in new.items())
+            if new:
+                # One write: where a system has no locks, lines of several processes do not mix.
+                file.write(("\n" * is_begun + lines).encode())
+                self._written |= new.keys()
+
+    def _catch_up(self, file: IO[bytes]) -> bool:
+        """See what has been written since; whether its last line was begun and not ended, as by a kill."""
+        if file.seek(0, 2) < self._read_to:  # another file than before
+            self._read_to = 0
+            self._written.clear()
+        file.seek(self._read_to)
+        *lines, begun = file.read().split(b"\n")
+        self._written |= {fault["name"] for fault in _parsed(lines)}
+        self._read_to = file.tell() - len(begun)
+        return bool(begun)
+
+
+def _list(named: Mapping[str, str]) -> str:
+    return some(f"{name} ({reason})" for name, reason in named.items())
 
 
 def first_readable(get: Callable[[int], Item], index: int, count: int, faults: Faults) -> Item:
@@ -143,12 +173,30 @@ def first_readable(get: Callable[[int], Item], index: int, count: int, faults: F
         else:
             faults.passed()
             return item
-    raise ValueError(f"None of {count} items can be read: {some(map(str, faults.met.items()))}.")
+    raise ValueError(
+        f"None of {count} items can be read: {_list(faults.met)}. Mend them, or name other columns, members or classes."
+    )
 
 
 def read_faults(report: str | Path) -> dict[str, str]:
     """Read a report: reasons by name; nothing where there is no file."""
     path = Path(report)
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    found = [json.loads(line) for line in lines]
-    return {fault["name"]: fault["reason"] for fault in found}
+    return {fault["name"]: fault["reason"] for fault in _parsed(lines)}
+
+
+def _parsed(lines: Iterable[str | bytes]) -> list[dict[str, Any]]:
+    """Lines of a report, without one that a kill or a full disk cut off."""
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [fault for fault in found if isinstance(fault, dict) and fault.keys() >= {"name", "reason"}]
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Wait until no other process holds a file, and hold it until it is closed, where the system can do that."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from lpl_lightning.arguments import read_settings
@@ -29,11 +29,11 @@ from lpl_lightning.data.batches import EpochPlan
 from lpl_lightning.data.bucketed import BucketedDataset, BucketedPlan, bucketed_loader, described
 from lpl_lightning.data.buckets import AspectBuckets, Assignment, Size
 from lpl_lightning.data.captions import CaptionSource, MissingCaptions, read_metadata, read_sidecars
-from lpl_lightning.data.crops import Crop, Interpolation
-from lpl_lightning.data.faults import Faults, OnError, Unreadable
+from lpl_lightning.data.crops import Crop, Interpolation, check_covering
+from lpl_lightning.data.faults import Faults, OnError
 from lpl_lightning.data.folder_dataset import ImageFolderDataset
 from lpl_lightning.data.listing import images_below, path_hash, scan, some
-from lpl_lightning.data.reading import unreadable, upright_sizes
+from lpl_lightning.data.reading import in_threads, load_rgb, upright_sizes
 
 __all__ = ["ImageFolderDataModule", "ImageFolderDataset"]
 
@@ -152,11 +152,14 @@ class ImageFolderDataModule(ImageDataModule):
 
     def _captioned(self, folder: Path, argument: str) -> list[str]:
         paths = images_below(folder, argument)
+        place = self.caption_folder if folder == self.root else None
         if self.captions == "sidecar":
-            captions = read_sidecars(paths)
+            found = read_sidecars(paths)
         else:
-            place = self.caption_folder if folder == self.root else None
-            captions = read_metadata(folder, paths, self.caption_columns, place)
+            found = read_metadata(folder, paths, self.caption_columns, place)
+        captions = found.texts
+        self._left_out(found.doubled, found.total, found.what)
+        paths = [path for path in paths if path not in found.doubled]
         bare = [path for path in paths if path not in captions]
         if bare and self.missing_captions == "skip":
             paths = [path for path in paths if path in captions]
@@ -309,26 +312,19 @@ class ImageFolderDataModule(ImageDataModule):
         self._check_captions(paths)
         if self.verify and paths:
             rank_zero_info(f"Decoding {len(paths):,} images once to verify them; `verify: false` skips this.")
-        bad = unreadable(paths) if self.verify else {}
+        bad = in_threads(self._look, paths)[1] if self.verify else {}
         if self.buckets is not None:
             sizes, unsized = upright_sizes([path for path in paths if path not in bad])
             self._sizes, bad = self._sizes | sizes, bad | unsized
-        if bad and self.faults.on_error == "raise":
-            raise Unreadable(*next(iter(bad.items())))
-        reasons = some(f"{path} ({reason})" for path, reason in bad.items())
         kept = {split: [pair for pair in pairs if pair[0] not in bad] for split, pairs in files.items()}
-        if empty := [split for split, pairs in kept.items() if not pairs]:
+        empty = [split for split, pairs in kept.items() if not pairs]
+        if empty and self.faults.on_error == "skip":
+            reasons = some(f"{path} ({reason})" for path, reason in bad.items())
             raise ValueError(
                 f"The {empty[0]} images must be such that Pillow can read them, but none of "
                 f"{len(files[empty[0]])} is: {reasons}. Mend or replace them, or give another folder."
             )
-        if bad:
-            self._write_faults(bad)
-            self.faults.check_share(len(bad), len(paths), bad)
-            rank_zero_warn(
-                f"Left out {len(bad)} of {len(paths)} images that cannot be read: {reasons}. "
-                f"Mend or remove them to be rid of this warning."
-            )
+        self._left_out(bad, len(paths), "images that cannot be read")
         for split, pairs in kept.items():
             train = split == "train"
             crop, flip = (self.crop, self.horizontal_flip) if train else ("center", False)
@@ -336,6 +332,10 @@ class ImageFolderDataModule(ImageDataModule):
             self._datasets[split] = ImageFolderDataset(
                 pairs, self.image_size, crop, flip, self.interpolation, captions, train, self.faults, self._root(split)
             )
+
+    def _look(self, path: str) -> tuple[int, int]:
+        """Decode an image, and see whether it can be made a square."""
+        return check_covering(load_rgb(path), (self.image_size, self.image_size), path)
 
     def _check_captions(self, paths: Sequence[str]) -> None:
         if self.has_captions and (bare := [path for path in paths if path not in self._captions]):

@@ -99,7 +99,7 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
             Unreadable: It cannot be read.
         """
         path, label = self.files[index]
-        item: dict[str, Any] = {**self.transform(read_rgb(path), size or self.size)}
+        item: dict[str, Any] = {**self.transform(read_rgb(path), size or self.size, path)}
         if label is not None:
             item["label"] = label
         if self.captions is not None:

@@ -7,7 +7,7 @@ not by ``datasets``, and code that comes with a data set is never run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from lpl_lightning.data.base import Split
 from lpl_lightning.data.crops import Crop, Interpolation
 from lpl_lightning.data.faults import OnError
 from lpl_lightning.data.listing import some
-from lpl_lightning.data.rows import Columns, RowsDataset, RowStream, row_hashes, spread_order
+from lpl_lightning.data.rows import Columns, RowsDataset, RowStream, doubled_rows, row_hashes, spread_order
 from lpl_lightning.data.samples import optional, read_classes
 from lpl_lightning.data.sources import SourceDataModule, held_out
 from lpl_lightning.data.streams import StreamDataset
 
 __all__ = ["HuggingFaceDataModule"]
+
+LOADERS = ("arrow", "csv", "imagefolder", "json", "parquet", "webdataset")
+"""Loaders, which without files of their own would read what lies in the working folder."""
 
 
 class HuggingFaceDataModule(SourceDataModule):
@@ -46,6 +49,7 @@ class HuggingFaceDataModule(SourceDataModule):
         revision: Branch, tag or commit of a hub repository.
         streaming: Read the files one after the other during training instead of preparing a table beforehand.
         image: Column of the images, or of their paths or URLs.
+        image_folder: Folder that relative paths of images count from; None takes the one in which the run is started.
         label: Column of the class: an index or a name. None has no classes.
         caption: Column of captions, strings or lists of strings, or several columns. Of several captions of a training
             image one is drawn anew each time; else its first is taken. None has no captions.
@@ -59,8 +63,10 @@ class HuggingFaceDataModule(SourceDataModule):
         crop: Which square of a training image: the centre, or one drawn anew each time; else the centre.
         horizontal_flip: Mirror half of the training images, drawn anew each time.
         interpolation: How to resize; always anti-aliased.
-        on_error: What becomes of rows that cannot be used: ``skip`` puts the next in the place of one that is met;
-            ``raise`` ends the run with an error that names the first.
+        verify: Decode every image of a table once before the first step; False saves that time, and rows that cannot
+            be used are found when they are met, as those of a stream are.
+        on_error: What becomes of those: ``skip`` leaves them out, with a warning, or puts the next row in the place of
+            one that is met; ``raise`` ends the run with an error that names the first.
         max_bad_share: Share of them, in [0, 1], above which the run ends all the same.
         report: File that names them, a JSON object a line; by default ``bad_data.jsonl`` in the run's folder.
         num_generate: How many images ``lpl predict`` generates.
@@ -83,6 +89,7 @@ class HuggingFaceDataModule(SourceDataModule):
         revision: str | None = None,
         streaming: bool = False,
         image: str = "image",
+        image_folder: str | Path | None = None,
         label: str | None = None,
         caption: str | list[str] | None = None,
         classes: int | list[str] | str | None = None,
@@ -93,6 +100,7 @@ class HuggingFaceDataModule(SourceDataModule):
         crop: Crop = "center",
         horizontal_flip: bool = False,
         interpolation: Interpolation = "bicubic",
+        verify: bool = False,
         on_error: OnError = "skip",
         max_bad_share: float = 0.1,
         report: str | Path | None = None,
@@ -117,11 +125,16 @@ class HuggingFaceDataModule(SourceDataModule):
             generate_seed,
             prompts,
         )
-        self.path, self.name, self.revision = path, name, revision
+        if verify and streaming:
+            raise ValueError("`verify` decodes images beforehand, and `streaming` does not: leave either out.")
+        if path == "pandas":
+            raise ValueError("`path`: pandas reads pickles, which may run code. Give the data as Parquet.")
+        self.path, self.name, self.revision, self.verify = path, name, revision, verify
         self.splits: dict[Split, str | None] = {"train": split, "val": val_split, "test": test_split}
         self.data_files, self.data_dir, self.streaming = data_files, data_dir, streaming
         captions = [caption] if isinstance(caption, str) else caption or []
-        self.columns = Columns(image, label, tuple(captions))
+        place = "" if image_folder is None else str(Path(image_folder).expanduser().absolute())
+        self.columns = Columns(image, label, tuple(captions), folder=place)
         self.classes = read_classes(classes)
         self._loaded: dict[str, Any] = {}
         self._class_names: tuple[str, ...] | None = None
@@ -144,8 +157,10 @@ class HuggingFaceDataModule(SourceDataModule):
             return self.classes
         if found:
             return found
-        if getattr(feature, "dtype", None) == "string" and not self.streaming:
-            return tuple(sorted(value for value in data.unique(label) if value is not None))
+        if "string" in str(getattr(feature, "dtype", "")) and not self.streaming:
+            if names := sorted({value.strip() for value in data.unique(label) if value is not None}):
+                return tuple(names)
+            raise ValueError(f"`label` must be a column of classes, but {label} holds none in {len(data)} rows.")
         raise ValueError(
             f"`classes` must be given, how many or their names, for the column {label} ({feature}) does not say which "
             "there are."
@@ -185,12 +200,8 @@ class HuggingFaceDataModule(SourceDataModule):
         if split not in self._loaded:
             data = self._load(split)
             features = data.features or {}
-            wanted = self.columns.names()
-            if features and (lacking := [column for column in wanted if column not in features]):
-                raise ValueError(
-                    f"`image`, `label` and `caption` must be columns of the data, but {some(lacking)} is not among "
-                    f"{some(features)}."
-                )
+            if features:
+                self.columns.check(features)
             library = optional("datasets")
             if isinstance(features.get(self.columns.image), library.Image):
                 data = data.cast_column(self.columns.image, library.Image(decode=False))
@@ -199,8 +210,10 @@ class HuggingFaceDataModule(SourceDataModule):
 
     def _load(self, split: str) -> Any:
         library, folder = optional("datasets"), Path(self.path).expanduser()
+        if self.path in LOADERS and not folder.exists() and self.data_files is None and self.data_dir is None:
+            raise ValueError(f"`path`: {self.path} needs files that it is to read: give `data_files` or `data_dir`.")
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            saved = library.load_from_disk(str(folder))
+            saved = self._by(library.load_from_disk, str(folder))
             if isinstance(saved, Mapping):
                 if split not in saved:
                     raise ValueError(f"There is no split {split!r} in {folder}, which has {some(saved)}.")
@@ -213,7 +226,19 @@ class HuggingFaceDataModule(SourceDataModule):
             return saved.to_iterable_dataset(num_shards=min(64, max(1, len(saved)))) if self.streaming else saved
         options = {"name": self.name, "data_files": self.data_files, "data_dir": self.data_dir, "split": split}
         path = str(folder) if folder.exists() else self.path
-        return library.load_dataset(path, revision=self.revision, streaming=self.streaming, **options)
+        return self._by(library.load_dataset, path, revision=self.revision, streaming=self.streaming, **options)
+
+    def _by(self, load: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        try:
+            return load(*given, **options)
+        except ImportError:
+            raise
+        except Exception as error:  # What reads files, or fetches them, does not agree on a type.
+            said = str(error).partition("\n")[0]
+            raise ValueError(
+                f"`path`={self.path!r} cannot be loaded as a data set ({type(error).__name__}: {said}). Give a folder "
+                "of `save_to_disk`, a folder of files, a loader with `data_files` or a hub id, and a split that it has."
+            ) from error
 
     def dataset(self, split: Split) -> RowsDataset | StreamDataset:
         """The images of one split, loaded as by ``setup`` where they have not been yet."""
@@ -229,21 +254,26 @@ class HuggingFaceDataModule(SourceDataModule):
                         f"The split {own} must have the classes {some(self.class_names)}, not {some(names)}."
                     )
             columns = self.columns._replace(class_names=self.class_names)
-            name = f"{self.path}, {own or self.splits['train']}"
+            given = [self.path, self.name, self.data_dir, self.data_files, own or self.splits["train"]]
+            name = ", ".join(str(part) for part in given if part is not None)
             make = self._stream if self.streaming else self._table
             self._datasets[split] = make(split, data, columns, name)
         return self._datasets[split]
 
     def _table(self, split: Split, data: Any, columns: Columns, name: str) -> RowsDataset:
         rows = np.arange(len(data))
+        if twice := doubled_rows(data, columns):
+            said = {f"{name}, row {row}": f"it says what row {first} does" for row, first in twice.items()}
+            self._left_out(said, len(rows), "rows that say what another does")
+            rows = np.delete(rows, list(twice))
         whole = self.splits["val"] is not None or split == "test"
         if split != "train" or not whole:
             hashes, paths = row_hashes(data, columns.image)
             if not whole:
                 out = hashes < self.val_fraction
-                if len(rows) and not out.any():
-                    out[np.argmin(hashes)] = True
-                rows = rows[out == (split == "val")]
+                if len(rows) and not out[rows].any():
+                    out[rows[np.argmin(hashes[rows])]] = True
+                rows = rows[out[rows] == (split == "val")]
             if split != "train":
                 rows = spread_order(data, columns.label, rows, hashes, paths)
         if not len(rows):
@@ -251,14 +281,22 @@ class HuggingFaceDataModule(SourceDataModule):
                 f"There must be {split} images, but of the {len(data)} rows of {name} none is left for them. Give "
                 "more, another `val_fraction`, or `val_split`."
             )
-        return RowsDataset(data, rows.tolist(), columns, name, self._preparation(split), self.faults)
+        found = RowsDataset(data, rows, columns, name, self._preparation(split), self.faults)
+        if self.verify:
+            rank_zero_info(f"Decoding {len(rows):,} images of {name} once to verify them; `verify: false` skips this.")
+            bad = found.unusable()
+            if len(bad) == len(rows) and self.faults.on_error == "skip":
+                raise ValueError(f"None of the {len(rows)} {split} rows of {name} can be used: {some(bad.values())}")
+            self._left_out({one.name: one.reason for one in bad.values()}, len(rows), "rows that cannot be used")
+            found.rows = np.delete(rows, list(bad))
+        return found
 
     def _stream(self, split: Split, data: Any, columns: Columns, name: str) -> StreamDataset:
         stream = RowStream(data, columns, name)
         shards = list(range(len(stream.shards)))
         whole = self.splits["val"] is not None or split == "test"
         if not whole:
-            out = held_out(stream.shards, self.val_fraction, "`val_split`")
+            out = held_out([f"part {part}" for part in shards], self.val_fraction, "`val_split`")
             shards = [shard for shard in shards if out[shard] == (split == "val")]
         if split == "train" and self.images_per_epoch is not None:
             return self._streamed(split, stream, shards, None, self.images_per_epoch)

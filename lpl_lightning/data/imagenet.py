@@ -106,7 +106,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         return tuple(words.get(name, name) for name in self.class_names)
 
     def _scan(self, folder: Path, argument: str) -> dict[str | None, list[str]]:
-        if argument == "val_root" and not any(entry.is_dir() for entry in folder.iterdir()):
+        if argument == "val_root" and not any(entry.is_dir() and entry.name[0] != "." for entry in folder.iterdir()):
             paths = images_below(folder, "root")
             return _by_class(paths, _classes_of(self.top, folder, paths))
         classes = scan(folder, "root")
@@ -155,7 +155,7 @@ def _classes_of(top: Path, folder: Path, paths: list[str]) -> dict[str, str]:
     """WordNet ids of validation images that lie in one folder, by the images' names without ending."""
     solution, truth, meta = (_find(top, name) for name in (SOLUTION, TRUTH, META))
     if solution is not None:
-        with solution.open(encoding="utf-8", newline="") as file:
+        with solution.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
         try:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}

@@ -39,6 +39,7 @@ __all__ = ["FORMAT", "MANIFEST", "CachedLatents", "LatentCacheDataModule", "read
 MANIFEST = "manifest.json"
 FORMAT = "lpl_lightning latent cache 1"
 
+_KEPT = ("image_size", "class_names", "has_captions", "autoencoder", "text", "shards")
 _BY_VARIANT = ("latent", "latent_std", "original_size", "crop_top_left")
 _BY_ITEM = ("label", "target_size")
 _TEXT = "text_"
@@ -63,6 +64,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
         if found["format"] != FORMAT:
             raise ValueError(f"its `format` is {found['format']!r}")
         is_whole = bool(found["finished"])
+        if is_whole and (lacking := [key for key in _KEPT if key not in found]):
+            raise ValueError(f"it has no {', '.join(lacking)}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no manifest of a latent cache as this version writes it: {error}.") from error
     if not is_whole:
@@ -93,6 +96,8 @@ class CachedLatents(Dataset[dict[str, Any]]):
         counts: How many items each has.
         assignment: Which size the image of each item has, where there are several.
     """
+
+    runs_in_thread = True
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int], assignment: Assignment | None = None) -> None:
         self.paths, self.assignment = list(paths), assignment
@@ -259,7 +264,9 @@ class LatentCacheDataModule(ImageDataModule):
         """
         self._write_faults_into_run()
         for split in STAGE_SPLITS.get(stage, ("train", "val", "test")):
-            self.dataset(split)
+            # A run that does not validate needs no images for it.
+            if split != "val" or stage != "fit" or getattr(self.trainer, "limit_val_batches", True):
+                self.dataset(split)
 
     def dataset(self, split: Split) -> CachedLatents:
         """The latents of one split; those of validation for tests, where none were encoded for them."""
@@ -267,7 +274,7 @@ class LatentCacheDataModule(ImageDataModule):
         source: Split = "val" if split == "test" and "test" not in shards else split
         if source not in shards:
             raise ValueError(
-                f"{self.root} holds no {source} images, only {some(shards)}: encode them by `lpl encode --splits`."
+                f"{self.root} holds no {source} images, only {some(shards)}: add them by `lpl encode --splits`."
             )
         if source not in self._datasets:
             self._datasets[source] = self._opened(shards[source])
@@ -316,7 +323,8 @@ class LatentCacheDataModule(ImageDataModule):
             self.faults.check_share(lost, total, bad)
             rank_zero_warn(f"Left out {lost} of {total} images, in {len(bad)} shards that cannot be used: {reasons}.")
         kept = [shard for shard in shards if shard["file"] not in bad]
-        sizes = sorted({tuple(shard["size"]) for shard in kept if "size" in shard})
+        # In the order in which they were encoded, so that batches are those of the images.
+        sizes = list(dict.fromkeys(tuple(shard["size"]) for shard in kept if "size" in shard))
         assignment = None
         if len(sizes) > 1:
             of_shards = [sizes.index(tuple(shard["size"])) for shard in kept]

@@ -62,7 +62,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], items: Sequence[Shard
     Raises:
         OSError: It cannot be written.
     """
-    lines = [json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in items]
+    lines = [_line(item) for item in items]
     starts = torch.tensor([0, *map(len, lines)]).cumsum(0)
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +80,13 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], items: Sequence[Shard
     finally:
         with suppress(OSError):  # it is there only where something failed
             part.unlink()
+
+
+def _line(item: ShardItem) -> bytes:
+    try:
+        return json.dumps(item, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # the name of a file that is not UTF-8
+        return json.dumps(item).encode() + b"\n"
 
 
 def shard_hash(path: Path) -> str:

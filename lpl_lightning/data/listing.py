@@ -33,7 +33,7 @@ def scan(root: Path, argument: str) -> dict[str | None, list[str]]:
     above = frozenset([os.path.realpath(root)])
     direct = [entry.path for entry in _visible(root) if _is_image(entry)]
     classes: dict[str | None, list[str]] = {
-        entry.name: images for entry in _visible(root) if entry.is_dir() and (images := _images(entry.path, above))
+        entry.name: images for entry in _visible(root) if _is_folder(entry) and (images := _images(entry.path, above))
     }
     if direct and classes:
         raise ValueError(
@@ -77,12 +77,24 @@ def _no_images(root: Path, argument: str) -> ValueError:
 
 
 def _visible(folder: str | Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+    except PermissionError as error:
+        raise ValueError(
+            f"The folder {folder} may not be read. Change its permissions, or move it elsewhere."
+        ) from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to what may not be looked at
+        return False
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir()
+    return entry.name.lower().endswith(EXTENSIONS) and not _is_folder(entry)
 
 
 def _images(folder: str, above: frozenset[str]) -> list[str]:
@@ -92,7 +104,7 @@ def _images(folder: str, above: frozenset[str]) -> list[str]:
         return []
     images = []
     for entry in _visible(folder):
-        if entry.is_dir():
+        if _is_folder(entry):
             images += _images(entry.path, above | {real})
         elif _is_image(entry):
             images.append(entry.path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
+import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +17,12 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lpl_lightning.data.faults import Unreadable
 
-__all__ = ["load_rgb", "read_rgb", "reason", "unreadable", "upright_size", "upright_sizes"]
+__all__ = ["in_threads", "load_rgb", "read_rgb", "reason", "upright_size", "upright_sizes"]
 
 Found = TypeVar("Found")
+Item = TypeVar("Item", str, int)
 
-CHUNK = 64  # images per task: a task for each of a million images would itself fill the memory
+CHUNK = 64  # items per task: a task for each of a million images would itself fill the memory
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """Pillow's names of what is read, whatever a file is called. It knows more, such as EPS, which runs a program."""
@@ -41,7 +44,7 @@ def load_rgb(source: str | bytes) -> Image.Image:
         ValueError: It has several frames, or values whose range is not known.
         Exception: Whatever Pillow's decoders say of a file that they cannot read.
     """
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
+    with _opened(source) as image:
         # Cameras write a preview beside a photo as a second picture (MPO), which is no animation.
         if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
             raise ValueError(f"it has {frames} frames; save the one that is meant by itself")
@@ -55,6 +58,15 @@ def load_rgb(source: str | bytes) -> Image.Image:
             rgba = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         return image.convert("RGB")
+
+
+def _opened(source: str | bytes) -> Image.Image:
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source), formats=_formats())
+    # A pipe would be waited for, and a device read without end.
+    if not stat.S_ISREG(os.stat(source).st_mode):
+        raise ValueError("it is no file")
+    return Image.open(source, formats=_formats())
 
 
 def read_rgb(source: str | bytes, name: str | None = None) -> Image.Image:
@@ -84,14 +96,11 @@ def read_rgb(source: str | bytes, name: str | None = None) -> Image.Image:
 
 def reason(error: Exception) -> str:
     """Why an image could not be read, in one line."""
+    if isinstance(error, Unreadable):
+        return error.reason
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow can identify"
     return f"{type(error).__name__}: {error}"
-
-
-def unreadable(paths: Sequence[str]) -> dict[str, str]:
-    """Decode images once, in threads; return why, by path, for those that cannot be."""
-    return _in_threads(lambda path: load_rgb(path).size, paths)[1]
 
 
 def upright_size(path: str) -> tuple[int, int]:
@@ -102,7 +111,7 @@ def upright_size(path: str) -> tuple[int, int]:
     Raises:
         Exception: Whatever Pillow says of a file that is no image.
     """
-    with Image.open(path, formats=_formats()) as image:
+    with _opened(path) as image:
         width, height = image.size
         if tags := getattr(image, "tag_v2", None):  # newer versions of Pillow turn the size of a TIFF themselves
             width, height = tags.get(ExifTags.Base.ImageWidth, width), tags.get(ExifTags.Base.ImageLength, height)
@@ -133,28 +142,36 @@ def upright_sizes(paths: Sequence[str]) -> tuple[dict[str, tuple[int, int]], dic
     Returns:
         Height and width by path, and why, by path, for those that have none; see ``upright_size``.
     """
-    return _in_threads(upright_size, paths)
+    return in_threads(upright_size, paths)
 
 
-def _in_threads(function: Callable[[str], Found], paths: Sequence[str]) -> tuple[dict[str, Found], dict[str, str]]:
-    """What a function makes of images, and why, by path, it cannot."""
+def in_threads(function: Callable[[Item], Found], items: Sequence[Item]) -> tuple[dict[Item, Found], dict[Item, str]]:
+    """What a function makes of images, in threads.
 
-    def each(start: int) -> list[tuple[str, Found | None, str | None]]:
-        made: list[tuple[str, Found | None, str | None]] = []
-        for path in paths[start : start + CHUNK]:
+    Args:
+        function: Makes something, not None, of an image, or raises an error.
+        items: Paths or positions of images.
+
+    Returns:
+        What was made, by item, and why, by item, nothing could be.
+    """
+
+    def each(start: int) -> list[tuple[Item, Found | None, str | None]]:
+        made: list[tuple[Item, Found | None, str | None]] = []
+        for item in items[start : start + CHUNK]:
             try:
-                made.append((path, function(path), None))
+                made.append((item, function(item), None))
             except Exception as error:  # Pillow's decoders do not agree on a type.
-                made.append((path, None, reason(error)))
+                made.append((item, None, reason(error)))
         return made
 
     found, bad = {}, {}
     # The filters belong to the process: they are set here once, not by threads that would undo one another's.
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")
-        for path, value, why in chain.from_iterable(pool.map(each, range(0, len(paths), CHUNK))):
+        for item, value, why in chain.from_iterable(pool.map(each, range(0, len(items), CHUNK))):
             if value is not None:
-                found[path] = value
+                found[item] = value
             elif why is not None:
-                bad[path] = why
+                bad[item] = why
     return found, bad

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Dataset
 
 from lpl_lightning.data.faults import Faults, Unreadable, first_readable
-from lpl_lightning.data.listing import path_hash
-from lpl_lightning.data.samples import Preparation, Sample, captions_of, label_of, optional
+from lpl_lightning.data.listing import path_hash, some
+from lpl_lightning.data.reading import in_threads
+from lpl_lightning.data.samples import Preparation, Sample, SampleDataset, captions_of, label_of, optional
 from lpl_lightning.data.streams import Handle
 
-__all__ = ["Columns", "RowStream", "RowsDataset", "row_hashes", "spread_order"]
+__all__ = ["Columns", "RowStream", "RowsDataset", "doubled_rows", "row_hashes", "spread_order"]
 
 MOST_SHARDS = 4096
 """Parts of a stream of more files, such as single images, are of several files each."""
+
+LOOKED_AT = 16
+"""Images of a table whose contents are among what tells it from others."""
 
 
 class Columns(NamedTuple):
@@ -32,12 +35,45 @@ class Columns(NamedTuple):
         label: Class index or name; None without classes.
         captions: Captions: strings or lists of strings; empty without captions.
         class_names: The classes.
+        folder: Where paths of images that are relative count from.
     """
 
     image: str
     label: str | None = None
     captions: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    folder: str = ""
+
+    def check(self, features: Mapping[str, Any]) -> None:
+        """Refuse columns that are not there, or hold what no row could be used for.
+
+        Args:
+            features: What ``datasets`` says of the columns.
+
+        Raises:
+            ValueError: They are such.
+        """
+        if lacking := [column for column in self.names() if column not in features]:
+            raise ValueError(
+                f"`image`, `label` and `caption` must be columns of the data, but {some(lacking)} is not among "
+                f"{some(features)}."
+            )
+        image, text = features[self.image], ("string", "large_string", "string_view", "null")
+        encoded = (*text, "binary", "large_binary", "binary_view")
+        is_file = isinstance(image, Mapping) and {"bytes", "path"} & image.keys()
+        if not is_file and type(image).__name__ != "Image" and getattr(image, "dtype", None) not in encoded:
+            raise ValueError(f"`image` must be a column of images or of paths, but {self.image} holds {image}.")
+        label = None if self.label is None else features[self.label]
+        dtype = str(getattr(label, "dtype", ""))
+        if label is not None and dtype not in text and not dtype.startswith(("int", "uint", "float")):
+            raise ValueError(f"`label` must be a column of whole numbers or names, but {self.label} holds {label}.")
+        for column in self.captions:
+            # A list of one feature is how older versions of the library write lists.
+            held = features[column][0] if isinstance(features[column], list) else features[column]
+            if getattr(getattr(held, "feature", held), "dtype", None) not in text:
+                raise ValueError(
+                    f"`caption` must be columns of strings or lists of strings, but {column} holds {features[column]}."
+                )
 
     def names(self, images: bool = True) -> list[str]:
         """Names of the columns, without that of images if they are not wanted."""
@@ -61,6 +97,8 @@ class Columns(NamedTuple):
     def _encoded(self, name: str, value: object) -> bytes | str:
         if isinstance(value, Mapping):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if isinstance(value, str) and "://" not in value:
+            return os.path.join(self.folder, value)
         if isinstance(value, bytes | str):
             return value
         if value is None:
@@ -68,7 +106,7 @@ class Columns(NamedTuple):
         raise Unreadable(name, f"the column {self.image} holds a {type(value).__name__} instead of an image's file")
 
 
-class RowsDataset(Dataset[dict[str, Any]]):
+class RowsDataset(SampleDataset):
     """Rows of a table as square images.
 
     Args:
@@ -81,12 +119,19 @@ class RowsDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, table: Any, rows: Sequence[int], columns: Columns, name: str, prepare: Preparation, faults: Faults
+        self,
+        table: Any,
+        rows: npt.NDArray[np.int64],
+        columns: Columns,
+        name: str,
+        prepare: Preparation,
+        faults: Faults,
     ) -> None:
+        super().__init__(prepare)
         self.table, self.columns, self.name = table.select_columns(columns.names()), columns, name
         # An array: a list of a million numbers would be copied to each loader process as they are counted.
-        self.rows: npt.NDArray[np.int64] = np.asarray(rows, np.int64)
-        self.prepare, self.faults = prepare, faults
+        self.rows = rows
+        self.faults = faults
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,35 +141,26 @@ class RowsDataset(Dataset[dict[str, Any]]):
             raise IndexError(index)
         return first_readable(self.item, index, len(self), self.faults)
 
-    def item(self, index: int) -> dict[str, Any]:
-        """A row, and not another in its place.
-
-        Raises:
-            Unreadable: It cannot be used.
-        """
-        return self.prepare(self._sample(index))
-
     def key(self, index: int) -> str:
-        """Number of a row in the table."""
-        return str(int(self.rows[index]))
+        """What tells a row from others, of other tables too."""
+        return f"{self.identity}/{int(self.rows[index])}"
 
-    def captions_of(self, index: int) -> Sequence[str]:
-        """All captions of a row."""
-        return self._sample(index).captions or ()
+    @cached_property
+    def identity(self) -> str:
+        """What tells the table from others: a hash that a table of the same rows has, wherever it lies."""
+        return identity(self.table, self.columns)
 
-    def mirrored(self, probability: float) -> Self:
-        """The same images, each of which is mirrored with a probability."""
-        found = copy.copy(self)
-        found.prepare = self.prepare.mirrored(probability)
-        return found
+    def unusable(self) -> dict[int, Unreadable]:
+        """Decode all images once, in threads; give those that cannot be used, by position."""
+        bad = in_threads(lambda index: self.prepare.check(self._sample(index)), range(len(self)))[1]
+        return {index: Unreadable(self._name(index), why) for index, why in bad.items()}
 
-    def preparation(self) -> dict[str, str | bool]:
-        """What is done to images besides the size that they are brought to."""
-        return self.prepare.transform.covering.provenance()
+    def _name(self, index: int) -> str:
+        return f"{self.name}, row {int(self.rows[index])}"
 
     def _sample(self, index: int) -> Sample:
         row = int(self.rows[index])
-        return self.columns.sample(f"{self.name}, row {row}", str(row), self.table[row])
+        return self.columns.sample(self._name(index), str(row), self.table[row])
 
     def captions(self) -> Iterator[str]:
         """The first caption of each row that has one, in order, without reading images."""
@@ -173,14 +209,65 @@ def row_hashes(table: Any, image: str) -> tuple[npt.NDArray[np.float64], bool]:
 
     The path counts from the folder that all images are in; other rows are told apart by their numbers.
     """
-    rows = range(len(table))
+    if (found := _paths(table, image)) is not None:
+        root = Path(os.path.commonpath([os.path.dirname(path) for path in found]))
+        return np.array([path_hash(path, root) for path in found]), True
+    return np.array([path_hash(str(row), Path()) for row in range(len(table))]), False
+
+
+def doubled_rows(table: Any, columns: Columns) -> dict[int, int]:
+    """Rows that say what one before them does, of the same image by its path, and which that is."""
+    paths = _paths(table, columns.image)
+    if paths is None or len(set(paths)) == len(paths):
+        return {}
+    names = columns.names(images=False)
+    said = table.select_columns(names)[:] if names else {}
+    found: dict[str, int] = {}
+    twice = {}
+    for row, path in enumerate(paths):
+        first = found.setdefault(repr([path, *(said[name][row] for name in names)]), row)
+        if first != row:
+            twice[row] = first
+    return twice
+
+
+def _paths(table: Any, image: str) -> list[str] | None:
+    """Paths of all images, where all are files of the disk."""
     first = table[0][image] if len(table) else None
     if isinstance(first, Mapping) and first.get("bytes") is None and os.path.isabs(str(first.get("path"))):
         found = [value and value["path"] for value in table.select_columns([image])[image]]
         if all(path and os.path.isabs(path) for path in found):
-            root = Path(os.path.commonpath([os.path.dirname(path) for path in found]))
-            return np.array([path_hash(path, root) for path in found]), True
-    return np.array([path_hash(str(row), Path()) for row in rows]), False
+            return found
+    return None
+
+
+def identity(table: Any, columns: Columns) -> str:
+    """A hash of a table: of its labels and captions, of the names and sizes of its images, and of some of these.
+
+    All images are not read for it; one that was replaced by another of as many bytes may go unseen.
+    """
+    digest = blake2b(repr([columns.names(), columns.class_names, len(table)]).encode(), digest_size=6)
+    for batch in table.with_format("arrow").iter(batch_size=1000):
+        for name in columns.names():
+            held = batch[name].to_pylist() if name != columns.image else _names_and_sizes(batch[name])
+            digest.update(repr(held).encode(errors="surrogatepass"))
+    for row in np.unique(np.linspace(0, len(table) - 1, min(len(table), LOOKED_AT)).astype(int)).tolist():
+        value = table[row][columns.image]
+        content = value.get("bytes") if isinstance(value, Mapping) else value
+        digest.update(content if isinstance(content, bytes) else b"")
+    return digest.hexdigest()
+
+
+def _names_and_sizes(images: Any) -> list[Any]:
+    """Last parts of paths, and numbers of bytes, of a column of images, whose bytes are not copied for it."""
+    compute, types = optional("pyarrow.compute"), optional("pyarrow.types")
+    if types.is_struct(images.type):
+        fields = {field.name for field in images.type}
+        parts = [compute.struct_field(images, name) for name in ("bytes", "path") if name in fields]
+        return [_names_and_sizes(part) for part in parts]
+    if types.is_binary(images.type) or types.is_large_binary(images.type):
+        return list(compute.binary_length(images).to_pylist())
+    return [path and os.path.basename(str(path)) for path in images.to_pylist()]
 
 
 def spread_order(

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
+from collections.abc import Sequence
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
+from PIL import Image
+from torch.utils.data import Dataset
 
 from lpl_lightning.data.captions import read_prompts, texts_of
-from lpl_lightning.data.crops import SquareCrop
+from lpl_lightning.data.crops import SquareCrop, check_covering
 from lpl_lightning.data.faults import Unreadable
 from lpl_lightning.data.reading import read_rgb, reason
 
-__all__ = ["Preparation", "Sample", "captions_of", "key_number", "label_of", "optional", "read_classes"]
+__all__ = [
+    "Preparation",
+    "Sample",
+    "SampleDataset",
+    "captions_of",
+    "key_number",
+    "label_of",
+    "optional",
+    "read_classes",
+]
 
 
 class Sample(NamedTuple):
@@ -59,13 +72,66 @@ class Preparation:
         Raises:
             Unreadable: The image cannot be read.
         """
-        source = _fetched(sample) if isinstance(sample.image, str) and "://" in sample.image else sample.image
-        item: dict[str, Any] = {**self.transform(read_rgb(source, sample.name))}
+        item: dict[str, Any] = {**self.transform(_decoded(sample), sample.name)}
         if sample.label is not None:
             item["label"] = sample.label
         if captions := sample.captions:
             item["caption"] = captions[int(torch.randint(len(captions), ())) if self.draw_caption else 0]
         return item
+
+    def check(self, sample: Sample) -> tuple[int, int]:
+        """See whether an item could be made, and give the height and width that its image would be resized to.
+
+        Raises:
+            Unreadable: It could not.
+        """
+        return check_covering(_decoded(sample), self.transform.size, sample.name)
+
+
+class SampleDataset(Dataset[dict[str, Any]]):
+    """Samples by position, as items.
+
+    Args:
+        prepare: Makes items of samples.
+    """
+
+    def __init__(self, prepare: Preparation) -> None:
+        self.prepare = prepare
+
+    @abstractmethod
+    def _sample(self, index: int) -> Sample:
+        """The sample at a position, or an error, ``Unreadable``."""
+
+    def item(self, index: int) -> dict[str, Any]:
+        """A sample's item, and not another's in its place.
+
+        Raises:
+            Unreadable: It cannot be used.
+        """
+        return self.prepare(self._sample(index))
+
+    def key(self, index: int) -> str:
+        """Key of a sample."""
+        return self._sample(index).key
+
+    def captions_of(self, index: int) -> Sequence[str]:
+        """All captions of a sample."""
+        return self._sample(index).captions or ()
+
+    def mirrored(self, probability: float) -> Self:
+        """The same images, each of which is mirrored with a probability, read from the same place."""
+        found = copy.copy(self)
+        found.prepare = self.prepare.mirrored(probability)
+        return found
+
+    def preparation(self) -> dict[str, str | bool]:
+        """What is done to images besides the size that they are brought to."""
+        return self.prepare.transform.covering.provenance()
+
+
+def _decoded(sample: Sample) -> Image.Image:
+    is_url = isinstance(sample.image, str) and "://" in sample.image
+    return read_rgb(_fetched(sample) if is_url else sample.image, sample.name)
 
 
 def _fetched(sample: Sample) -> bytes:
@@ -106,7 +172,7 @@ def label_of(name: str, value: object, class_names: tuple[str, ...]) -> int:
 
     Args:
         name: What the sample is called.
-        value: An index, in digits too, or the name of a class.
+        value: An index, in digits or as a float too, as tables with gaps have it; or the name of a class.
         class_names: The classes.
 
     Raises:
@@ -117,6 +183,8 @@ def label_of(name: str, value: object, class_names: tuple[str, ...]) -> int:
         if value in class_names:
             return class_names.index(value)
         value = int(value) if value.isascii() and value.isdigit() else value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(class_names):
         return value
     if value is None:

@@ -21,7 +21,7 @@ from lpl_lightning.data.samples import Sample, captions_of, key_number, label_of
 from lpl_lightning.data.streams import Handle
 from lpl_lightning.data.tar_members import Member, TarReader
 
-__all__ = ["Contents", "Scan", "TarStream"]
+__all__ = ["META", "Contents", "Entry", "Scan", "TarStream"]
 
 META = re.compile(r"__[^/]*__($|/)")
 """Members that webdataset passes over too."""
@@ -49,6 +49,20 @@ class Contents(NamedTuple):
         """All members that may be read."""
         others = [name.split(":")[0] for name in (self.label, *self.captions) if name is not None]
         return frozenset([*self.image, *others])
+
+
+class Entry(NamedTuple):
+    """A sample of a shard, or what is wrong in its place.
+
+    Attributes:
+        key: Its key; or why it cannot be used.
+        read: Reads it.
+        members: What its members are named by; of what is wrong, nothing.
+    """
+
+    key: str | Unreadable
+    read: Handle
+    members: frozenset[str] = frozenset()
 
 
 class Scan(NamedTuple):
@@ -83,9 +97,9 @@ class TarStream:
     def read(self, shard: int, images: bool = True) -> Iterator[Handle]:
         """Handles of a shard's samples; those of what is wrong raise ``Unreadable`` in their place."""
         skipped = self.skipped.get(shard, frozenset())
-        for place, (_, handle) in enumerate(self._entries(shard, images)):
+        for place, entry in enumerate(self.entries(shard, images)):
             if place not in skipped:
-                yield handle
+                yield entry.read
 
     def scan(self, across: bool = True) -> Scan:
         """Read all headers, and see what samples lack.
@@ -97,7 +111,7 @@ class TarStream:
         skipped: dict[int, set[int]] = {}
         for shard in range(len(self.shards)):
             found: list[str] = []
-            for place, (key, _) in enumerate(self._entries(shard, images=False)):
+            for place, (key, _, _) in enumerate(self.entries(shard, images=False)):
                 if isinstance(key, Unreadable):
                     faults[key.name] = key.reason
                     skipped.setdefault(shard, set()).add(place)
@@ -112,14 +126,19 @@ class TarStream:
         usable = [length - len(skipped.get(shard, ())) for shard, length in enumerate(lengths)]
         return Scan(usable, {shard: frozenset(places) for shard, places in skipped.items()}, faults)
 
-    def _entries(self, shard: int, images: bool) -> Iterator[tuple[str | Unreadable, Handle]]:
-        """Keys, or what is wrong, and handles, of all samples and faults of a shard."""
+    def entries(self, shard: int, images: bool) -> Iterator[Entry]:
+        """All samples and faults of a shard, those of ``skipped`` too.
+
+        Args:
+            shard: Number of the shard.
+            images: Whether the samples' images are wanted.
+        """
         url = self.shards[shard]
         wanted = self.contents.members() if images else self.contents.members() - set(self.contents.image)
         with TarReader(url, lambda name: name.rpartition("/")[2].partition(".")[2].lower() in wanted) as reader:
             yield from self._grouped(url, reader, images)
 
-    def _grouped(self, url: str, reader: TarReader, images: bool) -> Iterator[tuple[str | Unreadable, Handle]]:
+    def _grouped(self, url: str, reader: TarReader, images: bool) -> Iterator[Entry]:
         doubled: list[str] = []
 
         def on_double(error: Exception) -> bool:
@@ -142,7 +161,7 @@ class TarStream:
             elif lacking:
                 yield _fault(name, lacking)
             else:
-                yield key, self._handle(name, group, images)
+                yield Entry(key, self._handle(name, group, images), frozenset(group))
             seen.add(number)
         for name in doubled:
             yield _fault(f"{url}/{name}", "the shard has two members of this name; the first counts")
@@ -174,13 +193,13 @@ class TarStream:
         return read
 
 
-def _fault(name: str, why: str) -> tuple[Unreadable, Handle]:
+def _fault(name: str, why: str) -> Entry:
     fault = Unreadable(name, why)
 
     def read() -> Sample:
         raise fault
 
-    return fault, read
+    return Entry(fault, read)
 
 
 def _content(name: str, member: Member) -> bytes:

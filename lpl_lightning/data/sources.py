@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.data.base import ImageDataModule, Split
 from lpl_lightning.data.batches import EpochPlan
 from lpl_lightning.data.crops import Crop, Interpolation, SquareCrop
-from lpl_lightning.data.faults import Faults, OnError, Unreadable
+from lpl_lightning.data.faults import Faults, OnError
 from lpl_lightning.data.lanes import LaneSize, StreamPlan
 from lpl_lightning.data.listing import path_hash, some
 from lpl_lightning.data.samples import Preparation
@@ -63,9 +62,9 @@ class SourceDataModule(ImageDataModule):
     ) -> None:
         faults = Faults(on_error, max_bad_share, None if report is None else Path(report).expanduser().absolute())
         super().__init__(image_size, batch_size, num_workers, num_generate, generate_seed, prompts, faults)
-        at_least(
-            1, shuffle_buffer=shuffle_buffer, **({"images_per_epoch": images_per_epoch} if images_per_epoch else {})
-        )
+        at_least(1, shuffle_buffer=shuffle_buffer)
+        if images_per_epoch is not None:
+            at_least(1, images_per_epoch=images_per_epoch)
         if not 0 < val_fraction < 1:
             raise ValueError(
                 f"`val_fraction` must be in (0, 1), got {val_fraction}; to hold out none, give validation data."
@@ -97,21 +96,6 @@ class SourceDataModule(ImageDataModule):
                 "none. Mend them, name other members or columns, or give other data."
             )
         return StreamDataset(stream, shards, self._preparation(split), self.faults, lengths, count)
-
-    def _left_out(self, bad: Mapping[str, str], total: int) -> None:
-        """Leave out what was found bad beforehand, or refuse to."""
-        if not bad:
-            return
-        if self.faults.on_error == "raise":
-            raise Unreadable(*next(iter(bad.items())))
-        if self.trainer is None or self.trainer.is_global_zero:
-            self.faults.write(bad)
-        self.faults.check_share(len(bad), total, bad)
-        rank_zero_warn(
-            f"Left out {len(bad)} of {total} samples that cannot be used: "
-            f"{some(f'{name} ({reason})' for name, reason in bad.items())}. Mend or remove them to be rid of this "
-            "warning."
-        )
 
 
 def held_out(names: Sequence[str], fraction: float, what: str) -> list[bool]:

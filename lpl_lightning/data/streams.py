@@ -8,19 +8,18 @@ from the beginning of its shards, without decoding what it had given out.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count as numbers
 from itertools import islice
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from lpl_lightning.data.batches import Request, drawing
 from lpl_lightning.data.faults import Faults, Unreadable, first_readable
 from lpl_lightning.data.lanes import Positions, Segment, StreamPlan
-from lpl_lightning.data.samples import Preparation, Sample, key_number
+from lpl_lightning.data.samples import Preparation, Sample, SampleDataset, key_number
 
 __all__ = ["Handle", "Stream", "StreamDataset"]
 
@@ -138,7 +137,7 @@ class _Lane:
             self.held.pop(position, None)
 
 
-class StreamDataset(Dataset[dict[str, Any]]):
+class StreamDataset(SampleDataset):
     """Images of a stream, in order by position, and the shuffled batches of a plan.
 
     What an image draws in these (a crop, a flip, a caption) comes from the seed, the epoch and its key. One that cannot
@@ -162,7 +161,8 @@ class StreamDataset(Dataset[dict[str, Any]]):
         lengths: Sequence[int] | None,
         count: int,
     ) -> None:
-        self.stream, self.shards, self.prepare, self.faults = stream, tuple(shards), prepare, faults
+        super().__init__(prepare)
+        self.stream, self.shards, self.faults = stream, tuple(shards), faults
         self.lengths, self.count = lengths, count
         self.plan: StreamPlan | None = None
         self._forget()
@@ -184,35 +184,9 @@ class StreamDataset(Dataset[dict[str, Any]]):
             raise IndexError(index)
         return first_readable(self.item, index, self.count, self.faults)
 
-    def item(self, index: int) -> dict[str, Any]:
-        """An image, and not another in its place.
-
-        Raises:
-            Unreadable: It cannot be read.
-        """
-        return self.prepare(self._sample(index))
-
-    def key(self, index: int) -> str:
-        """Key of an image."""
-        return self._sample(index).key
-
-    def captions_of(self, index: int) -> Sequence[str]:
-        """All captions of an image."""
-        return self._sample(index).captions or ()
-
-    def mirrored(self, probability: float) -> Self:
-        """The same images, each of which is mirrored with a probability, read from the same place."""
-        found = copy.copy(self)
-        found.prepare = self.prepare.mirrored(probability)
-        return found
-
-    def preparation(self) -> dict[str, str | bool]:
-        """What is done to images besides the size that they are brought to."""
-        return self.prepare.transform.covering.provenance()
-
     def described(self) -> str:
-        """What the order of the images depends on, without reading them."""
-        return repr([self.stream.shards[shard] for shard in self.shards])
+        """What the images are and their order depends on, without reading them."""
+        return repr([[self.stream.shards[shard] for shard in self.shards], self.lengths])
 
     def _sample(self, index: int) -> Sample:
         if self._cursor is None:

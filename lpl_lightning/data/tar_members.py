@@ -5,17 +5,20 @@ Nothing is written to disk: a member's name, whatever it is, names a sample and 
 
 from __future__ import annotations
 
+import copy
 import re
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self, TypeVar
 
 from lpl_lightning.data.reading import reason
 from lpl_lightning.data.samples import optional
 
-__all__ = ["Member", "TarReader", "scheme_of"]
+__all__ = ["Member", "TarReader", "Whole", "scheme_of"]
+
+Taken = TypeVar("Taken")
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
 """What gzip, bzip2 and xz files begin with."""
@@ -45,6 +48,9 @@ class _Header(tarfile.TarInfo):
         except tarfile.InvalidHeaderError:  # type: ignore[attr-defined]
             tarfile_.damaged.append(tarfile_.offset)
             raise
+        except tarfile.SubsequentHeaderError as error:  # type: ignore[attr-defined]
+            # Of two headers of a member the second is damaged: reading goes on behind it as it does behind one.
+            raise tarfile.InvalidHeaderError(str(error)) from error  # type: ignore[attr-defined]
         tarfile_.marked = False
         return found
 
@@ -71,11 +77,23 @@ class Member(NamedTuple):
     read: Callable[[], bytes]
 
 
+class Whole(NamedTuple):
+    """A member of any kind, to be copied.
+
+    Attributes:
+        header: What ``tarfile.TarFile.addfile`` takes.
+        content: What is in it; nothing of folders and links.
+    """
+
+    header: tarfile.TarInfo
+    content: bytes
+
+
 class TarReader:
     """Reads one archive: a file, or the URL of one. A context manager, which closes the file at its end.
 
     Attributes:
-        faults: What was found wrong with the archive itself, once ``members`` has ended.
+        faults: What was found wrong with the archive itself, once ``members`` or ``whole`` has ended.
 
     Args:
         url: Path, or URL, which webdataset opens.
@@ -105,6 +123,35 @@ class TarReader:
 
     def members(self) -> Iterator[Member]:
         """Regular files in order; it ends where the archive does, or is cut off, or cannot be read."""
+
+        def taken(archive: _Archive, header: tarfile.TarInfo, streamed: bool) -> Member | None:
+            return Member(header.name, self._content(archive, header, streamed)) if header.isreg() else None
+
+        return self._each(taken)
+
+    def whole(self) -> Iterator[Whole]:
+        """All members in order, with what is in them; those that ``members`` would not read are counted as faults."""
+
+        def taken(archive: _Archive, header: tarfile.TarInfo, streamed: bool) -> Whole | None:
+            if not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
+                return Whole(header, b"")
+            if header.size > LARGEST:
+                self.faults.append(
+                    f"has {header.name} of {header.size:,} bytes, more than the {LARGEST:,} that are read"
+                )
+                return None
+            content = self._content(archive, header, False)()
+            if header.issparse():  # its holes are filled now
+                header = copy.copy(header)
+                header.type = tarfile.REGTYPE
+                kept = {name: value for name, value in header.pax_headers.items() if not name.startswith("GNU.sparse")}
+                header.pax_headers = kept
+            return Whole(header, content)
+
+        return self._each(taken)
+
+    def _each(self, taken: Callable[[_Archive, tarfile.TarInfo, bool], Taken | None]) -> Iterator[Taken]:
+        """What is made of each whole member, unless it is nothing."""
         try:
             file, streamed = self._open()
         except Exception as error:  # Nor do openers of URLs agree on a type.
@@ -116,7 +163,9 @@ class TarReader:
             with file if streamed else nullcontext():
                 archive = _Archive.open(fileobj=file, mode="r|*" if streamed else "r:", ignore_zeros=True)
                 size = None if streamed else Path(self.url).stat().st_size
-                yield from self._members(archive, size)
+                for header in self._headers(archive, size):
+                    if (found := taken(archive, header, streamed)) is not None:
+                        yield found
         except Exception as error:  # Decompressors, file systems and tarfile do not agree on a type.
             self.faults.append(f"is cut off or damaged ({reason(error)})")
         else:
@@ -126,17 +175,18 @@ class TarReader:
             places = archive.damaged
             self.faults.append(f"is damaged from byte {places[0]:,} on: {len(places)} blocks are no headers")
 
-    def _members(self, archive: _Archive, size: int | None) -> Iterator[Member]:
+    def _headers(self, archive: _Archive, size: int | None) -> Iterator[tarfile.TarInfo]:
         last = -1
         while (header := archive.next()) is not None:
             vars(archive)["members"].clear()  # which would grow without end
             if header.size < 0 or archive.offset <= last:
                 raise ValueError("a header has a negative size")
             last = archive.offset
-            if size is not None and header.offset_data + header.size > size:
+            parts: Any = header.sparse  # those that are not holes, where it has some
+            stored = sum(length for _, length in parts) if header.issparse() else header.size
+            if size is not None and header.offset_data + stored > size:
                 raise ValueError(f"{header.name} ends behind the end of the file")
-            if header.isreg():
-                yield Member(header.name, self._content(archive, header, size is None))
+            yield header
 
     def _content(self, archive: _Archive, header: tarfile.TarInfo, now: bool) -> Callable[[], bytes]:
         def read() -> bytes:

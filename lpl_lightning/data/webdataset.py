@@ -230,6 +230,6 @@ class WebDatasetDataModule(SourceDataModule):
             f"Reading the headers of {len(every):,} {split} shards; `images_per_epoch` skips this in training."
         )
         scan = stream.scan(self.unique_keys)
-        self._left_out(scan.faults, sum(scan.lengths) + len(scan.faults))
+        self._left_out(scan.faults, sum(scan.lengths) + len(scan.faults), "samples that cannot be used")
         stream = TarStream(stream.shards, self.contents, scan.skipped)
         return self._streamed(split, stream, every, scan.lengths, sum(scan.lengths))

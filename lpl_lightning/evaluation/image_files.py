@@ -164,7 +164,7 @@ class ImageFiles(Dataset[dict[str, Any]]):
         return None if self.image_size is None else SquareCrop(self.image_size)
 
     def _captions(self) -> list[str]:
-        found = read_sidecars(self.paths)
+        found = read_sidecars(self.paths).texts
         if bare := [self._name(path) for path in self.paths if path not in found]:
             raise ValueError(
                 f"`{self.argument}`: {len(bare)} of {len(self)} images in {self.folder} have no caption: {some(bare)}. "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from captioners import full_disk
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -49,7 +50,7 @@ def test_cut_anywhere_it_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     for count in (1, 2, 3):
         ends.append(len(written(tmp_path / f"{count}", BATCHES[:count]).read_bytes()))
     for size in sorted({*range(0, len(whole), 4), *ends, *(end - 1 for end in ends[1:]), len(whole)}):
-        path = tmp_path / "cut" / "captions-parts" / "part-0-of-1.jsonl"
+        path = tmp_path / "cut" / "part-0-of-1.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(whole[:size])
         kept = max(number for number, end in enumerate(ends) if end <= size)
@@ -66,6 +67,16 @@ def test_zeros_at_the_end_are_taken_off(tmp_path: Path) -> None:
     before = path.read_bytes()
     path.write_bytes(before + b"\0" * 100)
     assert written(tmp_path, []).read_bytes() == before
+
+
+def test_a_full_disk_is_one_error_and_costs_a_batch(tmp_path: Path) -> None:
+    path = written(tmp_path / "whole", BATCHES)
+    size = len(written(tmp_path / "two", BATCHES[:2]).read_bytes())
+    with full_disk(size + 10), pytest.raises(ValueError, match=r"part-0-of-1\.jsonl cannot be written \(.*Make room"):
+        written(tmp_path / "full", BATCHES)
+    found = tmp_path / "full" / "part-0-of-1.jsonl"
+    assert len(found.read_bytes()) == size + 10
+    assert written(tmp_path / "full", BATCHES[2:]).read_bytes() == path.read_bytes()
 
 
 def test_damage_elsewhere_is_refused(tmp_path: Path) -> None:

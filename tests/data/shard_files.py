@@ -37,13 +37,13 @@ def sample(number: int, classes: int = 3) -> list[File]:
     ]
 
 
-def bare_tar(files: Iterable[File], mode: str = "w") -> bytes:
-    """A tar archive without padding behind its mark of the end."""
+def bare_tar(files: Iterable[File], mode: str = "w", mtime: float = 0) -> bytes:
+    """A tar archive without padding behind its mark of the end; a broken time takes two headers for each member."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode=mode) as archive:  # type: ignore[call-overload]
         for name, data in files:
             header = tarfile.TarInfo(name)
-            header.size = len(data)
+            header.size, header.mtime = len(data), mtime
             archive.addfile(header, io.BytesIO(data))
         end = archive.offset
     return content.getvalue()[: end + 1024] if mode == "w" else content.getvalue()

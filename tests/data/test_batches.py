@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 
 from lpl_lightning.data import ImageDataModule
 from lpl_lightning.data.base import Split
-from lpl_lightning.data.batches import Shuffled, TrainingLoader, drawing
+from lpl_lightning.data.batches import Request, Shuffled, TrainingLoader, drawing
 
 Item = TypeVar("Item")
 
@@ -57,7 +58,8 @@ def test_batches_come_from_seed_and_epoch_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before), "what training draws is left alone"
     torch.manual_seed(2)
     assert epochs(loader(), 3) == first
-    assert epochs(loader(seed=6), 3) != first
+    other = epochs(loader(seed=6), 1)[0]
+    assert [index for index, _ in joined(other)] != [index for index, _ in joined(first[0])]
     assert first[0] != first[1]
     for batches in first:
         positions = [index for batch in batches for index, _ in batch]
@@ -92,7 +94,9 @@ def test_processes_share_out_what_one_has() -> None:
 def test_fewer_items_than_processes_ask_for_are_given_twice() -> None:
     parts = [epochs(loader(count=3, batch_size=4, rank=rank, ranks=2), 1)[0] for rank in range(2)]
     assert [[len(batch) for batch in part] for part in parts] == [[2], [2]]
-    assert {index for part in parts for batch in part for index, _ in batch} == {0, 1, 2}
+    first, second, third, again = (index for part in parts for batch in part for index, _ in batch)
+    assert {first, second, third} == {0, 1, 2}
+    assert again == first
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -113,6 +117,65 @@ def test_going_on_gives_what_comes_next(stop: int, workers: int) -> None:
     assert seen + joined(epochs(other, 2)) == whole[: stop + (-stop % 5 or 5) + 5]
 
 
+class Thread(Dataset[Any]):
+    """Makes batches where it is told it may, until one holds an item that is broken."""
+
+    runs_in_thread = True
+
+    def __init__(self, broken: int = -1) -> None:
+        self.broken = broken
+        self.made: list[threading.Thread] = []
+        self.has_made = threading.Condition()
+
+    def batch(self, request: Request) -> list[int]:
+        with self.has_made:
+            self.made.append(threading.current_thread())
+            self.has_made.notify_all()
+        if self.broken in request.indices:
+            raise ValueError(f"item {self.broken}")
+        return list(request.indices)
+
+
+def test_batches_are_made_in_a_thread_where_they_may_be() -> None:
+    plan = Shuffled(23, 4)
+    dataset = Thread()
+    loading = TrainingLoader(dataset, plan, seed=5)
+    batches = iter(loading)
+    given = [next(batches)]
+    with dataset.has_made:
+        assert dataset.has_made.wait_for(lambda: len(dataset.made) == 3, timeout=60), "before they are asked for"
+    assert loading.state_dict()["batches"] == 1, "what was given out counts, not what was made"
+    (thread,) = set(dataset.made)
+    assert thread is not threading.current_thread()
+    given += list(batches)
+    assert given == list(plan(5, 0))
+    assert len(dataset.made) == 5
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert list(loading) == list(plan(5, 1))
+
+    going_on = TrainingLoader(Thread(), plan, seed=0)
+    going_on.load_state_dict({"seed": 5, "epoch": 2, "batches": 3, "settings": loading.state_dict()["settings"]})
+    assert list(going_on) == list(plan(5, 2))[3:]
+
+
+def test_an_error_in_the_thread_comes_where_its_batch_is() -> None:
+    order = list(Shuffled(23, 4)(5, 0))
+    batches = iter(TrainingLoader(Thread(broken=order[2][0]), Shuffled(23, 4), seed=5))
+    assert [next(batches), next(batches)] == order[:2]
+    with pytest.raises(ValueError, match=f"item {order[2][0]}"):
+        next(batches)
+
+
+def test_a_thread_ends_with_the_loop() -> None:
+    dataset = Thread()
+    for _ in TrainingLoader(dataset, Shuffled(4000, 4), seed=5):
+        break
+    dataset.made[0].join(timeout=60)
+    assert not dataset.made[0].is_alive()
+    assert len(dataset.made) <= 4
+
+
 def test_going_on_with_other_batches_is_refused() -> None:
     stopped = loader()
     next(iter(stopped))
@@ -126,6 +189,9 @@ def test_going_on_with_other_batches_is_refused() -> None:
     other = loader(batch_size=5)
     other.load_state_dict(stopped.state_dict())
     assert epochs(other, 1)[0] == epochs(loader(batch_size=5), 2)[1]
+    smaller = loader(batch_size=2)  # of more batches
+    smaller.load_state_dict(stopped.state_dict())
+    assert epochs(smaller, 1)[0] == epochs(loader(batch_size=2), 2)[1]
 
 
 class DrawsModule(ImageDataModule):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from lpl_lightning.data import ImageFolderDataModule, ImageFolderDataset
 from lpl_lightning.data.base import Split
+from lpl_lightning.data.faults import read_faults
 
 
 def folder_of(root: Path, *names: str) -> Path:
@@ -303,6 +304,7 @@ def test_only_the_splits_of_a_stage_need_captions(tmp_path: Path) -> None:
         ("metadata.jsonl", jsonl({"file_name": "a.png", "text": 5}), r"line 1, must have a string.*`text`, got 5"),
         ("metadata.jsonl", jsonl({"file_name": "a.png", "text": "cat \ud83d"}), r"line 1, has half a character"),
         ("metadata.jsonl", jsonl({"file_name": "a.png", "prompt": "one"}), r"but text is not among file_name, prompt"),
+        ("metadata.csv", "file_name,text,text\na.png,one,\n", r"must name each column once, but has text several"),
         ("metadata.csv", b"file_name,text\na.png,caf\xe9\n", r"csv must be UTF-8 text, but its byte 24 .*`iconv"),
         ("metadata.jsonl", '{"file_name": "a.png"}'.encode("utf-16"), r"jsonl must be UTF-8 text, but its byte 0 "),
     ],
@@ -319,6 +321,56 @@ def test_a_text_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", b"caf\xe9")
     with pytest.raises(ValueError, match=r"a\.txt must be UTF-8 text, but its byte 3 is not.* Save it as UTF-8"):
         captions_of(tmp_path, "sidecar")
+
+
+def test_folders_in_the_place_of_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of(tmp_path, "a.png")
+    (tmp_path / "a.txt").mkdir()
+    (tmp_path / "metadata.csv").mkdir()
+    for source, name in (("sidecar", "a.txt"), ("metadata", "metadata.csv")):
+        with pytest.raises(ValueError, match=rf"{name} must be a text file, but is none"):
+            captions_of(tmp_path, source)
+
+    def refuse(place: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(place))
+
+    monkeypatch.setattr("os.scandir", refuse)  # whoever runs the tests may read all
+    with pytest.raises(ValueError, match=rf"The folder {tmp_path} may not be read"):
+        captions_of(tmp_path, "sidecar")
+
+
+# What comes twice
+
+
+def test_images_beside_one_text_file_are_named_and_the_first_counts(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "photos", *(f"{i}.png" for i in range(9)), "cat/1.png", "1.webp", "1.x.png", "8.webp")
+    for name in [*(f"{i}.txt" for i in range(8)), "cat/1.txt", "1.x.txt"]:
+        write(root / name, name)
+    report = tmp_path / "bad.jsonl"
+    options: dict[str, Any] = {"missing_captions": "empty", "report": report}
+    with pytest.warns(UserWarning, match=r"Left out 1 of 13 images whose text file is another's too: .*1\.webp"):
+        found = captions_of(root, "sidecar", **options)
+    assert found.keys() == {*(f"{i}.png" for i in range(9)), "cat/1.png", "1.x.png", "8.webp"}
+    assert read_faults(report) == {str(root / "1.webp"): f"its text file is that of {root / '1.png'} too"}
+    with pytest.raises(ValueError, match=r"1\.webp cannot be read \(its text file is that of .*1\.png too\)"):
+        captions_of(root, "sidecar", on_error="raise", **options)
+    with pytest.raises(ValueError, match=r"1 of 13 items cannot be read, more than `max_bad_share`"):
+        captions_of(root, "sidecar", max_bad_share=0.05, **options)
+
+
+def test_rows_that_say_the_same_are_named_and_count_once(tmp_path: Path) -> None:
+    folder_of(tmp_path, "a.png", "b.png")
+    texts: list[tuple[str, Any]] = [("a", "one"), ("b", "one"), ("a", "two"), ("a", " one "), ("b", ""), ("b", "")]
+    texts += [("a", ["two", "three"])]
+    rows = [{"file_name": f"{name}.png", "text": text} for name, text in texts]
+    table = write(tmp_path / "metadata.jsonl", jsonl(*rows))
+    report = tmp_path / "reports/bad.jsonl"
+    with pytest.warns(UserWarning, match=r"Left out 1 of 7 rows that say of an image what another has said"):
+        found = captions_of(tmp_path, report=report, max_bad_share=0.2)
+    assert found == {"a.png": ["one", "two", "two", "three"], "b.png": ["one"]}
+    assert read_faults(report) == {f"{table}, line 4": "another row has said the same of a.png"}
+    with pytest.raises(ValueError, match=r"line 4 cannot be read \(another row has said the same of a\.png\)"):
+        captions_of(tmp_path, on_error="raise")
 
 
 def test_no_table_and_two_tables_are_refused(tmp_path: Path) -> None:

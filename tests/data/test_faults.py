@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import struct
+import threading
 import zlib
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +84,7 @@ def test_what_is_wrong_is_said_in_one_error(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(Unreadable, match=rf"{name} cannot be read \(.*({reason}).*set `on_error` to skip"):
         read_rgb(str(tmp_path / name))
-    with pytest.raises(Unreadable, match=r"item 7 cannot be read \("):
+    with pytest.raises(Unreadable, match=rf"item 7 cannot be read \(.*({reason}|it is empty)"):
         read_rgb(content, "item 7")
 
 
@@ -108,7 +111,9 @@ def test_those_found_beforehand_are_left_out_and_written_down(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_those_met_in_training_are_replaced_and_written_down(tmp_path: Path, workers: int) -> None:
+def test_those_met_in_training_are_replaced_and_written_down(
+    tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """A batch keeps its size, each bad image stands in the report, and what takes its place is the same each time."""
     root = folder_of(tmp_path / "photos")
     batches = []
@@ -116,11 +121,54 @@ def test_those_met_in_training_are_replaced_and_written_down(tmp_path: Path, wor
         torch.manual_seed(0)
         report = tmp_path / f"{run}.jsonl"
         data = module(root, verify=False, report=report, num_workers=workers)
-        batches.append([batch["image"] for batch in data.train_dataloader()])
+        loader = data.train_dataloader()
+        batches.append([batch["image"] for batch in loader])
         assert [len(batch) for batch in batches[-1]] == [5] * 14
         assert set(read_faults(report)) == {str(root / name) for name in BAD}
     assert all(torch.equal(one, two) for one, two in zip(*batches, strict=True))
+    # Other processes meet them in the next epoch, and in validation; each stands there once all the same.
+    assert sum(len(batch["image"]) for batch in loader) == 70
     assert [len(batch["image"]) for batch in data.val_dataloader()] == [5] * 14
+    assert len(report.read_text().splitlines()) == len(BAD)
+    with caplog.at_level("INFO"):
+        data.teardown("fit")
+    assert f"10 items could not be used: {report} names them" in caplog.text
+
+
+def write_all(report: Path, number: int, start: Any) -> None:
+    """Write faults one by one, as other processes do at the same time."""
+    faults = Faults(max_bad_share=1, report=report)
+    start.wait()
+    for at in range(300):
+        faults.write({f"{at}\n\udcff.png": f"met by {number}"})
+
+
+def test_processes_name_each_once(tmp_path: Path) -> None:
+    report = tmp_path / "bad.jsonl"
+    start = get_context("fork").Barrier(4)
+    processes = [get_context("fork").Process(target=write_all, args=(report, number, start)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert len(report.read_text().splitlines()) == 300
+    assert set(read_faults(report)) == {f"{at}\n\udcff.png" for at in range(300)}
+
+
+def test_a_report_that_was_cut_off_or_removed_goes_on(tmp_path: Path) -> None:
+    report = tmp_path / "bad.jsonl"
+    faults = Faults(report=report)
+    faults.write({"1": "bad", "2": "bad"})
+    with report.open("a") as file:
+        file.write('{"name": "3", "rea')
+    faults.write({"2": "bad", "3": "bad"})
+    faults.write({"3": "bad"})
+    assert read_faults(report) == dict.fromkeys("123", "bad")
+    assert len(report.read_text().splitlines()) == 4
+    report.unlink()
+    faults.write({"1": "bad"})
+    assert read_faults(report) == {"1": "bad"}
 
 
 def test_raise_ends_at_the_first(tmp_path: Path) -> None:
@@ -146,6 +194,52 @@ def test_too_many_bad_ones_end_the_run_with_the_list(tmp_path: Path) -> None:
         faults.take(Unreadable(str(number), "bad"))  # met again, it is no second one
     with pytest.raises(ValueError, match=r"11 of 100 items"):
         faults.take(Unreadable("11", "bad"))
+    # Few images, all of which have been met before there is enough to judge by.
+    faults = Faults(max_bad_share=0.1)
+    for number in range(30):
+        faults.take(Unreadable(str(number), "bad"))
+    faults.passed(69)
+    with pytest.raises(ValueError, match=r"30 of 100 items"):
+        faults.passed()
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number in range(4):
+        (root / f"{number}.png").write_bytes(encoded("PNG", number))
+    os.mkfifo(root / "pipe.jpg")
+    (root / "itself.jpg").symlink_to("itself.jpg")
+    (root / "itself").symlink_to("itself")
+    # Ends the wait of a reader, if there is one.
+    threading.Thread(target=lambda: (root / "pipe.jpg").open("wb").close(), daemon=True).start()
+    report = tmp_path / "bad.jsonl"
+    for buckets in (None, {"divisor": 4}):
+        data = module(root, report=report, verify=buckets is None, buckets=buckets, batch_size=2)
+        with pytest.warns(UserWarning, match=r"Left out 2 of 6 images"):
+            data.setup("fit")
+        assert len(data.dataset("train")) == 4
+    found = read_faults(report)
+    assert found[str(root / "pipe.jpg")] == "ValueError: it is no file"
+    assert "symbolic links" in found[str(root / "itself.jpg")]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_image_too_long_to_be_resized_is_a_bad_one(tmp_path: Path, verify: bool) -> None:
+    """0.8 GB as a square of 16 px, from a file of a few kilobytes."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number in range(4):
+        (root / f"{number}.png").write_bytes(encoded("PNG", number))
+    Image.new("1", (1, 1_000_000)).save(root / "line.png")
+    report = tmp_path / "bad.jsonl"
+    data = module(root, verify=verify, report=report, max_bad_share=0.2)
+    if verify:
+        with pytest.warns(UserWarning, match=r"Left out 1 of 5 images .* 1000000 pixels high and 1 wide"):
+            data.setup("fit")
+    assert [len(batch["image"]) for batch in data.val_dataloader()] == [4 if verify else 5]
+    assert list(read_faults(report)) == [str(root / "line.png")]
+    assert "where it covers 16 x 16; crop it" in read_faults(report)[str(root / "line.png")]
 
 
 def test_the_next_item_takes_the_place_of_a_bad_one() -> None:
@@ -157,6 +251,7 @@ def test_the_next_item_takes_the_place_of_a_bad_one() -> None:
     faults = Faults(max_bad_share=1)
     assert [first_readable(get, index, 10, faults) for index in range(10)] == [0, 1, 4, 4, 4, 5, 6, 7, 8, 0]
     assert faults.met == {"2": "bad", "3": "bad", "9": "bad"}
+    assert faults.good == 10
 
     def none(index: int) -> int:
         raise Unreadable(str(index), "bad")

@@ -13,6 +13,7 @@ from shard_files import photo, png
 
 from lpl_lightning.data import HuggingFaceDataModule, ImageFolderDataModule
 from lpl_lightning.data.faults import Unreadable, read_faults
+from lpl_lightning.data.listing import path_hash
 
 datasets = pytest.importorskip("datasets")
 parquet_files = pytest.importorskip("pyarrow.parquet")
@@ -149,7 +150,8 @@ def test_rows_are_held_out_by_their_numbers(tmp_path: Path) -> None:
     assert sorted(train + val) == sorted(f"photo {number}" for number in range(40))
     assert 3 <= len(val) <= 18
     assert val == captions(module(str(tmp_path / "saved"), val_fraction=0.25, batch_size=3).val_dataloader())
-    assert len(captions(module(str(tmp_path / "saved"), val_fraction=1e-9).val_dataloader())) == 1
+    first = min(range(len(train) + len(val)), key=lambda row: path_hash(str(row), Path()))
+    assert captions(module(str(tmp_path / "saved"), val_fraction=1e-9).val_dataloader()) == [f"photo {first}"]
     table(range(1)).save_to_disk(tmp_path / "one")
     with pytest.raises(ValueError, match="There must be train images, but of the 1 rows"):
         module(str(tmp_path / "one")).train_dataloader()
@@ -158,6 +160,10 @@ def test_rows_are_held_out_by_their_numbers(tmp_path: Path) -> None:
     train, val = captions(data.train_dataloader()), captions(data.val_dataloader())
     assert sorted(train + val) == sorted(f"photo {number}" for number in range(12))
     assert len(val) == 4, "one file of the stream"
+    (tmp_path / "files").rename(tmp_path / "moved")
+    moved = str(tmp_path / "moved/*.parquet")
+    data = module("parquet", data_files=[moved], val_fraction=0.01, batch_size=1, streaming=True)
+    assert captions(data.val_dataloader()) == val
 
 
 def test_rows_stored_class_by_class_are_spread_for_validation(tmp_path: Path) -> None:
@@ -204,9 +210,138 @@ def test_faults_follow_the_policy(tmp_path: Path, streaming: bool) -> None:
         "FileNotFoundError",
     ):
         assert reason in said
-    assert all(name.startswith("parquet, train") and "row" in name for name in found)
+    assert all(name.startswith(f"parquet, {tmp_path / 'a.parquet'}, train") and "row" in name for name in found)
     with pytest.raises(Unreadable, match=r"cannot be read \(not an image"):
         list(module("parquet", on_error="raise", **options).val_dataloader())
+
+
+def spoiled(root: Path) -> Path:
+    """Forty photos in two classes, three of which cannot be read."""
+    for number in range(40):
+        place = root / CLASSES[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(b"" if number in (3, 4) else png(photo(number)))
+    photo(0, (1, 500_000)).save(root / "cat/38.png")  # too long to be made a square
+    return root
+
+
+def test_rows_are_verified_beforehand_as_files_are(tmp_path: Path) -> None:
+    """The same images are left out and named, and so the same batches follow."""
+    root = spoiled(tmp_path / "photos")
+    given: dict[str, Any] = {"image_size": 32, "batch_size": 6, "num_workers": 0, "val_fraction": 0.3}
+    given["max_bad_share"] = 0.2
+    folder = ImageFolderDataModule(root, report=tmp_path / "folder.jsonl", **given)
+    rows = HuggingFaceDataModule(
+        "imagefolder", data_dir=str(root), label="label", verify=True, report=tmp_path / "rows.jsonl", **given
+    )
+    first: dict[str, list[Any]] = {}
+    for name, data in (("folder", folder), ("rows", rows)):
+        with pytest.warns(UserWarning, match=r"Left out \d of \d+ (images that cannot|rows that cannot be used)"):
+            data.setup("fit")
+        torch.manual_seed(0)
+        first[name] = [*data.train_dataloader(), *data.val_dataloader()]
+        assert len(read_faults(tmp_path / f"{name}.jsonl")) == 3
+    assert sum(len(batch["image"]) for batch in first["rows"]) >= 31
+    for one, two in zip(first["folder"], first["rows"], strict=True):
+        for key in ("image", "label", "original_size"):
+            assert torch.equal(one[key], two[key])
+    reasons = [sorted(read_faults(tmp_path / f"{name}.jsonl").values()) for name in first]
+    assert [[reason[:30] for reason in found] for found in reasons] == [[reason[:30] for reason in reasons[0]]] * 2
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") == 3
+    given["verify"] = True
+    for options, message in (
+        ({"on_error": "raise"}, r"row \d+ cannot be read"),
+        ({"max_bad_share": 0.01}, "more than"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HuggingFaceDataModule("imagefolder", data_dir=str(root), **(given | options)).setup("fit")
+    with pytest.raises(ValueError, match=r"`verify` decodes images beforehand, and `streaming` does not"):
+        module(str(root), verify=True, streaming=True)
+
+
+def test_a_row_s_key_tells_tables_apart_wherever_they_lie(tmp_path: Path) -> None:
+    table(range(20)).save_to_disk(tmp_path / "one")
+
+    def keys(data: Any, **options: Any) -> list[str]:
+        rows = module(str(data), val_split="train", **options).dataset("val")
+        return [rows.key(index) for index in range(len(rows))]
+
+    own = keys(tmp_path / "one")
+    assert len(set(own)) == 20
+    table(range(20)).save_to_disk(tmp_path / "again", num_shards=3)
+    table(range(20)).select(range(20)).to_parquet(tmp_path / "again.parquet")
+    assert keys(tmp_path / "again") == own
+    assert keys("parquet", data_files=str(tmp_path / "again.parquet")) == own
+    assert keys("parquet", data_files=str(tmp_path / "again.parquet"), caption="texts") != own
+
+    def other(place: int, column: str, value: Any) -> Any:
+        rows = table(range(20)).to_list()
+        rows[place][column] = value
+        return datasets.Dataset.from_list(rows, features=table(range(1)).features)
+
+    changed = {
+        "image": other(9, "image", {"bytes": png(photo(9)) + b"\0", "path": None}),  # not among those looked at
+        "name": other(7, "image", {"bytes": png(photo(7)), "path": "7.png"}),
+        "content": other(0, "image", {"bytes": png(photo(0))[:-1] + b"\1", "path": None}),
+        "label": other(7, "label", 2),
+        "caption": other(7, "text", "photo 8"),
+        "shorter": table(range(19)),
+        "moved": table([*range(10, 20), *range(10)]),
+    }
+    for name, data in changed.items():
+        data.save_to_disk(tmp_path / name)
+        assert not set(keys(tmp_path / name)) & set(own), name
+
+
+def test_a_folder_s_rows_keep_their_keys_where_it_is_moved(tmp_path: Path) -> None:
+    root = spoiled(tmp_path / "photos")
+
+    def key(root: Path) -> str:
+        return HuggingFaceDataModule(str(root), 8, label="label", num_workers=0).dataset("train").key(0)
+
+    own = key(root)
+    assert key(root.rename(tmp_path / "elsewhere")) == own
+    (tmp_path / "elsewhere/cat/0.png").rename(tmp_path / "elsewhere/cat/00.png")
+    assert key(tmp_path / "elsewhere") != own
+
+
+def test_rows_that_say_the_same_are_named_and_count_once(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number in range(20):
+        photo(number).save(root / f"{number}.png")
+    said = [(number, f"photo {number}") for number in range(20)] + [(3, "photo 3"), (4, "another"), (3, "photo 3")]
+    lines = [json.dumps({"file_name": f"{number}.png", "text": text}) for number, text in said]
+    (root / "metadata.jsonl").write_text("\n".join(lines))
+    options: dict[str, Any] = {"label": None, "val_split": "train", "report": tmp_path / "out/report.jsonl"}
+    data = module("imagefolder", data_dir=str(root), **options)
+    with pytest.warns(UserWarning, match=r"Left out 2 of 23 rows that say what another does"):
+        found = captions(data.val_dataloader())
+    assert sorted(found) == sorted([*(f"photo {number}" for number in range(20)), "another"])
+    named = read_faults(tmp_path / "out/report.jsonl")
+    assert {name.rpartition(", ")[2]: why for name, why in named.items()} == dict.fromkeys(
+        ("row 20", "row 22"), "it says what row 3 does"
+    )
+    with pytest.raises(ValueError, match=r"row 20 cannot be read \(it says what row 3 does\)"):
+        module("imagefolder", data_dir=str(root), on_error="raise", **options).setup("fit")
+
+
+def test_labels_that_a_table_keeps_as_floats(tmp_path: Path) -> None:
+    labels = [0.0, 2.0, None, 1.5, float("nan"), 1.0]
+    rows = {"image": [png(photo(number)) for number in range(6)], "label": labels}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
+    data = module(
+        "parquet",
+        data_files=str(tmp_path / "a.parquet"),
+        val_split="train",
+        caption=None,
+        classes=3,
+        report=tmp_path / "report.jsonl",
+        max_bad_share=1.0,
+    )
+    assert [batch["label"].tolist() for batch in data.val_dataloader()] == [[0, 2, 1, 1], [1, 1]]
+    reasons = list(read_faults(tmp_path / "report.jsonl").values())
+    assert reasons == ["no label", *(f"label {bad} is neither a class nor an index below 3" for bad in (1.5, "nan"))]
 
 
 def test_labels_by_name_and_classes_that_are_given(tmp_path: Path) -> None:
@@ -239,6 +374,13 @@ def test_images_by_path_in_json(tmp_path: Path) -> None:
         )
         assert captions(data.val_dataloader()) == [f"photo {number}" for number in range(4)]
         assert data.num_classes == 0
+    lines = [json.dumps({"file": f"{number}.png", "text": f"photo {number}"}) for number in range(4)]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    options: dict[str, Any] = {"data_files": str(tmp_path / "b.jsonl"), "val_split": "train", "image": "file"}
+    data = module("json", label=None, image_folder=tmp_path, **options)
+    assert captions(data.val_dataloader()) == [f"photo {number}" for number in range(4)]
+    with pytest.raises(ValueError, match=r"None of 4 items can be read.*No such file or directory: '0\.png'"):
+        captions(module("json", label=None, **options).val_dataloader())
 
 
 @pytest.mark.parametrize(
@@ -247,6 +389,10 @@ def test_images_by_path_in_json(tmp_path: Path) -> None:
         ({"label": "class"}, r"must be columns of the data, but class is not among image, label, text, texts"),
         ({"image": "photo"}, r"but photo is not among"),
         ({"caption": ["text", "caption"]}, r"but caption is not among"),
+        ({"label": "texts"}, r"`label` must be a column of whole numbers or names, but texts holds"),
+        ({"caption": ["text", "label"]}, r"`caption` must be columns of strings or lists of strings, but label holds"),
+        ({"image": "label"}, r"`image` must be a column of images or of paths, but label holds"),
+        ({"image": "texts"}, r"`image` must be a column of images or of paths, but texts holds"),
         ({"split": "dev"}, r"no split 'dev' in .*saved, which has train, val"),
         ({"val_split": "val"}, r"The split val must have the classes cat, cow, dog, not a, b"),
         ({"classes": 2, "val_split": "train"}, r"`classes` must be the 3 of the column label, got 2"),
@@ -257,6 +403,36 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, options: dict[str, Any], m
     datasets.DatasetDict({"train": table(range(4)), "val": val}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=message):
         module(str(tmp_path / "saved"), **options).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("/no/such/folder", {}, r"`path`='/no/such/folder' cannot be loaded .*FileNotFoundError: .*Give a folder"),
+        ("parquet", {}, r"`path`: parquet needs files that it is to read: give `data_files` or `data_dir`"),
+        ("parquet", {"data_files": "/no.parquet"}, r"`path`='parquet' cannot be loaded .*/no\.parquet"),
+        ("FOLDER/empty", {}, r"cannot be loaded as a data set \(EmptyDatasetError"),
+        ("parquet", {"data_files": {"dev": "FOLDER/a.parquet"}}, r"Unknown split \"train\".*and a split that it has"),
+        ("FOLDER/none", {}, r"cannot be loaded as a data set|There must be train images"),
+        ("parquet", {"data_files": "FOLDER/a.parquet", "label": "nothing"}, r"but nothing holds none in 3 rows"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_in_one_error(
+    tmp_path: Path, path: str, options: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    table(range(3)).add_column("nothing", [None] * 3, feature=datasets.Value("string")).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    table(range(3)).select(()).save_to_disk(tmp_path / "none")
+    given = json.loads(json.dumps([path, options]).replace("FOLDER", str(tmp_path)))
+    with pytest.raises(ValueError, match=message):
+        module(given[0], **given[1]).setup("fit")
+
+
+def test_pickles_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`path`: pandas reads pickles, which may run code"):
+        module("pandas", data_files="a.pkl")
 
 
 def test_a_folder_of_one_split_has_no_other(tmp_path: Path) -> None:

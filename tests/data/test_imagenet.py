@@ -38,11 +38,12 @@ def flat(root: Path) -> None:
     train(root)
     for name in VAL:
         save(root / "val" / f"{name}.JPEG", int(name[-2:]))
+    (root / "val/.thumbnails").mkdir()
 
 
 def kaggle(root: Path) -> None:
     flat(root / "ILSVRC/Data/CLS-LOC")
-    with (root / "LOC_val_solution.csv").open("w", newline="") as file:
+    with (root / "LOC_val_solution.csv").open("w", newline="", encoding="utf-8-sig") as file:
         rows = csv.writer(file)
         rows.writerow(["ImageId", "PredictionString"])
         rows.writerows([name, f"{wnid} 1 2 30 40 {wnid} 5 6 7 8 "] for name, wnid in VAL.items())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,12 +88,21 @@ def test_a_shard_is_what_other_libraries_read(tmp_path: Path, dtype: torch.dtype
     assert torch.equal(LatentShard(tmp_path / "deep" / "0.tar").tensors["latent"], tensors["latent"])
 
 
+def test_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:
+    keys = ["a\udcff.png", "é.png", "b.png"]
+    write_shard(tmp_path / "0.tar", shard_of(0, 3), [{"key": key, "captions": ["ü"]} for key in keys])
+    shard = LatentShard(tmp_path / "0.tar")
+    assert [shard.item(row)["key"] for row in range(3)] == keys
+
+
 def test_batches_are_the_items_asked_for_in_their_order(tmp_path: Path) -> None:
     data = LatentCacheDataModule(cache_of(tmp_path))
     dataset = data.dataset("train")
     assert len(dataset) == 13
     indices = [12, 0, 5, 4, 6, 0, 11]
+    before = torch.get_rng_state()
     batch = dataset.batch(Request(1, 2, indices))
+    assert torch.equal(torch.get_rng_state(), before), "so it may be made beside a training step"
     latents = batch["latent"][:, 0, 0, 0].float()
     assert latents.long().tolist() == indices
     variants = ((latents - latents.long()) * 8).long()
@@ -133,6 +143,27 @@ def test_variants_and_captions_are_drawn_evenly_and_apart(tmp_path: Path, with_t
     expected = 3000 / 36
     # Chi square of 35 degrees of freedom: above 66.6 once in a thousand.
     assert float(((table - expected) ** 2 / expected).sum()) < 66.6
+
+
+def test_batches_are_made_beside_a_training_step(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    for batch in LatentCacheDataModule(cache_of(tmp_path), batch_size=2).train_dataloader():
+        assert batch["latent"].shape == (2, 4, 2, 3)
+        assert set(threading.enumerate()) - before
+        break
+
+
+def test_draws_come_from_the_seed_too_and_are_apart_where_they_are_of_as_many(tmp_path: Path) -> None:
+    """Of two variants and two captions all four pairs, as often; another seed draws otherwise."""
+    dataset = LatentCacheDataModule(cache_of(tmp_path)).dataset("train")
+    counts = torch.zeros(2, 2)
+    for epoch in range(400):
+        batch = dataset.batch(Request(0, epoch, [4]))
+        counts[int(float(batch["latent"][0, 0, 0, 0]) % 1 * 8), int(batch["caption"][0][-1])] += 1
+    assert float(((counts - 100) ** 2 / 100).sum()) < 16.3  # 3 degrees of freedom: above once in a thousand
+    one, other = (dataset.batch(Request(seed, 0, list(range(13)))) for seed in (0, 1))
+    assert not torch.equal(one["latent"], other["latent"])
+    assert one["caption"] != other["caption"]
 
 
 def test_loader_processes_map_files_of_their_own(tmp_path: Path) -> None:
@@ -206,7 +237,8 @@ def test_a_shard_that_is_cut_off_anywhere_is_refused(tmp_path: Path, keep: int) 
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"`root` must be a folder that `lpl encode --out .* has written"):
         LatentCacheDataModule(tmp_path)
-    for content in ("", "[]", "{}", '{"format": "another"}'):
+    bare = json.dumps({"format": FORMAT, "finished": True})
+    for content in ("", "[]", "{}", '{"format": "another"}', bare):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(ValueError, match="is no manifest of a latent cache"):
             LatentCacheDataModule(tmp_path)

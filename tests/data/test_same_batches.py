@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,12 +172,15 @@ def test_a_cache_of_latents_gives_the_latents_of_the_same_first_batch(
 
 
 @pytest.mark.parametrize("make", [as_table, as_stream, as_shards], ids=lambda make: make.__name__)
-def test_loader_processes_encode_the_same(tmp_path: Path, make: Make) -> None:
+def test_loader_processes_encode_the_same(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """All training images once, in crops and mirrored, from streams too, of which each process reads a part."""
+    monkeypatch.setitem(COMMON, "crop", "random")
+    monkeypatch.setitem(COMMON, "horizontal_flip", True)
     for number in range(30):
-        path = tmp_path / "photos" / "ab"[number % 2] / f"{number:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(photo(number, (24, 18))))
+        for root, first in (("photos", 0), ("others", 30)):
+            path = tmp_path / root / "ab"[number % 2] / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(photo(first + number, (24, 18))))
     found = []
     for workers in (0, 2):
         data: Any = make(tmp_path / "photos", tmp_path / f"made{workers}")
@@ -185,12 +189,41 @@ def test_loader_processes_encode_the_same(tmp_path: Path, make: Make) -> None:
         parts: Any = (FlowMatching(), tiny_sd3(), ClassTokens(2, token_dim=8, pooled_dim=8))
         module = LatentDiffusionModule(Autoencoder(tiny_kl()), *parts)
         run = EncodingTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-        out = run.encode(module, data, str(tmp_path / str(workers)), ("train",), shard_size=8, crops=2, flips=True)
+        out = run.encode(module, data, str(tmp_path / str(workers)), ("train",), shard_size=8, crops=2)
         dataset = LatentCacheDataModule(out).dataset("train")
         keys = [
             dataset.shard(n).item(row)["key"] for n in range(len(dataset.paths)) for row in range(len(dataset.shard(n)))
         ]
         assert len(set(keys)) == len(keys) == 30
         found.append([path.read_bytes() for path in sorted(out.rglob("*.tar"))])
+        assert dataset.shard(0).tensors["latent"].shape[1] == 4
     assert found[0] == found[1]
     assert len(found[0]) == 4
+    # As many images of the same names are others.
+    shutil.rmtree(tmp_path / "made2")
+    data = make(tmp_path / "others", tmp_path / "made2")
+    with pytest.raises(ValueError, match=r"begun with other settings \(data\.train\.(contents|names) [^;]*\)"):
+        run.encode(module, data, str(tmp_path / "2"), ("train",), shard_size=8, crops=2)
+
+
+def test_an_encoding_goes_on_with_the_same_table_alone(tmp_path: Path) -> None:
+    """Where it lies does not matter, but another of as many rows is refused."""
+
+    def encoded(name: str, first: int) -> dict[str, bytes]:
+        root = tmp_path / f"{name} photos"
+        for number in range(12):
+            (root / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+            (root / "ab"[number % 2] / f"{number:02}.png").write_bytes(png(photo(first + number, (24, 18))))
+        torch.manual_seed(0)
+        parts: Any = (FlowMatching(), tiny_sd3(), ClassTokens(2, token_dim=8, pooled_dim=8))
+        module = LatentDiffusionModule(Autoencoder(tiny_kl()), *parts)
+        run = EncodingTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        run.encode(module, as_table(root, tmp_path / name), str(tmp_path / "out"), ("train",), shard_size=5)
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*.tar")}
+
+    whole = encoded("one", 0)
+    assert len(whole) == 3
+    next((tmp_path / "out").rglob("*.tar")).unlink()
+    with pytest.raises(ValueError, match="holds a cache that was begun with other settings"):
+        encoded("other", 1)
+    assert encoded("moved", 0) == whole

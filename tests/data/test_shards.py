@@ -148,7 +148,7 @@ def tarfile_end(content: bytes, name: str) -> int:
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_shards_never_end_or_hang_a_run(tmp_path: Path, seed: int) -> None:
     """Bytes changed, cut out and put in at random, 75 times: each sample is given, or it or its shard is named."""
-    rng, whole = np.random.default_rng(seed), bare_tar(samples(0, 1, 2))
+    rng, whole = np.random.default_rng(seed), bare_tar(samples(0, 1, 2), mtime=seed % 2 / 2)
     for _ in range(75):
         content = bytearray(whole)
         for place in rng.integers(len(content), size=rng.integers(1, 20)).tolist():
@@ -168,6 +168,21 @@ def test_damaged_shards_never_end_or_hang_a_run(tmp_path: Path, seed: int) -> No
         assert scan.lengths[0] == len(again) + len(later)
         lost = {f"photo {number}" for number in range(3)} - set(captions)
         assert not lost or bad
+
+
+@pytest.mark.parametrize("which", [0, 512])
+def test_reading_goes_on_where_one_of_two_headers_is_damaged(tmp_path: Path, which: int) -> None:
+    """As webdataset's writer makes two for each member."""
+    content = bytearray(bare_tar(samples(0, 1, 2), mtime=0.5))
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        header = archive.getmember("001.png")
+        assert header.offset_data - header.offset == 1536
+    # The first says what is in the block that follows it; the last is the member's own.
+    content[(header.offset if which == 0 else header.offset_data - 512) + 3] ^= 1
+    shards = written(tmp_path, bytes(content))
+    captions, bad = read(shards)
+    assert captions == (["photo 0", "photo 1", "photo 2"] if which == 0 else ["photo 0", "photo 2"])
+    assert "blocks are no headers" in bad[shards[0]]
 
 
 @pytest.mark.parametrize(

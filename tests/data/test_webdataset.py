@@ -146,7 +146,7 @@ def test_pipes_and_urls_where_they_are_allowed(tmp_path: Path) -> None:
         ({"classes": ["a", "a"]}, r"`classes` must be at least one class, each named once"),
         ({"classes": 0}, r"`classes` must be at least one"),
         ({"shuffle_buffer": 0}, r"`shuffle_buffer` must be 1 or more"),
-        ({"images_per_epoch": -1}, r"`images_per_epoch` must be 1 or more"),
+        ({"images_per_epoch": 0}, r"`images_per_epoch` must be 1 or more"),
         ({"val_fraction": 1.0}, r"`val_fraction` must be in \(0, 1\)"),
         ({"crop": "left"}, r"`crop` must be one of"),
         ({"on_error": "ignore"}, r"`on_error` must be one of"),
