@@ -27,7 +27,7 @@ NOISES = ["ddpm_epsilon", "ddpm_v", "flow"]
 PAPER = ["imagenet256", "imagenet512", "cc12m256", "cc12m512"]
 LORA = ["sdxl_lora_lpl", "sd3_lora_lpl"]
 OTHERS = ["quickstart", "folder", "denoiser_shapes", "autoencoder_shapes"]
-OVERLAYS = [*NOISES, "lpl", "guards", "tiny", "sdxl_vae", "mmdit_805m", "mmdit_2363m"]
+OVERLAYS = [*NOISES, "lpl", "guards", "preemptible", "tiny", "sdxl_vae", "mmdit_805m", "mmdit_2363m"]
 DEVICES = ["ddp", "fsdp2"]
 """Run by two processes in test_devices.py."""
 STACKS = [
@@ -38,7 +38,7 @@ STACKS = [
     ["imagenet512", "mmdit_2363m", "flow", "sdxl_vae"],
     *([config] for config in LORA),
     *([config] for config in OTHERS),
-    ["folder", "flow", "lpl", "guards"],
+    ["folder", "flow", "lpl", "guards", "preemptible"],
 ]
 
 
