@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -273,10 +274,12 @@ def _not_finite(
     losses: Sequence[Tensor | None], optimizer: torch.optim.Optimizer, device: torch.device
 ) -> list[tuple[bool, bool]]:
     """Whether a loss and whether a gradient is not finite, of each process; the one thing that is waited for."""
-    largest = get_total_norm([gradient for gradient in _gradients(optimizer) if gradient.numel()], float("inf"))
+    gradients = [gradient for gradient in _gradients(optimizer) if gradient.numel()]
+    # The Euclidean norm is the fastest to come by; float16 has no room for it.
+    norm = get_total_norm(gradients, inf if any(g.dtype == torch.float16 for g in gradients) else 2.0)
     finite = [loss.isfinite().all().to(device) for loss in losses if loss is not None]
     all_finite = torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool, device=device)
-    flags = torch.stack([all_finite, largest.isfinite().to(device)]).logical_not().float()
+    flags = torch.stack([all_finite, norm.isfinite().to(device)]).logical_not().float()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         of_all = [torch.empty_like(flags) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(of_all, flags)
@@ -306,7 +309,7 @@ def _said(step: int, found: Sequence[tuple[bool, bool]], names: Sequence[str]) -
     of = f" of process {some(losses)}" if losses and len(found) > 1 else ""
     what = [f"the loss{of}"] if losses else []
     if any(gradient for _, gradient in found):
-        what.append(f"the gradient of {some(names)}" if names else "a gradient of another process's part")
+        what.append(f"the gradient of {some(names)}" if names else "the gradient's norm, or its part elsewhere")
     return f"Optimizer step {step} is not finite: {' and '.join(what)}."
 
 
