@@ -55,8 +55,8 @@ class StepGuard(Callback):
     --record FOLDER`` can run it again. The Latent Perceptual Loss with ``nonfinite: raise`` leaves its values to this
     callback, so that processes agree on them.
 
-    The processes wait for one number of the accelerator in each optimizer step, at the end of the backward pass, and
-    read the gradient once.
+    Logged is ``skipped_steps``, how many were left out so far. The processes wait for one number of the accelerator in
+    each optimizer step, at the end of the backward pass, and read the gradient once.
 
     Args:
         policy: ``raise`` ends the run before the weights are touched; ``skip`` leaves the step out.
@@ -147,16 +147,20 @@ class StepGuard(Callback):
         self.skipped += 1
         self.step_skipped = True
         _leave_out(optimizer, scaler)
-        pl_module.log("skipped_steps", float(self.skipped))
         if trainer.is_global_zero:
             _log.warning("%s It is left out, %d in a row, %d in all.%s", said, self.in_a_row, self.skipped, recorded)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let go of batches whose step was taken."""
-        if not trainer.fit_loop._should_accumulate():
-            self._batches = []
+        """Let go of batches whose step was taken, and log ``skipped_steps`` where the logger takes what was logged."""
+        if trainer.fit_loop._should_accumulate():
+            return
+        self._batches = []
+        every: int = cast(Any, trainer).log_every_n_steps
+        if every and not trainer.global_step % every:
+            # A tensor on the CPU: a number would be copied to the accelerator, and the step would wait for it.
+            pl_module.log("skipped_steps", torch.tensor(float(self.skipped)), batch_size=1)
 
     def _record(
         self,
