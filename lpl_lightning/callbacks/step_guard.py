@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -54,8 +55,8 @@ class StepGuard(Callback):
     --record FOLDER`` can run it again. The Latent Perceptual Loss with ``nonfinite: raise`` leaves its values to this
     callback, so that processes agree on them.
 
-    The processes wait for one number of the accelerator in each optimizer step, at the end of the backward pass, and
-    read the gradient once.
+    Logged is ``skipped_steps``, how many were left out so far. The processes wait for one number of the accelerator in
+    each optimizer step, at the end of the backward pass, and read the gradient once.
 
     Args:
         policy: ``raise`` ends the run before the weights are touched; ``skip`` leaves the step out.
@@ -146,16 +147,20 @@ class StepGuard(Callback):
         self.skipped += 1
         self.step_skipped = True
         _leave_out(optimizer, scaler)
-        pl_module.log("skipped_steps", float(self.skipped))
         if trainer.is_global_zero:
             _log.warning("%s It is left out, %d in a row, %d in all.%s", said, self.in_a_row, self.skipped, recorded)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let go of batches whose step was taken."""
-        if not trainer.fit_loop._should_accumulate():
-            self._batches = []
+        """Let go of batches whose step was taken, and log ``skipped_steps`` where the logger takes what was logged."""
+        if trainer.fit_loop._should_accumulate():
+            return
+        self._batches = []
+        every: int = cast(Any, trainer).log_every_n_steps
+        if every and not trainer.global_step % every:
+            # A tensor on the CPU: a number would be copied to the accelerator, and the step would wait for it.
+            pl_module.log("skipped_steps", torch.tensor(float(self.skipped)), batch_size=1)
 
     def _record(
         self,
@@ -273,10 +278,12 @@ def _not_finite(
     losses: Sequence[Tensor | None], optimizer: torch.optim.Optimizer, device: torch.device
 ) -> list[tuple[bool, bool]]:
     """Whether a loss and whether a gradient is not finite, of each process; the one thing that is waited for."""
-    largest = get_total_norm([gradient for gradient in _gradients(optimizer) if gradient.numel()], float("inf"))
+    gradients = [gradient for gradient in _gradients(optimizer) if gradient.numel()]
+    # The Euclidean norm is the fastest to come by; float16 has no room for it.
+    norm = get_total_norm(gradients, inf if any(g.dtype == torch.float16 for g in gradients) else 2.0)
     finite = [loss.isfinite().all().to(device) for loss in losses if loss is not None]
     all_finite = torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool, device=device)
-    flags = torch.stack([all_finite, largest.isfinite().to(device)]).logical_not().float()
+    flags = torch.stack([all_finite, norm.isfinite().to(device)]).logical_not().float()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         of_all = [torch.empty_like(flags) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(of_all, flags)
@@ -306,7 +313,7 @@ def _said(step: int, found: Sequence[tuple[bool, bool]], names: Sequence[str]) -
     of = f" of process {some(losses)}" if losses and len(found) > 1 else ""
     what = [f"the loss{of}"] if losses else []
     if any(gradient for _, gradient in found):
-        what.append(f"the gradient of {some(names)}" if names else "a gradient of another process's part")
+        what.append(f"the gradient of {some(names)}" if names else "the gradient's norm, or its part elsewhere")
     return f"Optimizer step {step} is not finite: {' and '.join(what)}."
 
 

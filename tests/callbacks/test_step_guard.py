@@ -213,6 +213,20 @@ def test_overflows_of_float16_are_the_scalers(make_module: MakeModule, tmp_path:
     assert all(bool(value.isfinite().all()) for value in watch.states[-1].values())
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
+def test_an_optimizer_that_looks_for_overflows_itself(make_module: MakeModule, tmp_path: Path) -> None:
+    """A fused one: the scaler leaves its gradients scaled, and the looking to it."""
+    torch.manual_seed(0)
+    module = make_module(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True))
+    plugin, guard, watch = Float16(4.0), StepGuard("skip"), Watch()
+    fit(module, tmp_path, batches(2), guard, watch, plugins=[plugin], precision=None)
+    assert guard.skipped == 1
+    weights = [_weights(state) for state in watch.states]
+    assert same(weights[1], weights[2])
+    assert not same(weights[2], weights[3])
+    assert all(bool(value.isfinite().all()) for value in weights[3].values())
+
+
 def test_a_full_disk_does_not_hide_the_error(
     make_module: MakeModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
