@@ -217,6 +217,7 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
         if half == 1:
             callbacks.append(SaveWithin(first))
         else:
+            torch.manual_seed(5)  # the checkpoint's seed is gone on with
             callbacks += [SampleGrid(num_images=3, columns=3, batch_size=2), SaveWeights(), SaveDiffusers()]
         options: dict[str, Any] = {"max_steps": STEPS * half // 2, "val_check_interval": STEPS // 2}
         run = trainer(strategy, own, callbacks=callbacks, **options)
@@ -233,6 +234,7 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     tested = run.validate(built, found, ckpt_path=own / "end.ckpt", verbose=False)[0]
     run.predict(built, found, ckpt_path=own / "end.ckpt")
     return {
+        "inference_mode": [run.fit_loop.epoch_loop.val_loop.inference_mode, run.predict_loop.inference_mode],
         "losses": losses,
         "passed": counts,
         "validation": validation,

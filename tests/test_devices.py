@@ -241,3 +241,9 @@ def test_the_command_line_trains_by_fsdp2_and_predicts_with_the_average_asked_fo
 @pytest.mark.slow
 def test_the_command_line_trains_by_ddp(tmp_path: Path) -> None:
     assert by_command(tmp_path, "ddp").is_file()
+
+
+def test_weights_that_are_sharded_are_not_gathered_in_inference_mode(folder: Path) -> None:
+    """Which Lightning turns on where processes talk by NCCL; what was gathered so takes part in no training."""
+    assert result(folder, "fsdp2-life")["inference_mode"] == [False, False]
+    assert result(folder, "ddp-life")["inference_mode"] == [True, True]

@@ -761,7 +761,7 @@ def test_a_lora_of_the_command_line(tmp_path: Path) -> None:
     folder = export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     file = folder / "pytorch_lora_weights.safetensors"
     found = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
-    trained = {n.replace(".default", ""): t for n, t in weights(checkpoint, "state_dict").items()}
+    trained = {n.replace(".default", ""): t for n, t in weights(checkpoint, False).items()}
     torch.testing.assert_close(found, trained, rtol=0, atol=0)
     with safe_open(file, "pt") as opened:
         assert json.loads(opened.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"] == 3
