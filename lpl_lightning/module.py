@@ -210,7 +210,8 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, or of the same model trained for something else, in one sentence."""
-        check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+        if "state_dict" in checkpoint:  # a folder of shards is loaded before, and holds none
+            check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
         self._draw_seed = checkpoint.get(DRAW_SEED)
         own, found = self._meaning(), checkpoint.get(MEANING)
         if found is not None and found != own:

@@ -12,7 +12,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -245,6 +245,23 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     }
 
 
+def in_shards(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
+    """Stopped half-way and gone on, by a folder to which each process writes its shards."""
+    losses, path = [], folder / f"{strategy}-{variant}" / "half"
+    for half in (1, 2):
+        built, lpl = module([])
+        watch = Watch()
+        torch.manual_seed(5 * (half - 1))
+        options: dict[str, Any] = {"max_steps": STEPS * half // 2, "limit_val_batches": 0, "val_check_interval": None}
+        run = trainer(strategy, folder, callbacks=[EMA(decay=0.5), lpl, watch], **options)
+        cast(Any, run.strategy)._save_distributed_checkpoint = True
+        run.fit(built, data(strategy), ckpt_path=None if half == 1 else path, weights_only=True)
+        if half == 1:
+            run.save_checkpoint(path)
+        losses += watch.losses
+    return {"losses": losses, "weights": weights(built)}
+
+
 def refused(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     """What is said to a module that trains something that nobody shards."""
     built, _ = module([])
@@ -263,6 +280,6 @@ if __name__ == "__main__":
     pl.seed_everything(0, verbose=False)
     for way in sys.argv[2:]:
         strategy, variant = way.split("-", 1)
-        find = lived if variant.startswith("life") else refused if variant == "refused" else trained
+        find = lived if variant.startswith("life") else {"refused": refused, "shards": in_shards}.get(variant, trained)
         found = find(strategy, folder, variant)
         torch.save(found, folder / f"{way}-{os.environ.get('RANK', '0')}.pt")
