@@ -131,6 +131,10 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
                 "`data_parallel_size` to the number of processes."
             )
         shard(self, self.denoiser, self.conditioner, mesh["data_parallel"])
+        # Weights that are first gathered in inference mode, as by a validation before training, could not be trained.
+        loops: Any = (self.trainer.fit_loop.epoch_loop.val_loop, self.trainer.validate_loop, self.trainer.test_loop)
+        for loop in (*loops, self.trainer.predict_loop):
+            loop.inference_mode = False
 
     def prepare_data(self) -> None:
         """Check that the parts and the data fit, before the data module looks at its images."""
@@ -206,7 +210,8 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, or of the same model trained for something else, in one sentence."""
-        check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+        if "state_dict" in checkpoint:  # a folder of shards is loaded before, and holds none
+            check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
         self._draw_seed = checkpoint.get(DRAW_SEED)
         own, found = self._meaning(), checkpoint.get(MEANING)
         if found is not None and found != own:

@@ -12,7 +12,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -217,6 +217,7 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
         if half == 1:
             callbacks.append(SaveWithin(first))
         else:
+            torch.manual_seed(5)  # the checkpoint's seed is gone on with
             callbacks += [SampleGrid(num_images=3, columns=3, batch_size=2), SaveWeights(), SaveDiffusers()]
         options: dict[str, Any] = {"max_steps": STEPS * half // 2, "val_check_interval": STEPS // 2}
         run = trainer(strategy, own, callbacks=callbacks, **options)
@@ -233,6 +234,7 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     tested = run.validate(built, found, ckpt_path=own / "end.ckpt", verbose=False)[0]
     run.predict(built, found, ckpt_path=own / "end.ckpt")
     return {
+        "inference_mode": [run.fit_loop.epoch_loop.val_loop.inference_mode, run.predict_loop.inference_mode],
         "losses": losses,
         "passed": counts,
         "validation": validation,
@@ -241,6 +243,23 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
         "validated": keep.validated,
         "weights": after,
     }
+
+
+def in_shards(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
+    """Stopped half-way and gone on, by a folder to which each process writes its shards."""
+    losses, path = [], folder / f"{strategy}-{variant}" / "half"
+    for half in (1, 2):
+        built, lpl = module([])
+        watch = Watch()
+        torch.manual_seed(5 * (half - 1))
+        options: dict[str, Any] = {"max_steps": STEPS * half // 2, "limit_val_batches": 0, "val_check_interval": None}
+        run = trainer(strategy, folder, callbacks=[EMA(decay=0.5), lpl, watch], **options)
+        cast(Any, run.strategy)._save_distributed_checkpoint = True
+        run.fit(built, data(strategy), ckpt_path=None if half == 1 else path, weights_only=True)
+        if half == 1:
+            run.save_checkpoint(path)
+        losses += watch.losses
+    return {"losses": losses, "weights": weights(built)}
 
 
 def refused(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
@@ -261,6 +280,6 @@ if __name__ == "__main__":
     pl.seed_everything(0, verbose=False)
     for way in sys.argv[2:]:
         strategy, variant = way.split("-", 1)
-        find = lived if variant.startswith("life") else refused if variant == "refused" else trained
+        find = lived if variant.startswith("life") else {"refused": refused, "shards": in_shards}.get(variant, trained)
         found = find(strategy, folder, variant)
         torch.save(found, folder / f"{way}-{os.environ.get('RANK', '0')}.pt")

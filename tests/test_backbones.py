@@ -303,3 +303,11 @@ def test_another_model_of_diffusers_is_an_adapter_of_a_few_lines() -> None:
     expected = net(Z, encoder_hidden_states=c.tokens, timestep=T / 1000).sample
     torch.testing.assert_close(mine(Z, T, c), expected)
     assert isinstance(mine, nn.Module)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_trained_weight_gets_a_gradient(name: str) -> None:
+    """So that DDP need not look for unused ones."""
+    model = denoiser(name)
+    model(Z, T, condition()).square().mean().backward()
+    assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []

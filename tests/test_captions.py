@@ -242,6 +242,11 @@ def test_one_of_several_captions_is_drawn_in_training() -> None:
     for _ in range(5):
         captions.eval()(batch, 3)
     assert encoder.asked == [["a", "d", "e"]] * 5
+    encoder.asked.clear()
+    captions.train()
+    for draw, wanted in ((0.1, "a"), (0.5, "b"), (0.99, "c")):
+        captions({**batch, "caption_draw": torch.tensor([draw, 0.9, 0.9])}, 3)
+        assert encoder.asked.pop() == [wanted, "d", "e"]
 
 
 def test_nothing_of_it_is_saved_or_trained() -> None:

@@ -24,7 +24,16 @@ from torch import Tensor
 from lpl_lightning.cli import main
 
 LIVES = ("ddp-life", "fsdp2-life", "fsdp2-life_one-life", "ddp-life_fsdp2-life")
-WAYS = (*LIVES, "ddp-accumulated", "fsdp2-accumulated", "fsdp2-mixed", "fsdp2-true", "fsdp2-lora", "fsdp2-refused")
+WAYS = (
+    *LIVES,
+    "ddp-accumulated",
+    "fsdp2-accumulated",
+    "fsdp2-mixed",
+    "fsdp2-true",
+    "fsdp2-lora",
+    "fsdp2-refused",
+    "fsdp2-shards",
+)
 BUFFER = "denoiser.backbone.pos_embed.pos_embed"
 
 
@@ -241,3 +250,17 @@ def test_the_command_line_trains_by_fsdp2_and_predicts_with_the_average_asked_fo
 @pytest.mark.slow
 def test_the_command_line_trains_by_ddp(tmp_path: Path) -> None:
     assert by_command(tmp_path, "ddp").is_file()
+
+
+def test_weights_that_are_sharded_are_not_gathered_in_inference_mode(folder: Path) -> None:
+    """Which Lightning turns on where processes talk by NCCL; what was gathered so takes part in no training."""
+    assert result(folder, "fsdp2-life")["inference_mode"] == [False, False]
+    assert result(folder, "ddp-life")["inference_mode"] == [True, True]
+
+
+def test_a_folder_of_shards_is_gone_on_with(folder: Path) -> None:
+    one, two = result(folder, "one-life"), result(folder, "fsdp2-shards")
+    for found, wanted in zip(two["losses"], one["losses"], strict=True):
+        assert_same_numbers(found, wanted)
+    assert_same(two["weights"], one["weights"])
+    assert (folder / "fsdp2-shards" / "half").is_dir()

@@ -761,29 +761,35 @@ def test_a_lora_of_the_command_line(tmp_path: Path) -> None:
     folder = export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     file = folder / "pytorch_lora_weights.safetensors"
     found = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
-    trained = {n.replace(".default", ""): t for n, t in weights(checkpoint, "state_dict").items()}
+    trained = {n.replace(".default", ""): t for n, t in weights(checkpoint, False).items()}
     torch.testing.assert_close(found, trained, rtol=0, atol=0)
     with safe_open(file, "pt") as opened:
         assert json.loads(opened.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"] == 3
 
 
-def weights(checkpoint: Path, key: str) -> dict[str, Tensor]:
-    state = torch.load(checkpoint, weights_only=True)[key]
+def of_run(checkpoint: Path, is_average: bool) -> dict[str, Tensor]:
+    found = torch.load(checkpoint, weights_only=True)
+    averages = found["lpl_lightning_averages"]["0.5"]
+    return {name: averages[name] if is_average and name in averages else t for name, t in found["state_dict"].items()}
+
+
+def weights(checkpoint: Path, is_average: bool) -> dict[str, Tensor]:
+    state = of_run(checkpoint, is_average)
     prefix = "denoiser.backbone."
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-@pytest.mark.parametrize(("options", "key"), [([], "current_model_state"), (["--ema=0.5"], "state_dict")])
+@pytest.mark.parametrize(("options", "is_average"), [([], False), (["--ema=0.5"], True)])
 def test_the_command_exports_trained_or_averaged_weights(
-    run: Path, tmp_path: Path, options: list[str], key: str
+    run: Path, tmp_path: Path, options: list[str], is_average: bool
 ) -> None:
-    assert not torch.equal(*(weights(run, k)["proj_out.weight"] for k in ("current_model_state", "state_dict")))
+    assert not torch.equal(*(weights(run, which)["proj_out.weight"] for which in (False, True)))
     main(["export", f"--ckpt={run}", "--out", str(tmp_path / "out"), *options])
     found = exported(tmp_path / "out")
-    for name, tensor in weights(run, key).items():
+    for name, tensor in weights(run, is_average).items():
         assert torch.equal(found[name], tensor)
     module = LatentDiffusionModule.load_from_checkpoint(run, weights_only=True)
-    module.load_state_dict(torch.load(run, weights_only=True)[key])
+    module.load_state_dict(of_run(run, is_average))
     pipe = load(StableDiffusion3Pipeline, tmp_path / "out", **without(*TEXT))
     side, scale = module.latent_size, module.sampler.guidance_scale
     z = torch.randn(2, module.autoencoder.latent_channels, side, side)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import ref
 
 import lightning.pytorch as pl
 import torch
@@ -78,6 +79,7 @@ class EMA(Callback):
         self._latest_step = 0
         self._of_checkpoint = False  # whether they were loaded to be evaluated
         self._kept: dict[str, Tensor] | None = None  # the weights as they were trained, while an average is in place
+        self._kept_of: ref[pl.LightningModule] | None = None  # of which module
 
     @property
     def in_place(self) -> float | None:
@@ -138,7 +140,7 @@ class EMA(Callback):
         chosen = self._chosen
         if self._kept is not None or chosen is None or chosen not in self._averages:
             return
-        self._kept = {}
+        self._kept, self._kept_of = {}, ref(pl_module)
         parameters = _trained(pl_module)
         for name, average in self._averages[chosen].items():
             weight = local(parameters[name].detach())
@@ -148,12 +150,11 @@ class EMA(Callback):
     @torch.no_grad()
     def _put_back(self, pl_module: pl.LightningModule) -> None:
         """Put the weights back, if an average is in place."""
-        if self._kept is None:
-            return
-        parameters, kept = _trained(pl_module), self._kept
-        for name, weight in kept.items():
-            local(parameters[name].detach()).copy_(weight)
-        self._kept = None
+        if self._kept is not None and self._kept_of is not None and self._kept_of() is pl_module:
+            parameters = _trained(pl_module)
+            for name, weight in self._kept.items():
+                local(parameters[name].detach()).copy_(weight)
+        self._kept = self._kept_of = None
 
     @contextmanager
     def put_in_place(self, pl_module: pl.LightningModule) -> Iterator[None]:
@@ -251,7 +252,7 @@ class EMA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take up what a checkpoint holds: to go on with, or the one that is to be evaluated."""
-        self._kept = None  # what was in place is no more
+        self._kept = self._kept_of = None  # what was in place is no more
         found = averages_of(checkpoint, unnamed=self.decay)
         if "current_model_state" in checkpoint:
             load_whole(pl_module, checkpoint["current_model_state"])

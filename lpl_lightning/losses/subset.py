@@ -32,7 +32,8 @@ class Subset:
     Attributes:
         keep: Probability, above 0 and at most 1, that a sample which passed the gate is compared; or a list with one
             for each compared map, shallow to deep, none above the one before. What is computed weighs 1 / probability
-            more, so that the expectation is the exact loss. Of n samples ``floor(n q)`` or one more are drawn.
+            more, so that the expectation is the exact loss. Of n samples ``floor(n q)`` or one more are drawn; where
+            each goes by a number of its own, as in ``LatentDiffusionModule``, nq on average.
         crop: Side, in latent positions, of the random part of the latent that is compared, the same of all samples in
             a call; None compares all of it. Of an exact partition into such parts one is drawn, each as likely.
         halo: Positions around it that the decoder sees as well, fewer at the border of the latent. The expectation is

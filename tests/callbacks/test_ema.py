@@ -23,9 +23,13 @@ class Watch(Callback):
     """Keeps the weights after each step, the validation's, and what a checkpoint in the middle is to hold."""
 
     def __init__(self, save: Path | None = None) -> None:
+        self.begins: list[torch.Tensor] = []
         self.steps: list[torch.Tensor] = []
         self.validated: list[torch.Tensor] = []
         self.save = save
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.begins.append(key(pl_module))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.steps.append(key(pl_module))
@@ -241,10 +245,13 @@ def test_checkpoints_of_lightnings_callback_which_this_was_once(tmp_path: Path) 
     torch.testing.assert_close(key(module(weights=source, weights_ema=0.5)), average)
     with pytest.raises(ValueError, match=r"has those of decay \[0.5\]"):
         module(weights=source, weights_ema=0.9)
-    later = Watch()
-    fit = trainer(tmp_path, max_steps=4, callbacks=[EMA(decay=0.5), later], limit_val_batches=0)
-    fit.fit(module(), data(), ckpt_path=source, weights_only=True)
-    assert 0 < (later.steps[0] - weights).abs().max() < 0.05  # one step at 1e-2 from the trained weights
+    steps: list[torch.Tensor] = []
+    for path in (str(tmp_path / "new.ckpt"), source):
+        later = Watch()
+        fit = trainer(tmp_path, max_steps=4, callbacks=[EMA(decay=0.5), later], limit_val_batches=0)
+        fit.fit(module(), data(), ckpt_path=path, weights_only=True)
+        steps += later.steps
+    assert torch.equal(*steps)
     new = saved(fit, tmp_path / "later.ckpt")["lpl_lightning_averages"]["0.5"][NAME]
     torch.testing.assert_close(new, 0.5 * average + 0.5 * later.steps[0], atol=1e-7, rtol=0)
 
@@ -284,3 +291,16 @@ def test_fsdp1_is_refused() -> None:
 
     with pytest.raises(ValueError, match="take lpl_lightning.FSDP2Strategy"):
         EMA().setup(cast(Any, Trainer()), module(), "fit")
+
+
+def test_a_second_run_goes_on_from_the_weights_and_leaves_other_modules_alone(tmp_path: Path) -> None:
+    """With one callback, the average in place after the first run."""
+    ema, watch, trained = EMA(decay=0.5), Watch(), module()
+    for _ in range(2):
+        trainer(tmp_path, max_steps=2, callbacks=[ema, watch], limit_val_batches=0).fit(trained, data())
+    assert torch.equal(watch.steps[1], watch.begins[1])
+    torch.testing.assert_close(key(trained), naive(watch.steps[2:], [0.5]))
+    other = module()
+    begin = key(other)
+    trainer(tmp_path, max_steps=1, callbacks=[ema, watch], limit_val_batches=0).fit(other, data())
+    assert torch.equal(watch.begins[2], begin)

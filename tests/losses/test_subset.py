@@ -9,6 +9,7 @@ from conftest import tiny_kl
 from torch import Tensor, nn
 
 from lpl_lightning import Autoencoder, LatentPerceptualLoss
+from lpl_lightning.draws import Draws
 from lpl_lightning.losses import Subset, inlier_mask
 from lpl_lightning.losses.subset import depths_of, draw_crop
 
@@ -201,3 +202,21 @@ def test_a_decoder_whose_maps_do_not_follow_the_latent_has_no_crops() -> None:
     lpl = LatentPerceptualLoss(Autoencoder(net, feature_modules=["0", "1"]), subset=Subset(crop=4, halo=0))
     with pytest.raises(ValueError, match="`crop` needs feature maps whose positions follow the latent's"):
         lpl(*latents(1, 8))
+
+
+def test_samples_with_numbers_of_their_own_have_the_same_maps_in_any_batch() -> None:
+    """A batch in two parts, of which other numbers of samples pass the gate, against the whole: values and crop."""
+    lpl = LatentPerceptualLoss(Autoencoder(tiny_kl()), threshold=1.0, reference_side=0, mask_outliers=False)
+    lpl = lpl.double().train()
+    z0_hat, z0 = latents(side=6)
+    for crop in (None, 3):
+        lpl.subset = Subset(keep=[0.9, 0.5, 0.2, 0.1], crop=crop, halo=0)
+        found = []
+        for rows in (slice(0, 7), slice(0, 2), slice(2, 7)):
+            lpl.draws = Draws.of(4, rows.start, rows.stop - rows.start, batch=3)
+            found.append(lpl(z0_hat[rows], z0[rows], NSR[rows]).detach())
+        torch.testing.assert_close(torch.cat(found[1:]), found[0])
+        assert (found[0] == 0).any()
+        assert (found[0] > 0).any()
+    u = torch.tensor([0.05, 0.15, 0.4, 0.95])
+    assert depths_of(4, [0.9, 0.2, 0.1], u=u).tolist() == [3, 2, 1, 0]
