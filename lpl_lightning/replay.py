@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lpl_lightning.callbacks import LPLCallback
-from lpl_lightning.callbacks.step_guard import leave_lpl_to_guard, lpl_losses, parameters_not_finite
+from lpl_lightning.callbacks.step_guard import parameters_not_finite
+from lpl_lightning.callbacks.terms import leave_lpl_to_guard, loss_callbacks, lpl_losses
 from lpl_lightning.data.listing import some
 from lpl_lightning.pretrained import read_state
 from lpl_lightning.profiling import ProfilingTrainer
@@ -122,7 +123,7 @@ class ReplayingTrainer(ProfilingTrainer):
 
         It has the step's batches, weights, random numbers and states of callbacks; gradients of other processes are not
         among them. Data, loggers, validation and callbacks that change no loss are left alone. On the kind of machine
-        that the step was recorded on, losses are equal to the last bit.
+        that the step was recorded on, losses are equal to the last bit, but for those of FSDP2.
 
         Args:
             model: The model, of the run's config.
@@ -153,13 +154,7 @@ class ReplayingTrainer(ProfilingTrainer):
             )
         found = Replay(step.about, "the record" if step.weights else str(source), inputs=_not_finite(step.batches))
         trainer = cast(Any, self)
-        own = "lpl_lightning", "lightning", "pytorch_lightning"
-        # Those of this package and Lightning that change no loss write, look on or end runs.
-        callbacks = [
-            callback
-            for callback in trainer.callbacks
-            if isinstance(callback, LPLCallback) or type(callback).__module__.split(".")[0] not in own
-        ]
+        callbacks = loss_callbacks(self)
         _note(found, "the precision", step.about["precision"], str(self.precision))
         for name in sorted({key for key in step.about["callbacks"] if "LPLCallback" in key} ^ _lpl_keys(callbacks)):
             where = "in the run alone" if name in step.about["callbacks"] else "here, and not in the run"

@@ -20,14 +20,13 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from lpl_lightning.arguments import at_least
-from lpl_lightning.callbacks.lpl import LPLCallback
 from lpl_lightning.callbacks.run_folder import run_folder
+from lpl_lightning.callbacks.terms import leave_lpl_to_guard, loss_callbacks
 from lpl_lightning.data.listing import some
-from lpl_lightning.losses import LatentPerceptualLoss
 from lpl_lightning.sharding import local, whole
 from lpl_lightning.step_record import StepRecord, plain
 
-__all__ = ["StepGuard", "last_step_skipped", "leave_lpl_to_guard", "lpl_losses", "parameters_not_finite"]
+__all__ = ["StepGuard", "last_step_skipped", "parameters_not_finite"]
 
 _log = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ class StepGuard(Callback):
         self.skipped += 1
         self.step_skipped = True
         _leave_out(optimizer, scaler)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero or recorded:
             _log.warning("%s It is left out, %d in a row, %d in all.%s", said, self.in_a_row, self.skipped, recorded)
 
     def on_train_batch_end(
@@ -196,20 +195,23 @@ class StepGuard(Callback):
             self._weights = f"{name}-weights.safetensors"
             weights = _whole(pl_module, keep=rank == 0)
             if rank == 0:
+                unfinished = folder / f".{self._weights}.part"
                 with _unharmed(f"the weights into {folder}"):
                     folder.mkdir(parents=True, exist_ok=True)
-                    unfinished = folder / f".{self._weights}.part"
                     save_file(weights, unfinished)
                     unfinished.rename(folder / self._weights)
+                with suppress(OSError):
+                    unfinished.unlink(missing_ok=True)
+        # All ask, also those that do not write: a module or callback may gather what it is asked for.
+        module_state: dict[str, Any] = {}
+        with suppress(Exception):  # Another project's module may ask a checkpoint for what is not there.
+            pl_module.on_save_checkpoint(module_state)
+        states = {callback.state_key: callback.state_dict() for callback in loss_callbacks(trainer)}
         if not writes:
             return ""
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         losses = [None if batch.loss is None else float(batch.loss) / scale for batch in self._batches]
-        module_state: dict[str, Any] = {}
-        with suppress(Exception):  # Another project's module may ask a checkpoint for what is not there.
-            pl_module.on_save_checkpoint(module_state)
-        callbacks: list[Any] = cast(Any, trainer).callbacks
         checkpoint: Any = trainer.checkpoint_callback
         about = {
             "step": step,
@@ -227,9 +229,9 @@ class StepGuard(Callback):
             "loss_not_finite": own[0],
             "gradients_not_finite": list(names),
             "weights": self._weights if self.record_weights else None,
-            "checkpoint": getattr(checkpoint, "last_model_path", "") or trainer.ckpt_path or None,
+            "checkpoint": str(getattr(checkpoint, "last_model_path", "") or trainer.ckpt_path or "") or None,
             "module": plain(module_state),
-            "callbacks": plain({callback.state_key: callback.state_dict() for callback in callbacks}),
+            "callbacks": plain(states),
             "versions": {name: version(name) for name in ("lpl-lightning", "torch", "lightning", "diffusers")},
         }
         record = StepRecord(
@@ -258,20 +260,6 @@ def last_step_skipped(trainer: pl.Trainer) -> bool:
     """Whether a ``StepGuard`` of the trainer left out the last optimizer step, so that the weights are as before it."""
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
     return any(isinstance(callback, StepGuard) and callback.step_skipped for callback in callbacks)
-
-
-def leave_lpl_to_guard(trainer: pl.Trainer) -> None:
-    """Let a Latent Perceptual Loss that would raise, on one process alone, give what is not finite as its value."""
-    for loss in lpl_losses(trainer):
-        if loss.guard.policy == "raise":
-            loss.guard.policy = "pass"
-
-
-def lpl_losses(trainer: pl.Trainer) -> list[LatentPerceptualLoss]:
-    """The losses of all ``LPLCallback`` of a trainer."""
-    callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    found = [callback.loss for callback in callbacks if isinstance(callback, LPLCallback)]
-    return [loss for loss in found if loss is not None]
 
 
 def _not_finite(

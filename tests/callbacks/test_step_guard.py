@@ -186,6 +186,8 @@ def test_counting_goes_on_after_a_stop(make_module: MakeModule, tmp_path: Path) 
     with pytest.raises(FloatingPointError, match="Optimizer step 3 .* the last of 2 in a row"):
         run.fit(scheduled(make_module), loader, loader, ckpt_path=tmp_path / "a.ckpt")
     assert again.skipped == 1
+    record = StepRecord.read(tmp_path / "nonfinite" / "step-00000003-rank-0")
+    assert record.about["checkpoint"] == str(tmp_path / "a.ckpt")
 
 
 class Float16(MixedPrecision):
