@@ -131,9 +131,8 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
                 "`data_parallel_size` to the number of processes."
             )
         shard(self, self.denoiser, self.conditioner, mesh["data_parallel"])
-        # Weights that are first gathered in inference mode, as by a validation before training, could not be trained.
-        loops: Any = (self.trainer.fit_loop.epoch_loop.val_loop, self.trainer.validate_loop, self.trainer.test_loop)
-        for loop in (*loops, self.trainer.predict_loop):
+        # Weights that are first gathered in inference mode, as by `validate` before `fit`, could not be trained.
+        for loop in (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.predict_loop):
             loop.inference_mode = False
 
     def prepare_data(self) -> None:

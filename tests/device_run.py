@@ -234,7 +234,7 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     tested = run.validate(built, found, ckpt_path=own / "end.ckpt", verbose=False)[0]
     run.predict(built, found, ckpt_path=own / "end.ckpt")
     return {
-        "inference_mode": [run.fit_loop.epoch_loop.val_loop.inference_mode, run.predict_loop.inference_mode],
+        "inference_mode": run.validate_loop.inference_mode,
         "losses": losses,
         "passed": counts,
         "validation": validation,

@@ -73,7 +73,7 @@ def checkpoint(folder: Path, way: str, name: str = "end") -> Any:
     return torch.load(folder / way / f"{name}.ckpt", weights_only=True)
 
 
-def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], atol: float = 2e-7) -> None:
+def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], atol: float = 2e-6) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name].double(), tensor.double(), atol=atol, rtol=0, msg=name)
@@ -163,7 +163,7 @@ def test_batches_that_are_accumulated_are_those_of_a_larger_one(folder: Path, st
     pairs = list(zip(two["losses"][::2], two["losses"][1::2], strict=True))
     for (a, b), wanted in zip(pairs, one["losses"], strict=True):
         assert_same_numbers({name: (a[name] + b[name]) / 2 for name in a}, wanted)
-    assert_same(two["weights"], one["weights"], atol=3e-6)  # Adam divides by gradients near zero
+    assert_same(two["weights"], one["weights"], atol=5e-6)  # Adam divides by gradients near zero
     assert_same_numbers(two["validation"], one["validation"])
     if strategy == "fsdp2":
         assert two["reduced"][::2] == [0] * device_run.STEPS
@@ -185,7 +185,7 @@ def test_what_would_not_be_kept_equal_is_refused(folder: Path, make_module: Any)
     said = result(folder, "fsdp2-refused")["said"]
     assert "trains temperature, which lies neither in the denoiser's backbone nor in the conditioner" in said
     module = make_module()
-    module._device_mesh = {"tensor_parallel": torch.empty(2)}
+    module._device_mesh = {"tensor_parallel": TwoProcesses()}
     with pytest.raises(ValueError, match="`tensor_parallel_size` \\d+: take lpl_lightning.FSDP2Strategy"):
         module.configure_model()
 
@@ -196,6 +196,13 @@ def test_compiled_blocks(tmp_path: Path) -> None:
     plain, *others = (result(tmp_path, f"{way}") for way in ("fsdp2-accumulated", "fsdp2-compiled", "ddp-compiled"))
     for other in others:
         assert_same(other["weights"], plain["weights"], atol=1e-5)
+
+
+class TwoProcesses:
+    """What a mesh says of one of its axes."""
+
+    def size(self) -> int:
+        return 2
 
 
 def stack(*names: str) -> list[str]:
@@ -254,8 +261,8 @@ def test_the_command_line_trains_by_ddp(tmp_path: Path) -> None:
 
 def test_weights_that_are_sharded_are_not_gathered_in_inference_mode(folder: Path) -> None:
     """Which Lightning turns on where processes talk by NCCL; what was gathered so takes part in no training."""
-    assert result(folder, "fsdp2-life")["inference_mode"] == [False, False]
-    assert result(folder, "ddp-life")["inference_mode"] == [True, True]
+    assert result(folder, "fsdp2-life")["inference_mode"] is False
+    assert result(folder, "ddp-life")["inference_mode"] is True
 
 
 def test_a_folder_of_shards_is_gone_on_with(folder: Path) -> None:
