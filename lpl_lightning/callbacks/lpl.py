@@ -201,12 +201,6 @@ class LPLCallback(Callback):
             return z0.new_zeros(())
         return value * weight
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lay out the autoencoder's weights: encoding rounds by how they lie, the first batch too, and after a stop."""
-        if self._loss is not None:
-            place = torch.empty(1, 1, 1, 1, device=pl_module.device)
-            self._loss.runner.prepare(place, self._loss.autoencoder.model)
-
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what the backward pass told."""
         ratio = self._gradients.pop()

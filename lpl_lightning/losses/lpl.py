@@ -148,7 +148,7 @@ class LatentPerceptualLoss(nn.Module):
         self.subset.probabilities(len(self.compared))
         self.ddpm: DDPM | None = None
         self.draws: Draws | None = None  # of samples, for the subset; else PyTorch's own generator
-        self.runner = StageRunner(self.execution)
+        self._runner = StageRunner(self.execution)
         self._comparison = Comparison(self.options, self.compared, self.stages, self.autoencoder.is_video)
         self.guard = NonFiniteGuard(self.options.nonfinite)
         self._chunks: dict[object, int] = {}
@@ -287,7 +287,7 @@ class LatentPerceptualLoss(nn.Module):
     def features(self, z: Tensor, names: Sequence[str], runner: StageRunner | None = None) -> list[Tensor]:
         """The decoder's maps of latents (n, C, *positions), by names of stages; run as ``execution`` says."""
         skip = () if self.options.post_quant_conv else ("post_quant_conv",)
-        return self.autoencoder.features(z, names, skip, runner or self.runner)
+        return self.autoencoder.features(z, names, skip, runner or self._runner)
 
     def _parts(self, z0: Tensor, whole: Tensor, noise_to_signal: Tensor | None) -> list[Part]:
         """What is compared of samples that have passed: all of it, or in training the subset drawn."""
