@@ -37,7 +37,7 @@ from lpl_lightning import (
     SD3Denoiser,
     ShapesDataModule,
 )
-from lpl_lightning.losses import Execution, Subset
+from lpl_lightning.losses import Subset
 from lpl_lightning.sharding import reshard, whole
 
 GLOBAL_BATCH = 8
@@ -103,9 +103,7 @@ def module(counts: list[int], **options: Any) -> tuple[LatentDiffusionModule, LP
     )
 
     def loss(autoencoder: Autoencoder) -> LatentPerceptualLoss:
-        # Laid out otherwise the first call of the loss would move the last digits of the latents after it.
-        execution = Execution(channels_last=False)
-        options: dict[str, Any] = {"mask_outliers": False, "subset": Subset(keep=0.7), "execution": execution}
+        options: dict[str, Any] = {"mask_outliers": False, "subset": Subset(keep=0.7)}
         made = Gate(autoencoder, reference_side=0, threshold=0.5, **options)
         made.counts = counts
         return made
