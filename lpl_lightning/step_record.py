@@ -76,7 +76,9 @@ class StepRecord:
             if about["format"] != _FORMAT:
                 raise ValueError(f"its `format` is {about['format']!r}")
             about["folder"] = str(path.parent)
-            content = _unpack(about.pop("packed"), load_file(path.with_name(_TENSORS)))
+            # Copies begin at addresses as new tensors do: sums over others may be added up in another order.
+            tensors = {name: tensor.clone() for name, tensor in load_file(path.with_name(_TENSORS)).items()}
+            content = _unpack(about.pop("packed"), tensors)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"`record`: {path} is no step as this version writes it: {error}.") from error
         return cls(about, content["batches"], content["random_states"])

@@ -299,7 +299,7 @@ def test_what_does_not_fit_is_one_error_before_data_are_read(
         raise AssertionError(NOTHING_READ)
 
     monkeypatch.setattr("lpl_lightning.data.shapes.ShapesDataset.__getitem__", never)
-    monkeypatch.setattr("lpl_lightning.data.folder.unreadable", never)
+    monkeypatch.setattr("lpl_lightning.data.folder.in_threads", never)
     options = [option.format(photos=tmp_path / "photos") for option in options]
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         main(["fit", *given([*stack, "tiny"]), *options, *in_folder(tmp_path)])

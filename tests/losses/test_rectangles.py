@@ -285,7 +285,7 @@ def test_what_cannot_take_buckets_says_so_before_an_image_is_read(
     def never(*_: Any) -> None:
         raise AssertionError("an image was read")
 
-    for name in ("unreadable", "upright_sizes"):
+    for name in ("in_threads", "upright_sizes"):
         monkeypatch.setattr(f"lpl_lightning.data.folder.{name}", never)
     with pytest.raises(ValueError, match=re.escape(message)):
         trainer(tmp_path).fit(make(), data(write(tmp_path / "photos"), **options))
