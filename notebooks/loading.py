@@ -1,24 +1,26 @@
 """Images per second from a folder, as we load it and as torchvision does, and from a cache of latents.
 
     python notebooks/loading.py --step_ms 5
-    python notebooks/loading.py --photos PHOTOS --image_size 64 --count 2000
+    python notebooks/loading.py --photos PHOTOS
     python notebooks/loading.py --photos PHOTOS --image_size 64 --train_steps 10
 
 PHOTOS holds a sub-folder a class, of which ``--count`` images are taken; without it, random latents of 32 x 32 x 4 are
 written to a cache and loaded. With ``--step_ms`` a training step that takes so long, and uses no CPU, asks for each
 batch; ``nothing`` is that step with one batch that is there already. With ``--train_steps`` the model of
-configs/folder.yaml trains on each, with the Latent Perceptual Loss. Each runs ``--rounds`` times, in turn with the
+configs/folder.yaml trains, with the Latent Perceptual Loss. Each runs ``--rounds`` times, in turn with the
 others, and the median is printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import logging
 import os
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -42,7 +44,12 @@ from lpl_lightning import (
     LPLCallback,
     SD3Denoiser,
 )
-from lpl_lightning.data import ImageFolderDataModule, LatentCacheDataModule
+from lpl_lightning.data import (
+    HuggingFaceDataModule,
+    ImageFolderDataModule,
+    LatentCacheDataModule,
+    WebDatasetDataModule,
+)
 from lpl_lightning.data.latent_cache import FORMAT
 from lpl_lightning.data.latent_shards import shard_hash, write_shard
 from lpl_lightning.encoding import EncodingTrainer
@@ -75,6 +82,20 @@ def some_photos(root: Path, photos: Path, count: int) -> Path:
     for path in paths[:: max(1, len(paths) // count)][:count]:
         (root / path.parent.name).mkdir(parents=True, exist_ok=True)
         (root / path.parent.name / path.name).symlink_to(path.resolve())
+    return root
+
+
+def tar_shards(root: Path, photos: Path, count: int = 4) -> Path:
+    """The same photos in so many shards of WebDataset's layout."""
+    root.mkdir()
+    paths = sorted(photos.glob("*/*"))
+    for shard in range(count):
+        with tarfile.open(root / f"{shard:04}.tar", "w") as archive:
+            for number, path in enumerate(paths[shard::count]):
+                for ending, content in ((path.suffix, path.read_bytes()), (".cls", path.parent.name.encode())):
+                    member = tarfile.TarInfo(f"{number * count + shard:09}{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
     return root
 
 
@@ -183,6 +204,14 @@ def main() -> None:
             images = ImageFolderDataModule(photos, size, batch_size=batch, num_workers=workers, verify=False)
             loaders["torchvision's ImageFolder"] = torchvision_loader(photos, size, batch, workers)
             loaders["images"] = images.train_dataloader()
+            shards = str(tar_shards(Path(folder) / "shards", Path(photos)))
+            names, plain = list(images.class_names), {"batch_size": batch, "num_workers": workers}
+            tars = WebDatasetDataModule(shards, size, label="cls", classes=names, val_fraction=0.2, **plain)
+            # By a pattern: of a folder alone the library makes splits by words such as "val" in files' names.
+            table = HuggingFaceDataModule("imagefolder", size, data_files=f"{photos}/**", label="label", **plain)
+            for name, source in {"tar shards": tars, "Hugging Face table": table}.items():
+                source.setup("fit")
+                loaders[name] = source.train_dataloader()
         else:
             random_cache(cache, args.count)
         for processes in (0, workers):
@@ -194,7 +223,12 @@ def main() -> None:
             measures["nothing"] = lambda: rate(itertools.repeat(there), args.count, step)
         for name, loader in loaders.items():
             measures[name] = lambda loader=loader: rate(iter(loader), args.count, step)  # type: ignore[misc]
-        for name, loader in loaders.items() if args.train_steps else ():
+        trained = [
+            name
+            for name in loaders
+            if name not in ("tar shards", "Hugging Face table", f"latents, {workers} processes")
+        ]
+        for name, loader in ((name, loaders[name]) for name in trained if args.train_steps):
             measures[f"training from {name}"] = lambda loader=loader: training_rate(  # type: ignore[misc]
                 module, loader, batch, args.train_steps
             )
