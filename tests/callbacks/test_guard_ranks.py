@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, str(Path(guard_ranks.__file__)), str(folder)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"},
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-3000:]
@@ -67,7 +67,8 @@ def test_all_processes_refuse_what_one_cannot_use(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_one_process_stands_in_for_either(strategy: str, folder: Path) -> None:
+def test_one_process_stands_in_for_either(strategy: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lpl_lightning.folded_convolution.NARROWEST", 128)  # as it was where they were recorded
     found = said(folder, strategy)
     assert found[0]["losses"][2] != found[1]["losses"][2]
     for rank in range(2):
@@ -82,7 +83,6 @@ def test_one_process_stands_in_for_either(strategy: str, folder: Path) -> None:
             callbacks=[lpl],
         )
         replay = trainer.replay(module, str(folder / strategy / "nonfinite" / f"asked-00000002-rank-{rank}"))
-        # FSDP2 gathers weights into memory that may lie otherwise, and sums are then added up in another order.
-        assert replay.losses == pytest.approx([found[rank]["losses"][2]], rel=0 if strategy == "ddp" else 1e-6, abs=0)
+        assert replay.losses == [found[rank]["losses"][2]]
         assert replay.recorded_losses == [found[rank]["losses"][2]]
         assert trainer.world_size == 1

@@ -440,10 +440,12 @@ def test_killed_and_continued_it_is_as_if_it_had_not_been(
     until = time.monotonic() + 120
     # Each is within its second shard.
     second = [f"{index + processes:05}.tar" for index in range(processes)]
-    for process, name in zip(running, second, strict=True):
-        while not rows(out, name) and time.monotonic() < until:
-            time.sleep(0.002)
-        os.kill(process, signal.SIGKILL)
+    alive = dict(zip(running, second, strict=True))
+    while alive and time.monotonic() < until:
+        for process in [process for process, name in alive.items() if rows(out, name)]:
+            os.kill(process, signal.SIGKILL)
+            del alive[process]
+        time.sleep(0.002)
     assert [runs.end(process) for process in running] == [-signal.SIGKILL] * processes
     written = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert out / "00000.tar" in written
