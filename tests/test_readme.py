@@ -40,6 +40,16 @@ def test_the_main_command_trains_what_it_says(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("samples/*.png"))
 
 
+def test_the_main_command_needs_nothing_of_the_extras(tmp_path: Path) -> None:
+    """In a process where what is installed for them alone cannot be found."""
+    words = shlex.split(command("main-command")[0].split("&&")[1])
+    options = [*words[1:], "-c", str(ROOT / "configs" / "tiny.yaml"), f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    script = [sys.executable, str(Path(__file__).with_name("without_extras.py"))]
+    done = subprocess.run([*script, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("samples/*.png"))
+
+
 def test_every_lpl_command_of_the_text_names_configs_that_exist() -> None:
     for path in re.findall(r"-c (\S+\.yaml)", README):
         assert (ROOT / path).is_file(), path

@@ -14,11 +14,9 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image import (
-    InceptionScore,
-    KernelInceptionDistance,
-    MemorizationInformedFrechetInceptionDistance,
-)
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistance
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.evaluation.gathering import Moments, Rows
