@@ -15,14 +15,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 
 from lpl_lightning.captioning.batches import Flags, Share
 from lpl_lightning.captioning.record import writing
+from lpl_lightning.data.listing import as_line
 
-__all__ = ["PARTS", "Journal", "Row", "as_line"]
+__all__ = ["PARTS", "Journal", "Row"]
 
 PARTS = "captions-parts"
 
@@ -179,14 +180,6 @@ class Journal:
                         self._part[number], self._start[number], self._failed[number] = part, place, failed
                 end, found = start, []
         return end
-
-
-def as_line(row: dict[str, Any]) -> bytes:
-    """JSON in one line, of UTF-8."""
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # the name of a file that is none in the file system's encoding
-        return json.dumps(row).encode() + b"\n"
 
 
 def _line(row: Row, left: int) -> bytes:

@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lpl_lightning.captioning.journal import Journal, Row, as_line
+from lpl_lightning.captioning.journal import Journal, Row
 from lpl_lightning.captioning.record import write_whole
-from lpl_lightning.data.listing import some
+from lpl_lightning.data.listing import as_line, some
 
 __all__ = ["TABLE", "Sidecars", "Table"]
 

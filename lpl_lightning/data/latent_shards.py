@@ -32,6 +32,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from lpl_lightning.data.listing import as_line
+
 __all__ = ["UNFINISHED", "LatentShard", "ShardItem", "shard_hash", "write_shard"]
 
 TENSORS, ITEMS = "tensors.safetensors", "items.jsonl"
@@ -62,7 +64,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], items: Sequence[Shard
     Raises:
         OSError: It cannot be written.
     """
-    lines = [_line(item) for item in items]
+    lines = [as_line(item) for item in items]
     starts = torch.tensor([0, *map(len, lines)]).cumsum(0)
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,13 +82,6 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], items: Sequence[Shard
     finally:
         with suppress(OSError):  # it is there only where something failed
             part.unlink()
-
-
-def _line(item: ShardItem) -> bytes:
-    try:
-        return json.dumps(item, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # the name of a file that is not UTF-8
-        return json.dumps(item).encode() + b"\n"
 
 
 def shard_hash(path: Path) -> str:

@@ -6,11 +6,13 @@ Hidden files, files of other types and sub-folders without images are passed ove
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
+from typing import Any
 
-__all__ = ["images_below", "path_hash", "scan", "some"]
+__all__ = ["as_line", "images_below", "path_hash", "scan", "some"]
 
 EXTENSIONS = (
     *(".apng", ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm"),
@@ -122,3 +124,11 @@ def path_hash(path: str, root: Path) -> float:
     """A number in [0, 1) that depends on the path relative to ``root`` alone."""
     relative = os.fsencode(PurePath(path).relative_to(root).as_posix())
     return int.from_bytes(hashlib.blake2b(relative, digest_size=6).digest(), "big") / 2**48
+
+
+def as_line(row: Mapping[str, Any]) -> bytes:
+    """JSON in one line, of UTF-8."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # the name of a file that is none in the file system's encoding
+        return json.dumps(row).encode() + b"\n"
