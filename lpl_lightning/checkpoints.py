@@ -164,15 +164,14 @@ class _Index(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What torch writes there; else it ends."""
+        paths = [f"{place}.{kind}Path" for place in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")]
+        others = (*paths, "torch.Size", "collections.OrderedDict")
+        written = (*others, "torch.serialization._get_layout", "torch.distributed.checkpoint.filesystem._StorageInfo")
         found: Any = None
-        if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "pathlib"):
+        if module == "torch.distributed.checkpoint.metadata":
             found = super().find_class(module, name)
-            is_known = isinstance(found, type) and found.__module__.split(".")[0] in ("torch", "pathlib")
-        elif (module, name) in (
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-        ):
+            is_known = isinstance(found, type) and found.__module__ == module
+        elif f"{module}.{name}" in written:
             found, is_known = super().find_class(module, name), True
         else:
             found = getattr(torch, name, None) if module == "torch" else None
