@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +19,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from conftest import tiny_kl, tiny_sd3
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from lpl_lightning import (
@@ -30,6 +33,7 @@ from lpl_lightning import (
     LatentPerceptualLoss,
     LoRA,
     LPLCallback,
+    Preemption,
     SampleGrid,
     Sampler,
     SaveDiffusers,
@@ -37,6 +41,7 @@ from lpl_lightning import (
     SD3Denoiser,
     ShapesDataModule,
 )
+from lpl_lightning.callbacks import AccumulatedGradients
 from lpl_lightning.losses import Subset
 from lpl_lightning.sharding import reshard, whole
 
@@ -123,12 +128,15 @@ def trainer(strategy: str, folder: Path, **options: Any) -> pl.Trainer:
         devices=1 if strategy == "one" else 2,
         strategy=strategies[strategy](),
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         gradient_clip_val=0.5,
-        **({"max_steps": STEPS, "val_check_interval": STEPS, "check_val_every_n_epoch": None} | options),
+        **(
+            {"max_steps": STEPS, "val_check_interval": STEPS, "check_val_every_n_epoch": None}
+            | {"enable_checkpointing": False}
+            | options
+        ),
     )
 
 
@@ -260,6 +268,62 @@ def in_shards(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     return {"losses": losses, "weights": weights(built)}
 
 
+class SaveAfter(pl.Callback):
+    """Writes a checkpoint after one of the batches, and ends the run there."""
+
+    def __init__(self, path: Path, batch: int) -> None:
+        self.path, self.batch = path, batch
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            trainer.save_checkpoint(self.path)
+            raise Ended
+
+
+class Ended(Exception):
+    """The run of a test."""
+
+
+def broken(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
+    """Stopped between the batches that are accumulated for a step, and gone on by a strategy named in the variant."""
+    first = folder / (f"{strategy}-{variant}" if variant == "broken" else variant.removeprefix("broken_")) / "half.ckpt"
+    losses: list[dict[str, float]] = []
+    for half in (1, 2) if variant == "broken" else (2,):
+        built, lpl = module([])
+        watch = Watch()
+        callbacks: list[Any] = [lpl, watch, AccumulatedGradients()]
+        if half == 1:
+            callbacks.append(SaveAfter(first, 2))
+        options: dict[str, Any] = {"accumulate_grad_batches": 2, "limit_val_batches": 0, "val_check_interval": None}
+        run = trainer(strategy, folder, callbacks=callbacks, **options)
+        torch.manual_seed(5 * (half - 1))
+        with suppress(Ended):
+            run.fit(built, data(strategy, 2), ckpt_path=None if half == 1 else first, weights_only=True)
+        losses += watch.losses
+    return {"losses": losses, "weights": weights(built)}
+
+
+class SendSignal(pl.Callback):
+    """Sends a signal to the second of two processes alone."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def preempted(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
+    """What becomes of processes of which one is sent a signal: what they exit with, and after which step."""
+    built, lpl = module([])
+    saving = ModelCheckpoint(folder / f"{strategy}-{variant}")
+    callbacks: list[Any] = [lpl, SendSignal(), Preemption(every_n_steps=3), saving]
+    run = trainer(strategy, folder, callbacks=callbacks, enable_checkpointing=True)
+    try:
+        run.fit(built, data(strategy))
+    except SystemExit as ended:
+        return {"code": ended.code, "step": run.global_step}
+    return {"code": None, "step": run.global_step}
+
+
 def refused(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     """What is said to a module that trains something that nobody shards."""
     built, _ = module([])
@@ -278,6 +342,7 @@ if __name__ == "__main__":
     pl.seed_everything(0, verbose=False)
     for way in sys.argv[2:]:
         strategy, variant = way.split("-", 1)
-        find = lived if variant.startswith("life") else {"refused": refused, "shards": in_shards}.get(variant, trained)
+        ways = {"life": lived, "refused": refused, "shards": in_shards, "broken": broken, "preempted": preempted}
+        find = ways.get(variant.split("_")[0], trained)
         found = find(strategy, folder, variant)
         torch.save(found, folder / f"{way}-{os.environ.get('RANK', '0')}.pt")

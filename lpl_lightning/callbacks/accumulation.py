@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from lpl_lightning.sharding import is_sharded, local, reshard, shard_like, unsharded, whole
 
 __all__ = ["AccumulatedGradients"]
 
@@ -20,8 +21,8 @@ class AccumulatedGradients(Callback):
 
     Lightning writes such ones: by time, after a validation, and after the first batch of a run that goes on. Without
     the gradients of the batches before, that step would be taken on a part of its batches. With them, a run of one
-    process goes on bit for bit, and one of several, which are given the mean of their gradients, to rounding. Sharded
-    gradients are not kept; a warning says so.
+    process goes on bit for bit, and one of several, which are given the mean of their gradients, to rounding, also
+    under another strategy.
     """
 
     def __init__(self) -> None:
@@ -32,9 +33,11 @@ class AccumulatedGradients(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the gradients of the checkpoint back."""
         self._step, self._pending = trainer.global_step, bool(self._found)
+        if self._found:
+            reshard(pl_module)
         for name, parameter in pl_module.named_parameters():
             if name in self._found:
-                parameter.grad = self._found[name].to(parameter.device, parameter.dtype)
+                parameter.grad = shard_like(self._found[name], parameter)
         self._found = {}
 
     def on_train_batch_end(
@@ -49,20 +52,47 @@ class AccumulatedGradients(Callback):
         """Add the gradients, where there are batches that no step was taken on."""
         if not self._pending:
             return
-        own = {name: value for name, value in pl_module.named_parameters() if value.requires_grad}
-        if any(isinstance(value, DTensor) for value in own.values()):
-            rank_zero_warn(
-                "A checkpoint in the middle of accumulated gradients does not hold them where they are sharded: what "
-                "goes on from it takes its first step without them. Save every n-th step instead."
-            )
-            return
-        found = {name: value.grad.detach() for name, value in own.items() if value.grad is not None}
+        found = _gradients(pl_module)
         if trainer.world_size > 1:
-            found = {name: trainer.strategy.reduce(value.clone(), reduce_op="mean") for name, value in found.items()}
-        checkpoint[GRADIENTS] = found
+            found = _means(found, trainer, pl_module)
+        if trainer.is_global_zero:
+            checkpoint[GRADIENTS] = {name: value.cpu() for name, value in found.items()}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take them."""
         self._found = checkpoint.get(GRADIENTS, {})
+
+
+def _trained(module: pl.LightningModule) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _gradients(module: pl.LightningModule) -> dict[str, Tensor]:
+    """Whole gradients by name: those that processes have reduced, and what this one adds to them."""
+    reshard(module)
+    found = {name: whole(value.grad.detach()) for name, value in _trained(module).items() if value.grad is not None}
+    if is_sharded(module):
+        with unsharded(module):
+            for name, value in _trained(module).items():
+                if value.grad is not None:  # of batches that wait for the step's last one to be reduced with
+                    found[name] = found[name] + value.grad if name in found else value.grad.clone()
+    return found
+
+
+def _means(found: dict[str, Tensor], trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Tensor]:
+    """The means over processes, of which some may have no gradient where others have."""
+    parameters = _trained(module)
+    some: Any = torch.tensor([name in found for name in parameters], device=trainer.strategy.root_device).int()
+    some = trainer.strategy.reduce(some, reduce_op="max").tolist()
+    means = {}
+    for (name, parameter), has in zip(parameters.items(), some, strict=True):
+        if has:
+            own = (
+                found[name].clone()
+                if name in found
+                else torch.zeros(parameter.shape, device=local(parameter).device, dtype=parameter.dtype)
+            )
+            means[name] = trainer.strategy.reduce(own, reduce_op="mean")
+    return means
