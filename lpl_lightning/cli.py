@@ -34,6 +34,7 @@ from lpl_lightning.callbacks import (
     ImageWriter,
     LossByNoise,
     Preemption,
+    UnfinishedValidation,
 )
 from lpl_lightning.captioning import caption_images
 from lpl_lightning.checkpoints import SafeCheckpointIO, check_checkpoint, newest_checkpoint
@@ -97,6 +98,7 @@ class LPLCLI(LightningCLI):
         parser.add_lightning_class_args(Evaluation, "validation")
         parser.add_lightning_class_args(LossByNoise, "loss_by_noise")
         parser.add_lightning_class_args(AccumulatedGradients, "accumulated_gradients")
+        parser.add_lightning_class_args(UnfinishedValidation, "unfinished_validation")
         parser.add_lightning_class_args(Preemption, "preemption")
         parser.set_defaults({"validation.stage": "validate", "validation.num_images": 64})
         parser.add_argument(

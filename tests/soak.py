@@ -35,7 +35,7 @@ FAULTS = ("nothing", "deleted", "cut off", "full disk", "corrupt images")
 
 
 class Losses(Callback):
-    """Appends the loss of each batch to a file, as an exact hexadecimal number.
+    """Appends the loss of each batch, and of each validation, to a file, as an exact hexadecimal number.
 
     Args:
         path: The file.
@@ -48,9 +48,16 @@ class Losses(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Append it."""
-        number = trainer.fit_loop.total_batch_idx + 1
+        self._append("batch", trainer, outputs["loss"])
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Append it."""
+        if not trainer.sanity_checking:
+            self._append("validation", trainer, trainer.callback_metrics["val_loss"])
+
+    def _append(self, kind: str, trainer: pl.Trainer, loss: torch.Tensor) -> None:
         with open(self.path, "a") as file:
-            file.write(json.dumps({"batch": number, "loss": float(outputs["loss"]).hex()}) + "\n")
+            file.write(json.dumps({kind: trainer.fit_loop.total_batch_idx + 1, "loss": float(loss).hex()}) + "\n")
 
 
 def made_photos(folder: Path, count: int, side: int = 72) -> None:
@@ -148,12 +155,12 @@ def ended(child: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if found else None
 
 
-def losses(run: Path) -> dict[int, str]:
-    """What each step's loss was, the last time that the step was taken; as exact hexadecimal numbers."""
+def losses(run: Path, kind: str = "batch") -> dict[int, str]:
+    """What each batch's loss was, or each validation's, the last time that it came; as exact hexadecimal numbers."""
     path = run / "losses.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return {line["batch"]: line["loss"] for line in found}
+    return {line[kind]: line["loss"] for line in found if kind in line}
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -256,10 +263,15 @@ def soak(folder: Path, kills: int, steps: int, every: int, seed: int, photos: in
         counts[signum.name] += 1
     one, other = (state(checkpoints(run)[-1]) for run in (alone, killed))
     unequal = differences(one, other)
-    first, second = losses(alone), losses(killed)
-    steps_unequal = sorted(n for n in first.keys() | second.keys() if first.get(n) != second.get(n))
-    verdict = {"equal": not unequal and not steps_unequal, "where": unequal[:20], "losses": steps_unequal[:20]}
-    verdict |= {"batches": len(first), "seconds": round(time.monotonic() - began, 1), **counts}
+    verdict: dict[str, Any] = {"equal": not unequal, "where": unequal[:20]}
+    for kind in ("batch", "validation"):
+        first, second = losses(alone, kind), losses(killed, kind)
+        if kind == "validation" and batches not in second:
+            first.pop(batches, None)  # after a kill behind the last step there is nothing to go on with
+        other = sorted(n for n in first.keys() | second.keys() if first.get(n) != second.get(n))
+        verdict["equal"] &= not other
+        verdict |= {f"{kind} losses": len(first), f"unequal {kind} losses": other[:20]}
+    verdict |= {"seconds": round(time.monotonic() - began, 1), **counts}
     (folder / "verdict.json").write_text(json.dumps(verdict, indent=2) + "\n")
     return verdict
 

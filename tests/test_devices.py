@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -33,6 +34,11 @@ WAYS = (
     "fsdp2-lora",
     "fsdp2-refused",
     "fsdp2-shards",
+    "ddp-broken",
+    "fsdp2-broken",
+    "ddp-broken_fsdp2-broken",
+    "ddp-preempted",
+    "fsdp2-preempted",
 )
 BUFFER = "denoiser.backbone.pos_embed.pos_embed"
 
@@ -271,3 +277,27 @@ def test_a_folder_of_shards_is_gone_on_with(folder: Path) -> None:
         assert_same_numbers(found, wanted)
     assert_same(two["weights"], one["weights"])
     assert (folder / "fsdp2-shards" / "half").is_dir()
+
+
+@pytest.mark.parametrize("way", ["ddp-broken", "fsdp2-broken", "ddp-broken_fsdp2-broken"])
+def test_a_step_of_which_a_part_was_saved_is_the_whole_step(folder: Path, way: str) -> None:
+    """Gradients of the batches before, of all processes, also of those that had not been reduced yet."""
+    wanted = result(folder, "ddp-accumulated")
+    found = result(folder, way)
+    skipped = len(wanted["losses"]) - len(found["losses"])
+    for one, other in zip(found["losses"], wanted["losses"][skipped:], strict=True):
+        assert_same_numbers(one, other)
+    assert_same(found["weights"], wanted["weights"], atol=5e-6)
+    first = folder / way.split("_")[-1] / "half.ckpt"
+    kept = torch.load(first, weights_only=True)["lpl_lightning_gradients"]
+    assert kept.keys() == wanted["weights"].keys() - {BUFFER}
+    other = torch.load(folder / "ddp-broken" / "half.ckpt", weights_only=True)["lpl_lightning_gradients"]
+    assert_same(kept, other)
+
+
+@pytest.mark.parametrize("way", ["ddp-preempted", "fsdp2-preempted"])
+def test_a_signal_to_any_process_ends_all(folder: Path, way: str) -> None:
+    """At a step that they agree on, with a checkpoint; the first exits as if it had got the signal itself."""
+    assert [result(folder, way, rank)["code"] for rank in (0, 1)] == [128 + signal.SIGUSR1, 0]
+    assert [result(folder, way, rank)["step"] for rank in (0, 1)] == [3, 3]
+    assert checkpoint(folder, way, "preempted")["global_step"] == 3

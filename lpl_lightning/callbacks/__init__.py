@@ -10,6 +10,7 @@ from lpl_lightning.callbacks.preemption import Preemption
 from lpl_lightning.callbacks.saving import SaveAutoencoder, SaveDiffusers, SaveWeights
 from lpl_lightning.callbacks.step_guard import StepGuard
 from lpl_lightning.callbacks.throughput import ImagesPerSecond
+from lpl_lightning.callbacks.unfinished_validation import UnfinishedValidation
 
 __all__ = [
     "EMA",
@@ -25,4 +26,5 @@ __all__ = [
     "SaveDiffusers",
     "SaveWeights",
     "StepGuard",
+    "UnfinishedValidation",
 ]

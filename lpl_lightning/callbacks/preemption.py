@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -26,16 +27,17 @@ class Preemption(Callback):
 
     The signal is noted, and acted on after the next optimizer step, never in the middle of one or of accumulated
     gradients: the checkpoint ``preempted.ckpt`` is written beside those of the run's first ``ModelCheckpoint``, and all
-    processes exit, the first with 128 and the signal's number, as the shell says it. One that comes during a validation
-    takes effect after the step that follows it. ``--ckpt_path last`` goes on from there. In a list of callbacks it
-    comes after those that have a state, such as ``EMA``, which must have taken the step in before it is saved.
+    processes exit, the first with 128 and the signal's number, as the shell says it. A validation, in which nothing is
+    trained, is broken off at once, and is made anew when the run goes on, by ``UnfinishedValidation``; several
+    processes look before it begins and finish it. ``--ckpt_path last`` goes on from there. In a list of callbacks it
+    comes after those that have a part of checkpoints, such as ``EMA``, which must have taken the step in before.
 
     Under SLURM, with ``SLURMEnvironment(auto_requeue=True)``, Lightning's default, the job is put back into the queue
     if the signal was the one to requeue on (``SIGUSR1``; ``#SBATCH --signal=USR1@120`` sends it 120 s before the end).
     This takes the place of Lightning's own saving in the middle of whatever was going on.
 
     Args:
-        signals: Names of the signals.
+        signals: Names of the signals. Of several, or where processes were sent different ones, the last named counts.
         every_n_steps: With several processes, optimizer steps between two times that they ask one another, which makes
             them wait: a signal may reach one of them alone, or not all in the same step.
     """
@@ -50,22 +52,24 @@ class Preemption(Callback):
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._step = 0
+        self._breaks_off = False  # whether a signal does not wait for the next step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen, in the place of Lightning's own handlers, which come back at the end.
 
         Raises:
-            ValueError: A callback with a state comes after this one.
+            ValueError: A callback with a part of checkpoints comes after this one.
         """
         after = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
         late = [
             type(one).__name__
             for one in after
-            if is_overridden("state_dict", one, Callback) and not isinstance(one, Checkpoint)
+            if any(is_overridden(hook, one, Callback) for hook in ("state_dict", "on_save_checkpoint"))
+            and not isinstance(one, Checkpoint)
         ]
         if late:
             raise ValueError(f"Preemption would save before {', '.join(late)} took the step in: put it after them.")
-        self.received, self._step = None, trainer.global_step
+        self.received, self._step, self._breaks_off = None, trainer.global_step, False
         self._before = {}
         try:
             for one in self.signals:
@@ -81,51 +85,76 @@ class Preemption(Callback):
         if step == self._step:
             return  # gradients are being accumulated, and would be lost
         self._step = step
-        if trainer.world_size > 1:
-            if step % self.every_n_steps:
-                return
-            if not trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
-                return
-        elif self.received is None:
-            return
-        self._end(trainer)
+        if trainer.world_size == 1 or step % self.every_n_steps == 0:
+            self._end_if_received(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save and end, if it is time, or be ready to."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._breaks_off = trainer.world_size == 1
+            self._end_if_received(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait for the next step again."""
+        self._breaks_off = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen no longer."""
         self._restore()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Listen no longer."""
+        """Save, if it is a validation that a signal breaks off; listen no longer."""
+        if isinstance(exception, _BrokenOff) and self.received is not None:
+            self._save(trainer, self.received)
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
+        found = signal.Signals(number)
+        if self.received is None or self.signals.index(found) > self.signals.index(self.received):
+            self.received = found
+        if self._breaks_off:
+            self._breaks_off = False
+            raise _BrokenOff(128 + found)
 
     def _restore(self) -> None:
         for one, handler in self._before.items():
             signal.signal(one, signal.SIG_DFL if handler is None else handler)
         self._before = {}
 
-    def _end(self, trainer: pl.Trainer) -> None:
-        found: int = trainer.strategy.broadcast(int(self.received or 0)) or int(signal.SIGTERM)
-        what = f"{signal.Signals(found).name} received"
+    def _end_if_received(self, trainer: pl.Trainer) -> None:
+        """Save and end, if a signal has come to any process; all must call it."""
+        own = 0 if self.received is None else 1 + self.signals.index(self.received)
+        count = torch.tensor(own, device=trainer.strategy.root_device)
+        found = int(trainer.strategy.reduce(count, reduce_op="max")) if trainer.world_size > 1 else own
+        if not found:
+            return
+        self._breaks_off = False
+        number = self.signals[found - 1]
+        self._save(trainer, number)
+        # Other processes end well: launchers kill the first when one of them does not.
+        raise SystemExit(128 + number if trainer.is_global_zero else 0)
+
+    def _save(self, trainer: pl.Trainer, number: signal.Signals) -> None:
         checkpoint = next((one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)), None)
         if checkpoint is None or checkpoint.dirpath is None:
             rank_zero_warn(
-                f"{what}: training ends at step {trainer.global_step} without a checkpoint: there is no "
-                "ModelCheckpoint, whose folder it would go to."
+                f"{number.name} received: training ends at step {trainer.global_step} without a checkpoint: there is "
+                "no ModelCheckpoint, whose folder it would go to."
             )
         else:
             path = Path(checkpoint.dirpath) / "preempted.ckpt"
             trainer.save_checkpoint(path)
             rank_zero_info(
-                f"{what}: step {trainer.global_step} saved in {path}. The same command with `--ckpt_path last` goes on."
+                f"{number.name} received: step {trainer.global_step} saved in {path}. The same command with "
+                "`--ckpt_path last` goes on."
             )
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            _requeue(trainer, found)
-        # Other processes end well: launchers kill the first when one of them does not.
-        raise SystemExit(128 + found if trainer.is_global_zero else 0)
+            _requeue(trainer, number)
+
+
+class _BrokenOff(SystemExit):
+    """Raised by a signal in the middle of a validation."""
 
 
 def _requeue(trainer: pl.Trainer, number: int) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lpl_lightning import EMA, LatentDiffusionModule, Preemption
+from lpl_lightning.callbacks import AccumulatedGradients, UnfinishedValidation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
@@ -36,7 +37,14 @@ class Signals(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def fit(folder: Path, module: LatentDiffusionModule, *callbacks: Callback, **options: Any) -> pl.Trainer:
+def fit(
+    folder: Path,
+    module: LatentDiffusionModule,
+    *callbacks: Callback,
+    validation: Any = None,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> pl.Trainer:
     trainer = pl.Trainer(
         max_steps=6,
         accelerator="cpu",
@@ -45,10 +53,12 @@ def fit(folder: Path, module: LatentDiffusionModule, *callbacks: Callback, **opt
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
+        num_sanity_val_steps=0,
         **options,
     )
     batches: Any = [image_batch(2) for _ in range(12)]
-    trainer.fit(module, DataLoader(batches, batch_size=None))
+    path = None if ckpt_path is None else str(ckpt_path)
+    trainer.fit(module, DataLoader(batches, batch_size=None), validation, ckpt_path=path, weights_only=True)
     return trainer
 
 
@@ -125,8 +135,71 @@ def test_arguments() -> None:
         Preemption(every_n_steps=0)
 
 
+@pytest.mark.parametrize("late", [EMA, AccumulatedGradients, UnfinishedValidation])
 def test_it_saves_after_others_took_the_step_in(
+    tmp_path: Path, make_module: Callable[..., LatentDiffusionModule], late: type[Callback]
+) -> None:
+    with pytest.raises(ValueError, match=f"Preemption would save before {late.__name__} took the step in: put it"):
+        fit(tmp_path, make_module(), Preemption(), late())
+
+
+class SignalsInValidation(Callback):
+    """Sends a signal in a batch of the second validation, and counts the batches of all."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.batches: list[int] = []
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self.batches.append(trainer.global_step)
+        if len(self.batches) == 5 and self.number:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_signal_breaks_a_validation_off_which_is_made_anew(
     tmp_path: Path, make_module: Callable[..., LatentDiffusionModule]
 ) -> None:
-    with pytest.raises(ValueError, match="Preemption would save before EMA took the step in: put it after"):
-        fit(tmp_path, make_module(), Preemption(), EMA())
+    """With the weights as they were trained in the checkpoint, although the average was in place."""
+    batches: Any = [image_batch(2) for _ in range(3)]
+    module = make_module()
+    sends = SignalsInValidation(signal.SIGUSR1)
+
+    def callbacks(*more: Callback) -> list[Callback]:
+        return [*more, EMA(decay=0.5), UnfinishedValidation(), Preemption(), ModelCheckpoint(tmp_path / "saved")]
+
+    options: dict[str, Any] = {"val_check_interval": 2, "validation": DataLoader(batches, batch_size=None)}
+    with pytest.raises(SystemExit) as ended:
+        fit(tmp_path, module, *callbacks(sends), **options)
+    assert ended.value.code == 128 + signal.SIGUSR1
+    assert sends.batches == [2, 2, 2, 4, 4]
+    found = torch.load(tmp_path / "saved" / "preempted.ckpt", weights_only=True)
+    assert found["global_step"] == 4
+    assert all(torch.equal(found["state_dict"][name], value) for name, value in sends.weights.items())
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in sends.weights.items())
+    sees = SignalsInValidation(0)
+    fit(tmp_path, module, *callbacks(sees), ckpt_path=tmp_path / "saved" / "preempted.ckpt", **options)
+    assert sees.batches == [4, 4, 4, 6, 6, 6]
+
+
+def test_of_several_signals_the_last_named_counts(
+    tmp_path: Path, make_module: Callable[..., LatentDiffusionModule]
+) -> None:
+    """Whichever comes first; so SLURM's, on which a job is put back, is not forgotten over the one that ends it."""
+    for first, second in ((signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1)):
+        with pytest.raises(SystemExit) as ended:
+            fit(
+                tmp_path,
+                make_module(),
+                Signals(first, 2),
+                Signals(second, 2),
+                Preemption(),
+                ModelCheckpoint(tmp_path / "saved"),
+            )
+        assert ended.value.code == 128 + signal.SIGUSR1

@@ -1,0 +1,60 @@
+"""Validations that a run was stopped before or in, made when it goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+__all__ = ["UnfinishedValidation"]
+
+
+class UnfinishedValidation(Callback):
+    """Lets a run make up for a validation that its checkpoint was written before, or in.
+
+    Of checkpoints that are written after the last batch before a validation, Lightning takes it for done, with what is
+    measured in it and the best checkpoints that are chosen by it. From within one, it goes on with a part of its
+    batches. With this callback the whole validation comes first when the run goes on, as it would have come. The one
+    after the last step of all is not made up for, since ``fit`` then has nothing left to do: ``validate`` makes it.
+    """
+
+    def __init__(self) -> None:
+        self._validates = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin anew: the fit before may have ended in a validation."""
+        self._validates = False
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that one has begun."""
+        self._validates = trainer.state.fn == "fit" and not trainer.sanity_checking
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that it is done; what is saved by it comes after."""
+        self._validates = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write the state of the loops down as it is where a validation has begun, and none of its batches is done."""
+        if trainer.state.fn != "fit" or "loops" not in checkpoint:
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        trained, validated = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
+        loop = trainer.fit_loop.epoch_loop
+        fetcher: Any = trainer.fit_loop._data_fetcher
+        if not self._validates:
+            after_batch = trained["total"]["processed"] == trained["total"]["completed"] + 1
+            if not (after_batch and loop._should_check_val_fx(fetcher)):
+                return
+        for part in ("current", "total"):
+            trained[part]["completed"] = trained[part]["processed"]
+        total = validated["total"]
+        if self._validates:
+            total["completed"] -= validated["current"]["completed"]
+        total["processed"] = total["completed"]
+        # By a batch that has begun and not ended Lightning tells that it is to go on with the validation.
+        total["ready"] = total["started"] = total["completed"] + 1
+        validated["current"] = dict.fromkeys(validated["current"], 0)
+        validated["is_last_batch"] = False
