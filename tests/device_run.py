@@ -285,20 +285,22 @@ class Ended(Exception):
 
 
 def broken(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
-    """Stopped between the batches that are accumulated for a step, and gone on by a strategy named in the variant."""
-    first = folder / (f"{strategy}-{variant}" if variant == "broken" else variant.removeprefix("broken_")) / "half.ckpt"
+    """Stopped twice between the batches that are accumulated for a step; or gone on with by another strategy."""
+    own = folder / (f"{strategy}-{variant}" if variant == "broken" else variant.removeprefix("broken_"))
+    parts, stops = 4, (5, 6)
     losses: list[dict[str, float]] = []
-    for half in (1, 2) if variant == "broken" else (2,):
+    for number in range(0 if variant == "broken" else 2, 3):
         built, lpl = module([])
         watch = Watch()
         callbacks: list[Any] = [lpl, watch, AccumulatedGradients()]
-        if half == 1:
-            callbacks.append(SaveAfter(first, 2))
-        options: dict[str, Any] = {"accumulate_grad_batches": 2, "limit_val_batches": 0, "val_check_interval": None}
+        if number < 2:
+            callbacks.append(SaveAfter(own / f"{number}.ckpt", stops[number]))
+        options: dict[str, Any] = {"accumulate_grad_batches": parts, "limit_val_batches": 0, "val_check_interval": None}
         run = trainer(strategy, folder, callbacks=callbacks, **options)
-        torch.manual_seed(5 * (half - 1))
+        torch.manual_seed(5 * number)
+        path = own / f"{number - 1}.ckpt" if number else None
         with suppress(Ended):
-            run.fit(built, data(strategy, 2), ckpt_path=None if half == 1 else first, weights_only=True)
+            run.fit(built, data(strategy, parts), ckpt_path=path, weights_only=True)
         losses += watch.losses
     return {"losses": losses, "weights": weights(built)}
 

@@ -281,18 +281,19 @@ def test_a_folder_of_shards_is_gone_on_with(folder: Path) -> None:
 
 @pytest.mark.parametrize("way", ["ddp-broken", "fsdp2-broken", "ddp-broken_fsdp2-broken"])
 def test_a_step_of_which_a_part_was_saved_is_the_whole_step(folder: Path, way: str) -> None:
-    """Gradients of the batches before, of all processes, also of those that had not been reduced yet."""
-    wanted = result(folder, "ddp-accumulated")
-    found = result(folder, way)
-    skipped = len(wanted["losses"]) - len(found["losses"])
-    for one, other in zip(found["losses"], wanted["losses"][skipped:], strict=True):
-        assert_same_numbers(one, other)
-    assert_same(found["weights"], wanted["weights"], atol=5e-6)
-    first = folder / way.split("_")[-1] / "half.ckpt"
-    kept = torch.load(first, weights_only=True)["lpl_lightning_gradients"]
-    assert kept.keys() == wanted["weights"].keys() - {BUFFER}
-    other = torch.load(folder / "ddp-broken" / "half.ckpt", weights_only=True)["lpl_lightning_gradients"]
-    assert_same(kept, other)
+    """Gradients of the batches before, of all processes, also of those that had not been reduced yet; saved twice."""
+    one, two = result(folder, "one-plain"), result(folder, way)
+    losses = two["losses"][-8:]
+    for number, wanted in enumerate(one["losses"][-2:]):
+        batches = losses[4 * number : 4 * number + 4]
+        assert_same_numbers({name: sum(batch[name] for batch in batches) / 4 for name in wanted}, wanted)
+    assert_same(two["weights"], one["weights"], atol=5e-6)
+    for number in (0, 1):
+        path = f"{number}.ckpt"
+        kept = torch.load(folder / way.split("_")[-1] / path, weights_only=True)["lpl_lightning_gradients"]
+        assert kept.keys() == one["weights"].keys() - {BUFFER}
+        other = torch.load(folder / "ddp-broken" / path, weights_only=True)["lpl_lightning_gradients"]
+        assert_same(kept, other)
 
 
 @pytest.mark.parametrize("way", ["ddp-preempted", "fsdp2-preempted"])
