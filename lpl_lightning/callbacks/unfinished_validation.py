@@ -57,4 +57,3 @@ class UnfinishedValidation(Callback):
         # By a batch that has begun and not ended Lightning tells that it is to go on with the validation.
         total["ready"] = total["started"] = total["completed"] + 1
         validated["current"] = dict.fromkeys(validated["current"], 0)
-        validated["is_last_batch"] = False

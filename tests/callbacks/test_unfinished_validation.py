@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lpl_lightning import LatentDiffusionModule
-from lpl_lightning.callbacks import UnfinishedValidation
+from lpl_lightning.callbacks import AccumulatedGradients, UnfinishedValidation
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 
@@ -48,6 +48,7 @@ class Record(Callback):
         self.trained: list[tuple[int, float]] = []
         self.validated: list[tuple[int, int, float]] = []
         self.found: list[tuple[int, int, float]] = []
+        self.batches = 0
 
     def save(self, trainer: pl.Trainer, hook: str) -> None:
         if self.folder is not None and hook == self.hook:
@@ -67,6 +68,7 @@ class Record(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         loss = float(trainer.callback_metrics["val_loss"])
         self.found.append((trainer.fit_loop.total_batch_idx, trainer.global_step, loss))
+        self.batches = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.completed
         self.save(trainer, "validation")
 
 
@@ -80,7 +82,7 @@ def recorded(
         max_epochs=2,
         accelerator="cpu",
         logger=False,
-        callbacks=[UnfinishedValidation(), record],
+        callbacks=[UnfinishedValidation(), AccumulatedGradients(), record],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -127,8 +129,24 @@ def test_each_validation_is_made_once_and_whole(
         assert rest.trained == whole.trained[batches:]
         done = batches + (hook == "validation")
         assert rest.found == [one for one in whole.found if one[0] + 1 >= done]
+        assert rest.batches in (0, whole.batches)
         assert rest.validated == [one for one in whole.validated if one[0] + 1 >= done]
         assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+def test_gradients_stay_while_the_validation_is_made_up_for(
+    tmp_path: Path, make_module: Callable[..., LatentDiffusionModule]
+) -> None:
+    """Of a step that a validation comes in the middle of, saved in it and then behind it."""
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 3}
+    folders = [tmp_path / "first", tmp_path / "second"]
+    whole = Record(folders[0], "validation batch")
+    weights = recorded(whole, make_module, **options)
+    recorded(Record(folders[1], "validation"), make_module, folders[0] / "3.ckpt", **options)
+    rest = Record()
+    found = recorded(rest, make_module, folders[1] / "0.ckpt", **options)
+    assert rest.trained == whole.trained[3:]
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
 
 
 def test_checkpoints_of_other_moments_are_as_they_were(
