@@ -28,7 +28,7 @@ class UnfinishedValidation(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that one has begun."""
-        self._validates = trainer.state.fn == "fit" and not trainer.sanity_checking
+        self._validates = not trainer.sanity_checking
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that it is done; what is saved by it comes after."""
