@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -17,7 +19,11 @@ _LIBRARIES = ("lpl-lightning", "torch", "lightning", "diffusers", "peft")
 
 
 def provenance(
-    module: pl.LightningModule, step: int | None = None, epoch: int | None = None, decay: float | None = None
+    module: pl.LightningModule,
+    step: int | None = None,
+    epoch: int | None = None,
+    decay: float | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """What the files of a module's weights say of them.
 
@@ -30,16 +36,17 @@ def provenance(
         step: Optimizer steps that it was trained for.
         epoch: Epochs that it has begun.
         decay: Decay of the moving average that its weights are; None for weights as they were trained.
+        config: What the command line built it of; by default what the module knows of that.
     """
     found = {"versions": ", ".join(_versions())}
     for name, value in (("step", step), ("epoch", epoch)):
         if value is not None:
             found[name] = str(value)
     found["weights"] = "as they were trained" if decay is None else f"moving average of decay {decay:g}"
-    parameters = dict(module.hparams)
+    parameters = dict(module.hparams if config is None else config)
     if isinstance(module, LatentDiffusionModule):
-        config = getattr(module.denoiser.backbone, "config", {})
-        if base := module.base or (config.get("_name_or_path") if hasattr(config, "get") else None):
+        own = getattr(module.denoiser.backbone, "config", {})
+        if base := module.base or (own.get("_name_or_path") if hasattr(own, "get") else None):
             found["base"] = str(base)
         parts = {name: type(getattr(module, name)).__name__ for name in ("denoiser", "noise", "autoencoder")}
         found["model"] = json.dumps({"module": type(module).__name__, **parts, **module.meaning()})

@@ -129,7 +129,7 @@ def export_checkpoint(
         said = str(cause).split("\n  Given value", 1)[0]
         raise kind(f"`ckpt`={ckpt!r}: its model cannot be built again. {said}") from error
     module.load_state_dict(state)
-    metadata = provenance(module, checkpoint.get("global_step"), checkpoint.get("epoch"), ema)
+    metadata = provenance(module, checkpoint.get("global_step"), checkpoint.get("epoch"), ema, parameters)
     return export_diffusers(module, out, dtype, metadata=metadata)
 
 
