@@ -156,8 +156,8 @@ def _is_part(path: str, module: type[nn.Module]) -> bool:
             found = reduce(getattr, names[length:], import_module(".".join(names[:length])))
         except (ImportError, AttributeError):
             continue
-        is_own = any(f"{getattr(found, '__module__', '')}.".startswith(f"{package}.") for package in _PACKAGES)
-        if is_own and isinstance(found, FunctionType):  # one of this package's that makes a part
+        made_here = str(getattr(found, "__module__", "")).startswith("lpl_lightning.")
+        if made_here and isinstance(found, FunctionType):  # one that makes a part
             found = get_type_hints(found).get("return")
-        return is_own and isinstance(found, type) and issubclass(found, (*_PARTS, module))
+        return isinstance(found, type) and issubclass(found, (*_PARTS, module))
     return False
