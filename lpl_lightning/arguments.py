@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any, TypeVar
 
 __all__ = [
+    "NotFiniteError",
     "above",
     "at_least",
     "check_divides",
@@ -20,6 +21,10 @@ __all__ = [
 ]
 
 Settings = TypeVar("Settings")
+
+
+class NotFiniteError(FloatingPointError):
+    """What ends a run whose loss or gradient is not finite, where it is asked to end then."""
 
 
 def above(bound: float, **values: float) -> None:

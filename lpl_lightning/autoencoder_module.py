@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from diffusers import AutoencoderKL
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -21,6 +20,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from lpl_lightning.arguments import check_divides, check_sizes
 from lpl_lightning.optimization import build_optimizers
 from lpl_lightning.pretrained import check_fit
+from lpl_lightning.rebuilding import RebuiltModule
 
 __all__ = ["AutoencoderModule", "autoencoder_kl"]
 
@@ -64,7 +64,7 @@ def autoencoder_kl(
     )
 
 
-class AutoencoderModule(pl.LightningModule):
+class AutoencoderModule(RebuiltModule):
     """Trains a diffusers ``AutoencoderKL`` on images with L1, KL and, if given, a perceptual loss.
 
     Validation reconstructs from the posterior's mean and logs ``val_psnr`` (dB, from the squared error over all

@@ -8,23 +8,34 @@ beforehand for anything but what torch writes there, and its shards for whether 
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PurePath
 from typing import Any
 from uuid import uuid4
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-__all__ = ["SafeCheckpointIO", "check_checkpoint", "checkpoint_folders", "fault_of", "newest_checkpoint", "refusal_of"]
+__all__ = [
+    "SafeCheckpointIO",
+    "check_checkpoint",
+    "check_settings",
+    "checkpoint_folders",
+    "fault_of",
+    "newest_checkpoint",
+    "refusal_of",
+]
 
 UNFINISHED = ".unfinished"
 """End of the name of a file that is being written."""
@@ -38,7 +49,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint; of paths and members of enumerations among hyperparameters, their text or value.
 
         Raises:
             OSError: It cannot be written, as where the disk is full. What was there stays.
@@ -55,7 +66,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 left.unlink(missing_ok=True)  # by a process that was killed
             try:
                 with part.open("wb") as file:
-                    torch.save(checkpoint, file)
+                    torch.save(_with_plain_settings(checkpoint), file)
                     file.flush()
                     os.fsync(file.fileno())
                 _check_plain(part)
@@ -95,6 +106,49 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 f"`ckpt_path`: {path} cannot be read as a checkpoint: {refusal_of(path, error)}."
             ) from error
         return found
+
+
+def check_settings(part: Any, argument: str) -> None:
+    """Refuse a module or data module whose hyperparameters no checkpoint could hold, before it is trained.
+
+    Args:
+        part: The module.
+        argument: What to call it in the error.
+
+    Raises:
+        ValueError: It is such.
+    """
+    for name, value in dict(getattr(part, "hparams", {})).items():
+        held = io.BytesIO()
+        try:
+            torch.save(_plain(value), held)
+            held.seek(0)
+            torch.load(held, map_location="cpu", weights_only=True)
+        except Exception as error:  # Picklers and unpicklers do not agree on a type.
+            raise ValueError(
+                f"`{argument}`: the hyperparameter {name!r} is a {type(value).__name__}, which could not be read again "
+                f"from a checkpoint without running code. Leave it out: `save_hyperparameters(ignore=[{name!r}])`."
+            ) from error
+
+
+def _with_plain_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    keys = (pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)
+    return {**checkpoint, **{key: _plain(checkpoint[key]) for key in keys if key in checkpoint}}
+
+
+def _plain(value: Any) -> Any:
+    """Settings with a plain value in the place of paths, members of enumerations, and numbers and arrays of NumPy."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(part) for part in value)
+    return value
 
 
 def _check_plain(path: Path) -> None:

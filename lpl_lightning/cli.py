@@ -25,7 +25,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from lpl_lightning.arguments import raised_in, refusal, refused_by_loader
+from lpl_lightning.arguments import NotFiniteError, raised_in, refusal, refused_by_loader
 from lpl_lightning.callbacks import (
     EMA,
     AccumulatedGradients,
@@ -37,7 +37,7 @@ from lpl_lightning.callbacks import (
     UnfinishedValidation,
 )
 from lpl_lightning.captioning import caption_images
-from lpl_lightning.checkpoints import SafeCheckpointIO, check_checkpoint, newest_checkpoint
+from lpl_lightning.checkpoints import SafeCheckpointIO, check_checkpoint, check_settings, newest_checkpoint
 from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
 from lpl_lightning.export import export_checkpoint
@@ -60,7 +60,7 @@ OF_A_FOLDER = {"evaluate": "one folder, that of the images", "caption": "one fol
 EVALUATIONS = ("validate", "test", "predict")
 """Commands that look at a checkpoint."""
 
-REFUSALS = (ValueError, OSError, ModuleNotFoundError)
+REFUSALS = (ValueError, OSError, ModuleNotFoundError, NotFiniteError)
 """What the package raises where it is a user's to mend, such as a full disk."""
 
 TRACEBACK = "LPL_TRACEBACK"
@@ -134,7 +134,9 @@ class LPLCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Find what ``--ckpt_path last`` means: the newest whole checkpoint of all runs of this configuration."""
+        """Look at hyperparameters, and find what ``last`` means: the newest whole checkpoint of this configuration."""
+        check_settings(self.model, "model")
+        check_settings(self.datamodule, "data")
         self._check_folder("fit")
         if self.config.fit.ckpt_path == "last":
             found = newest_checkpoint(self.trainer)

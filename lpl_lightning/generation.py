@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
@@ -16,13 +15,14 @@ from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.conditioning import Conditioner
 from lpl_lightning.denoiser import Denoiser
 from lpl_lightning.noise import NoiseProcess
+from lpl_lightning.rebuilding import RebuiltModule
 from lpl_lightning.sampling import Sampler, initial_noise
 from lpl_lightning.sharding import unsharded
 
 __all__ = ["GeneratingModule"]
 
 
-class GeneratingModule(pl.LightningModule):
+class GeneratingModule(RebuiltModule):
     """What a latent diffusion module generates by; it has the parts that are named here."""
 
     autoencoder: Autoencoder

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from diffusers.utils import is_accelerate_available
 from torch import nn
 
+from lpl_lightning.file_names import check_indices
 from lpl_lightning.pretrained import check_fit, is_untrained, locate
 
 __all__ = ["PRECISIONS", "load_model", "named_family"]
@@ -59,6 +60,7 @@ def load_model(
                 f"`{argument}`={source!r} holds no config.json: expected a folder that save_pretrained wrote"
                 + (f", in its subfolder {subfolder!r}." if subfolder else "; is it in a subfolder (`subfolder`)?")
             )
+        check_indices(found / (subfolder or ""))
     try:
         config = AutoencoderKL.load_config(str(found), **where)
     except OSError as error:

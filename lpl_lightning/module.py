@@ -40,6 +40,7 @@ __all__ = ["LatentDiffusionModule"]
 
 MEANING = "lpl_lightning"
 DRAW_SEED = "lpl_lightning_seed"
+BASE = "lpl_lightning_base"
 PARTS = ["autoencoder", "noise", "denoiser", "conditioner", "optimizer", "lr_scheduler", "sampler", "fine_tuning"]
 
 
@@ -94,6 +95,8 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         self.lr_scheduler = lr_scheduler
         self.sampler = sampler if sampler is not None else Sampler()
         self.weights = weights
+        self.base = weights
+        """What the weights were trained from, also where a checkpoint has taken their place since."""
         self.fine_tuning = fine_tuning
         self._draw_seed: int | None = None
         self._evaluated = 0  # samples of the set at hand, by this process
@@ -212,7 +215,8 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         if "state_dict" in checkpoint:  # a folder of shards is loaded before, and holds none
             check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
         self._draw_seed = checkpoint.get(DRAW_SEED)
-        own, found = self._meaning(), checkpoint.get(MEANING)
+        self.base = checkpoint.get(BASE, self.base)
+        own, found = self.meaning(), checkpoint.get(MEANING)
         if found is not None and found != own:
             differ = [f"{key} {found.get(key)} there, {own[key]} here" for key in own if found.get(key) != own[key]]
             raise ValueError(
@@ -222,10 +226,13 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the weights mean, which their shapes do not tell, and the seed to go on with."""
-        checkpoint[MEANING] = self._meaning()
+        checkpoint[MEANING] = self.meaning()
         checkpoint[DRAW_SEED] = self._draw_seed
+        if self.base is not None:
+            checkpoint[BASE] = self.base
 
-    def _meaning(self) -> dict[str, Any]:
+    def meaning(self) -> dict[str, Any]:
+        """What the weights mean: what the denoiser predicts, and how latents are scaled."""
         return {
             "prediction_type": self.noise.prediction_type,
             "latent_shift": [round(value, 6) for value in self.autoencoder.shift.flatten().tolist()],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ __all__ = [
     "is_untrained",
     "locate",
     "read_checkpoint",
+    "read_safetensors",
     "read_state",
     "resize_positions",
 ]
@@ -108,8 +110,24 @@ def read_state(source: str, ema: float | None = None) -> dict[str, Tensor]:
             raise ValueError(
                 f"`ema`={ema}: {source} is a .safetensors file, which holds one set of weights: leave it out."
             )
-        return load_file(path)
+        return read_safetensors(path, "weights")
     return chosen_state(read_checkpoint(source), source, ema)
+
+
+def read_safetensors(path: Path, argument: str) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, which cannot hold code.
+
+    Args:
+        path: The file.
+        argument: Name of the argument it came by, for the error.
+
+    Raises:
+        ValueError: It is something else under that name, or damaged.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"`{argument}`={str(path)!r} cannot be read as safetensors: {error}.") from error
 
 
 def read_checkpoint(source: str, argument: str = "weights") -> dict[str, Any]:

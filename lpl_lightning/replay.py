@@ -27,6 +27,8 @@ from lpl_lightning.step_record import StepRecord
 
 __all__ = ["Replay", "ReplayingTrainer"]
 
+_NEEDED = {"step", "rank", "world_size", "batches", "precision", "callbacks", "module", "accumulate_grad_batches"}
+
 
 @dataclass
 class Replay:
@@ -146,6 +148,8 @@ class ReplayingTrainer(ProfilingTrainer):
                 "--trainer.num_nodes 1 --trainer.strategy auto`."
             )
         step = StepRecord.read(record)
+        if lacking := sorted(_NEEDED - step.about.keys()):
+            raise ValueError(f"`record`: {record} is no step as this version writes it: it lacks {some(lacking)}.")
         source = step.weights or ckpt_path
         if source is None:
             raise ValueError(

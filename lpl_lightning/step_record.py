@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from lpl_lightning.file_names import inside
 
 __all__ = ["RECORD", "StepRecord", "plain"]
 
@@ -76,10 +79,12 @@ class StepRecord:
             if about["format"] != _FORMAT:
                 raise ValueError(f"its `format` is {about['format']!r}")
             about["folder"] = str(path.parent)
+            if about.get("weights") is not None:
+                inside(path.parent.parent, about["weights"])
             # Copies begin at addresses as new tensors do: sums over others may be added up in another order.
             tensors = {name: tensor.clone() for name, tensor in load_file(path.with_name(_TENSORS)).items()}
             content = _unpack(about.pop("packed"), tensors)
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"`record`: {path} is no step as this version writes it: {error}.") from error
         return cls(about, content["batches"], content["random_states"])
 

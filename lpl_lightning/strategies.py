@@ -8,7 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lpl_lightning.checkpoints import check_checkpoint
+from lpl_lightning.pretrained import read_checkpoint
 from lpl_lightning.sharding import load_whole, reshard, shard_like, whole
 
 __all__ = ["FSDP2Strategy"]
@@ -101,7 +101,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             return super().load_checkpoint(path, weights_only=True)
         module = self.lightning_module
         assert module is not None
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read_checkpoint(str(path), "ckpt_path")
         load_whole(module, checkpoint["state_dict"])
         if module.trainer.state.fn == TrainerFn.FITTING:
             for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lpl_lightning.frozen import FrozenModule
-from lpl_lightning.text_loading import find_tokenizer, load_text_encoder, optional
+from lpl_lightning.text_loading import create_open_clip, find_tokenizer, load_text_encoder, optional
 
 __all__ = ["OpenCLIPText", "SideBySide", "TextEmbedding", "TextEncoder", "TransformersText"]
 
@@ -213,7 +213,7 @@ class OpenCLIPText(TextEncoder):
         open_clip = optional("open_clip")
         weights = {"pretrained_text": False, "require_pretrained": pretrained is not None or ":" in model_name}
         try:
-            self.model = open_clip.create_model(model_name, pretrained, device="cpu", **weights)
+            self.model = create_open_clip(model_name, pretrained, **weights)
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"`model_name`={model_name!r}, `pretrained`={pretrained!r}: {error}") from error
         tower = getattr(self.model, "text", self.model)

@@ -9,18 +9,34 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from conftest import tiny_kl, tiny_sd3
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
 from torch.distributed import checkpoint as distributed_checkpoint
+from torch.utils.data import DataLoader
 
-from lpl_lightning.checkpoints import SafeCheckpointIO, fault_of, newest_checkpoint
+from lpl_lightning import (
+    EMA,
+    Autoencoder,
+    FlowMatching,
+    Freeze,
+    LatentDiffusionModule,
+    LoRA,
+    LPLCallback,
+)
+from lpl_lightning.captions import Captions
+from lpl_lightning.checkpoints import SafeCheckpointIO, check_settings, fault_of, newest_checkpoint
+from lpl_lightning.text_encoders import TransformersText
 
 
 class Runs:
@@ -216,3 +232,94 @@ def test_the_index_of_a_folder_runs_no_code(tmp_path: Path, what: bytes) -> None
     (tmp_path / ".metadata").write_bytes(what + b"(S'open(\"" + str(tmp_path / "ran").encode() + b'", "w")\'\ntR.')
     assert "could run code" in str(fault_of(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+class Kind(Enum):
+    SMALL = "small"
+
+
+class Other:
+    """No plain value."""
+
+
+class Settings(LatentDiffusionModule):
+    """A module that someone builds with settings of many types, as one gets them from a config file of one's own."""
+
+    def __init__(self, path: Path, kind: Kind, many: Any, odd: Any = None, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.save_hyperparameters("path", "kind", "many", "odd")
+
+
+def test_hyperparameters_are_plain_in_checkpoints(make_module: Callable[..., Any], tmp_path: Path) -> None:
+    module = make_module()
+    parts = {name: getattr(module, name) for name in ("autoencoder", "noise", "denoiser", "conditioner")}
+    many = {"lr": np.float32(0.5), "sizes": (np.int64(3), [Path("a")]), "array": np.arange(2), "dtype": torch.bfloat16}
+    module = Settings(tmp_path / "data", Kind.SMALL, many, **parts)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, max_steps=0, plugins=[SafeCheckpointIO()])
+    check_settings(module, "model")
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    found = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
+    assert found["path"] == str(tmp_path / "data")
+    assert type(found["path"]) is str
+    assert found["kind"] == "small"
+    assert found["many"] == {"lr": 0.5, "sizes": (3, ["a"]), "array": [0, 1], "dtype": torch.bfloat16}
+    assert {type(found["many"]["lr"]), type(found["many"]["sizes"][0])} == {float, int}
+    again = Settings.load_from_checkpoint(tmp_path / "a.ckpt", **parts)
+    assert again.hparams["path"] == str(tmp_path / "data")
+    assert module.hparams["kind"] is Kind.SMALL, "the module keeps its own"
+    odd = Settings(tmp_path, Kind.SMALL, 1, odd=Other(), **parts)
+    with pytest.raises(ValueError, match=r"`model`: the hyperparameter 'odd' is a Other, .*\(ignore=\['odd'\]\)"):
+        check_settings(odd, "model")
+
+
+@pytest.mark.parametrize("tuning", ["all", "lora", "freeze"])
+def test_no_frozen_part_is_in_a_checkpoint(tuning: str, tmp_path: Path) -> None:
+    """Neither autoencoder nor text encoders, nor networks of callbacks, nor what is not trained of the backbone."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    encoder = TransformersText("random:embedded:tiny/sd3", "text_encoder", max_length=8, pooled=True)
+    widths = {"joint_attention_dim": encoder.token_dim, "pooled_projection_dim": encoder.pooled_dim}
+    module = LatentDiffusionModule(
+        Autoencoder(tiny_kl()),
+        FlowMatching(),
+        tiny_sd3(**widths),
+        Captions([encoder]),
+        fine_tuning={"all": None, "lora": LoRA(rank=2), "freeze": Freeze(["transformer_blocks.0.*"])}[tuning],
+    )
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    batch = {"image": torch.rand(2, 3, 16, 16) * 2 - 1, "caption": ["a cat", "a dog"]}
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        max_steps=1,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        callbacks=[LPLCallback(), EMA(0.5), ModelCheckpoint(tmp_path, filename="a")],
+        plugins=[SafeCheckpointIO()],
+    )
+    loader: Any = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(module, loader, loader)
+    found = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    names = set(found["state_dict"])
+    assert not [name for name in names if name.startswith(("autoencoder.", "conditioner."))]
+    buffers = {name for name in names if "pos_embed" in name}
+    if tuning == "lora":
+        assert names == set(trained)
+        assert all("lora_" in name for name in names)
+    elif tuning == "all":
+        assert names == set(trained) | buffers
+    assert set(found["lpl_lightning_averages"]["0.5"]) == set(trained)
+    size = sum(parameter.numel() for parameter in trained.values())
+    whole = sum(found["state_dict"][name].numel() for name in names)
+    assert count(found) <= whole + 3 * size + 10_000, "weights, averages and two moments of what is trained"
+
+
+def count(value: Any) -> int:
+    """Numbers in all tensors of a checkpoint."""
+    if isinstance(value, Tensor):
+        return value.numel()
+    if isinstance(value, Mapping):
+        return sum(map(count, value.values()))
+    return sum(map(count, value)) if isinstance(value, list | tuple) else 0

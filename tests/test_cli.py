@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -18,6 +20,8 @@ from conftest import ROOT, tiny_taesd
 from PIL import Image
 
 from lpl_lightning import Autoencoder, LatentDiffusionModule
+from lpl_lightning.captioning.batches import Share
+from lpl_lightning.captioning.journal import Journal
 from lpl_lightning.cli import WITHOUT_TRAINER, main
 from lpl_lightning.evaluation import compare
 
@@ -346,3 +350,80 @@ def test_a_suite_that_is_not_there_is_named(key: str) -> None:
     for given in ([f"--{key}", "nope.yaml"], [f"--{key}=nope.yaml"]):
         with pytest.raises(FileNotFoundError, match=f"`{key}`: there is no file nope.yaml"):
             main([*command, *given])
+
+
+def test_a_run_that_ends_for_its_loss_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a ``FloatingPointError`` of another's code is, only its traceback says."""
+    config = ["-c", str(CONFIGS / "quickstart.yaml"), "-c", str(CONFIGS / "tiny.yaml"), *in_folder(tmp_path)]
+    guard = "{class_path: lpl_lightning.StepGuard, init_args: {policy: raise}}"
+
+    def train(how: str) -> None:
+        spoils = f"{{class_path: test_cli.Spoils, init_args: {{how: {how}}}}}"
+        monkeypatch.setattr(sys, "argv", ["lpl", "fit", *config, f"--trainer.callbacks=[{spoils}, {guard}]"])
+        main()
+
+    with pytest.raises(SystemExit) as ended:
+        train("loss")
+    assert ended.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("lpl: error: Optimizer step 0 is not finite: the loss. The weights are as they were")
+    with pytest.raises(FloatingPointError, match="of another"):
+        train("error")
+    monkeypatch.setenv("LPL_TRACEBACK", "1")
+    with pytest.raises(FloatingPointError, match="Optimizer step 0 is not finite"):
+        train("loss")
+
+
+class Spoils(pl.Callback):
+    """Makes a step end in one of two ways."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        if self.how == "error":
+            raise FloatingPointError("of another")
+        loss.data.fill_(float("nan"))
+
+
+def test_a_share_that_another_process_has_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(runs: list[str]) -> None:
+        with Journal(tmp_path, ["a.png"], Share()):
+            pass
+
+    monkeypatch.setattr(sys, "argv", ["lpl", "compare", str(tmp_path), str(tmp_path)])
+    monkeypatch.setitem(WITHOUT_TRAINER, "compare", write)
+    with Journal(tmp_path, ["a.png"], Share()):
+        with pytest.raises(SystemExit):
+            main()
+        assert re.fullmatch(r"lpl: error: \S+part-0-of-1\.jsonl is being .*`shard`\.\n", capsys.readouterr().err)
+        monkeypatch.setenv("LPL_TRACEBACK", "1")
+        with pytest.raises(BlockingIOError, match="is being written"):
+            main()
+
+
+def test_a_run_of_settings_that_no_checkpoint_holds_is_refused_before_it_starts(tmp_path: Path) -> None:
+    args = [
+        "fit",
+        "--seed_everything=0",
+        "--model=test_cli.Odd",
+        "--data=lpl_lightning.ShapesDataModule",
+        "--data.image_size=16",
+    ]
+    with pytest.raises(ValueError, match="`model`: the hyperparameter 'own' is a Own, which could not"):
+        main([*args, "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.max_steps=1"])
+
+
+class Odd(pl.LightningModule):
+    """Saves what cannot be saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters({"own": Odd.Own()})
+
+    class Own:
+        """No plain value."""

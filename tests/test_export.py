@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from conftest import ROOT, tiny_dit, tiny_kl, tiny_sd3, tiny_taesd
 from diffusers import (
     AutoencoderKL,
@@ -26,6 +27,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -33,7 +35,8 @@ from diffusers import (
 )
 from families import scrambled, tiny_dc
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from strangers import EVIL, pickled, refused
 from torch import Tensor, nn
 
 from lpl_lightning import (
@@ -57,11 +60,12 @@ from lpl_lightning import (
     ShapesDataModule,
     UNetDenoiser,
 )
-from lpl_lightning.callbacks.saving import SaveDiffusers
+from lpl_lightning.callbacks.saving import SaveDiffusers, SaveWeights
 from lpl_lightning.captions import Captions
 from lpl_lightning.cli import main
 from lpl_lightning.conditioning import Condition
 from lpl_lightning.export import export_checkpoint, export_diffusers
+from lpl_lightning.rebuilding import INSTANTIATORS, check_config
 from lpl_lightning.text_encoders import SideBySide, TextEncoder, TransformersText
 from lpl_lightning.times import shifted
 
@@ -704,9 +708,9 @@ def shapes() -> ShapesDataModule:
     return ShapesDataModule(image_size=16, train_images=16, val_images=8, batch_size=8)
 
 
-def fit(module: pl.LightningModule, folder: Path, **options: Any) -> pl.Trainer:
+def fit(module: pl.LightningModule, folder: Path, ckpt_path: Path | None = None, **options: Any) -> pl.Trainer:
     trainer = pl.Trainer(**(SHORT | {"default_root_dir": folder} | options))
-    trainer.fit(module, shapes())
+    trainer.fit(module, shapes(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -765,6 +769,7 @@ def test_a_lora_of_the_command_line(tmp_path: Path) -> None:
     torch.testing.assert_close(found, trained, rtol=0, atol=0)
     with safe_open(file, "pt") as opened:
         assert json.loads(opened.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"] == 3
+        assert opened.metadata()["step"] == "1"
 
 
 def of_run(checkpoint: Path, is_average: bool) -> dict[str, Tensor]:
@@ -865,3 +870,130 @@ def test_a_checkpoint_of_the_command_line_of_an_autoencoder_is_refused_by_name(t
     checkpoint = fit_by_command("autoencoder_shapes.yaml", tmp_path)
     with pytest.raises(ValueError, match="got one of lpl_lightning.*AutoencoderModule.*SaveAutoencoder"):
         export_checkpoint(str(checkpoint), str(tmp_path / "out"))
+
+
+def over(backbone: Any) -> tuple[str, Any]:
+    return "denoiser", {"class_path": "lpl_lightning.SD3Denoiser", "init_args": {"backbone": backbone}}
+
+
+FIDELITY = "torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3"
+READS = {"name": "x", "features_list": ["64"], "feature_extractor_weights_path": "evil.pth"}
+SCRIPT = "lpl_lightning.metrics.TorchScriptFeatures"
+PROGRAMS: dict[str, tuple[str, Any]] = {
+    "os.system": ("_instantiator", "os.system"),
+    "evil.Denoiser": ("denoiser", {"class_path": "evil.Denoiser"}),
+    "evil.Backbone": over("evil.Backbone"),
+    FIDELITY: over({"class_path": FIDELITY, "init_args": READS}),
+    SCRIPT: over({"class_path": SCRIPT, "init_args": {"path": "evil.pt", "trusted": True}}),
+    "lpl_lightning.checkpoints.os.mkdir": ("sampler", {"class_path": "lpl_lightning.checkpoints.os.mkdir"}),
+    "subprocess.Popen": ("fine_tuning", {"class_path": "subprocess.Popen", "init_args": {"args": ["mkdir", "ran"]}}),
+    "evil.Module": ("_class_path", "evil.Module"),
+    "os.mkdir": ("anything", [{"class_path": "os.mkdir", "init_args": {"path": "ran"}}]),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_checkpoints_config_runs_no_program(
+    program: str, run: Path, tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain values alone, which ``weights_only`` lets through, name what is imported and called."""
+    (tmp_path / "evil.py").write_text(EVIL.format(str(ran)))
+    pickled(tmp_path / "evil.pth", ran)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    changed = torch.load(run, weights_only=True)
+    key, value = PROGRAMS[program]
+    changed["hyper_parameters"][key] = value
+    torch.save(changed, "changed.ckpt")
+    message = f"would run '{program}': .*Set `trusted` to true if you trust"
+    refused(ran, message, lambda: main(["export", "--ckpt", "changed.ckpt", "--out", "out"]))
+    refused(ran, message, lambda: LatentDiffusionModule.load_from_checkpoint("changed.ckpt"))
+    assert "evil" not in sys.modules
+
+
+def test_a_program_in_the_place_of_an_optimizer_is_not_built(run: Path, tmp_path: Path, ran: Path) -> None:
+    changed = torch.load(run, weights_only=True)
+    changed["hyper_parameters"]["optimizer"] = {"class_path": "os.mkdir", "init_args": {"path": str(ran)}}
+    torch.save(changed, tmp_path / "changed.ckpt")
+    message = "would run 'os.mkdir': .*Set `trusted`"
+    refused(ran, message, lambda: LatentDiffusionModule.load_from_checkpoint(tmp_path / "changed.ckpt"))
+    export_checkpoint(str(tmp_path / "changed.ckpt"), str(tmp_path / "out"))
+    assert not ran.exists()
+    assert exported(tmp_path / "out")
+
+
+def test_a_checkpoint_of_ones_own_parts_is_trusted_by_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_parts.py").write_text("from lpl_lightning import FlowMatching\n\nclass Own(FlowMatching): pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    changed = torch.load(run, weights_only=True)
+    changed["hyper_parameters"]["noise"] = {"class_path": "own_parts.Own"}
+    torch.save(changed, tmp_path / "changed.ckpt")
+    with pytest.raises(ValueError, match="would run 'own_parts.Own'"):
+        main(["export", f"--ckpt={tmp_path / 'changed.ckpt'}", f"--out={tmp_path / 'out'}"])
+    main(["export", f"--ckpt={tmp_path / 'changed.ckpt'}", f"--out={tmp_path / 'out'}", "--trusted=true"])
+    assert exported(tmp_path / "out")
+    module = LatentDiffusionModule.load_from_checkpoint(tmp_path / "changed.ckpt", trusted=True)
+    assert type(module.noise).__name__ == "Own"
+    given: tuple[dict[str, Any], ...] = ({"weights_only": False}, {"hparams_file": "a.yaml"})
+    for options in given:
+        with pytest.raises(ValueError, match="`weights_only` and `hparams_file` left alone"):
+            LatentDiffusionModule.load_from_checkpoint(run, **options)
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_models_of_the_configs_may_be_rebuilt(config: str) -> None:
+    model = (yaml.safe_load((ROOT / "configs" / config).read_text()) or {}).get("model")
+    if not model or "class_path" not in model:
+        pytest.skip("an overlay")
+    parameters = {"_class_path": model["class_path"], "_instantiator": INSTANTIATORS[0], **model["init_args"]}
+    modules = {"LatentDiffusionModule": LatentDiffusionModule, "AutoencoderModule": AutoencoderModule}
+    check_config(parameters, modules[model["class_path"].split(".")[-1]], config)
+
+
+def metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return dict(opened.metadata())
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_exported_files_say_where_they_are_from(run: Path, tmp_path: Path, ema: float | None) -> None:
+    folder = export_checkpoint(str(run), str(tmp_path / "out"), ema)
+    for file in (
+        folder / "transformer" / "diffusion_pytorch_model.safetensors",
+        folder / "class_embeddings.safetensors",
+    ):
+        said = metadata(file)
+        assert said["step"] == "2"
+        assert said["epoch"] == "0"
+        assert said["weights"] == ("as they were trained" if ema is None else "moving average of decay 0.5")
+        assert f"torch {torch.__version__.split('+')[0]}" in said["versions"]
+        assert json.loads(said["config"])["denoiser"]["class_path"] == "lpl_lightning.SD3Denoiser"
+        model = json.loads(said["model"])
+        assert (model["denoiser"], model["prediction_type"]) == ("SD3Denoiser", "flow")
+        assert "base" not in said, "its weights were drawn"
+    assert metadata(folder / "transformer" / "diffusion_pytorch_model.safetensors")["format"] == "pt"
+    trained: Any = SD3Transformer2DModel.from_pretrained(folder / "transformer", low_cpu_mem_usage=False)
+    for name, tensor in weights(run, ema is not None).items():
+        assert torch.equal(trained.state_dict()[name], tensor)
+    assert "step" not in (metadata(folder / "vae" / "diffusion_pytorch_model.safetensors")), "it was not trained"
+
+
+def test_what_weights_were_trained_from_is_kept(make_module: Any, tmp_path: Path) -> None:
+    options = {"conditioner": ClassTokens(8, token_dim=8, pooled_dim=8)}
+    base = tmp_path / "base.safetensors"
+    save_file(make_module(**copy.deepcopy(options)).state_dict(), base)
+    first = fit(make_module(**copy.deepcopy(options), weights=str(base)), tmp_path, callbacks=[EMA(decay=0.5)])
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    again = make_module(**copy.deepcopy(options))
+    callbacks = [EMA(decay=0.5), SaveDiffusers(), SaveWeights()]
+    fit(again, tmp_path / "run", ckpt_path=tmp_path / "a.ckpt", max_steps=3, callbacks=callbacks)
+    for file in ("weights.safetensors", "diffusers/transformer/diffusion_pytorch_model.safetensors"):
+        said = metadata(tmp_path / "run" / file)
+        assert said["base"] == str(base)
+        assert said["step"] == "3"
+        assert said["weights"] == "moving average of decay 0.5"
+        assert "config" not in said, "it was built by hand"
+    for name, tensor in load_file(tmp_path / "run" / "weights.safetensors").items():
+        assert torch.equal(tensor, again.state_dict()[name])

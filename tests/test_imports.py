@@ -12,6 +12,7 @@ import lpl_lightning
 
 ORDER = [
     "arguments",
+    "file_names",
     "checkpoints",
     "processes",
     "memory",
@@ -48,6 +49,7 @@ ORDER = [
     "sampling",
     "optimization",
     "mixin",
+    "rebuilding",
     "generation",
     "module",
     "export",

@@ -12,8 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save_file
 
 from lpl_lightning.autoencoder_module import AutoencoderModule
+from lpl_lightning.callbacks.ema import decay_in_place
 from lpl_lightning.callbacks.run_folder import run_folder
 from lpl_lightning.export import export_diffusers
+from lpl_lightning.export.provenance import note, provenance
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.sharding import gathered
 
@@ -48,7 +50,7 @@ class SaveWeights(Callback):
             name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
             for name, tensor in module.state_dict().items()
         }
-        save_file(state, folder / self.filename)
+        save_file(state, folder / self.filename, _metadata(trainer, pl_module))
         rank_zero_info(f"Weights saved in {folder / self.filename}")
 
 
@@ -92,6 +94,7 @@ class SaveAutoencoder(Callback):
         if trainer.is_global_zero:
             model = copy.deepcopy(pl_module.autoencoder).to("cpu", getattr(torch, self.dtype))
             model.save_pretrained(folder / self.dirname)
+            note(folder / self.dirname, _metadata(trainer, pl_module))
             rank_zero_info(f"Autoencoder saved in {folder / self.dirname}")
 
 
@@ -124,4 +127,9 @@ class SaveDiffusers(Callback):
             return
         module = gathered(pl_module, keep=trainer.is_global_zero)
         if module is not None:
-            export_diffusers(module, folder / self.dirname, self.dtype, replace=True)
+            metadata = _metadata(trainer, module)
+            export_diffusers(module, folder / self.dirname, self.dtype, replace=True, metadata=metadata)
+
+
+def _metadata(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, str]:
+    return provenance(module, trainer.global_step, trainer.current_epoch, decay_in_place(trainer))

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from lpl_lightning.arguments import at_least
+from lpl_lightning.arguments import NotFiniteError, at_least
 from lpl_lightning.callbacks.run_folder import run_folder
 from lpl_lightning.callbacks.terms import leave_lpl_to_guard, loss_callbacks
 from lpl_lightning.data.listing import some
@@ -142,7 +142,7 @@ class StepGuard(Callback):
                 else f"It is the last of {self.in_a_row} in a row, `max_in_a_row` of StepGuard: go on from an older "
                 "checkpoint, with other data, a smaller learning rate or more precision."
             )
-            raise FloatingPointError(f"{said} The weights are as they were before it.{recorded} {remedy}")
+            raise NotFiniteError(f"{said} The weights are as they were before it.{recorded} {remedy}")
         self.skipped += 1
         self.step_skipped = True
         _leave_out(optimizer, scaler)

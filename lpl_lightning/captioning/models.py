@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lpl_lightning.captioning.prompts import Prompt
 from lpl_lightning.data.reading import reason
+from lpl_lightning.file_names import check_indices
 from lpl_lightning.pretrained import locate
 from lpl_lightning.text_loading import optional
 
@@ -57,7 +58,7 @@ def find_model(model: str, revision: str | None) -> Path:
 
     Raises:
         FileNotFoundError: There is none, or not with such weights.
-        ValueError: ``revision`` is given for a folder.
+        ValueError: ``revision`` is given for a folder, or an index of its weights names files elsewhere.
     """
     found = locate(model, "model")
     if isinstance(found, Path):
@@ -82,6 +83,7 @@ def find_model(model: str, revision: str | None) -> Path:
             f"{found} does not. Weights in .bin files are not read; of Florence-2 take "
             "florence-community/Florence-2-large."
         )
+    check_indices(found)
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from lpl_lightning.data.base import Split
+from lpl_lightning.data.cards import check_file_names
 from lpl_lightning.data.crops import Crop, Interpolation
 from lpl_lightning.data.faults import OnError
 from lpl_lightning.data.listing import some
@@ -212,6 +213,7 @@ class HuggingFaceDataModule(SourceDataModule):
         library, folder = optional("datasets"), Path(self.path).expanduser()
         if self.path in LOADERS and not folder.exists() and self.data_files is None and self.data_dir is None:
             raise ValueError(f"`path`: {self.path} needs files that it is to read: give `data_files` or `data_dir`.")
+        check_file_names(folder)
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             saved = self._by(library.load_from_disk, str(folder))
             if isinstance(saved, Mapping):

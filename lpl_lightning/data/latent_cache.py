@@ -33,6 +33,7 @@ from lpl_lightning.data.buckets import Assignment
 from lpl_lightning.data.faults import Faults, OnError
 from lpl_lightning.data.latent_shards import LatentShard, shard_hash
 from lpl_lightning.data.listing import some
+from lpl_lightning.file_names import inside
 
 __all__ = ["FORMAT", "MANIFEST", "CachedLatents", "LatentCacheDataModule", "read_manifest"]
 
@@ -66,7 +67,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
         is_whole = bool(found["finished"])
         if is_whole and (lacking := [key for key in _KEPT if key not in found]):
             raise ValueError(f"it has no {', '.join(lacking)}")
-    except (ValueError, KeyError, TypeError) as error:
+        for shard in (one for shards in found["shards"].values() for one in shards) if is_whole else ():
+            inside(root, shard["file"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no manifest of a latent cache as this version writes it: {error}.") from error
     if not is_whole:
         raise ValueError(f"{root} is not finished: call the `lpl encode` that began it again, and it goes on.")

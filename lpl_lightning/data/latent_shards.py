@@ -121,7 +121,7 @@ class LatentShard:
             header: dict[str, Any] = json.loads(self._read(start + 8, data))
             self.tensors = {name: self._tensor(data, about) for name, about in header.items()}
             self._line_start = self.tensors["line_start"]
-        except (OSError, tarfile.TarError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (OSError, tarfile.TarError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} is no shard of latents, or is damaged: {error}.") from error
 
     def _read(self, first: int, last: int) -> bytes:

@@ -98,7 +98,10 @@ class Columns(NamedTuple):
         if isinstance(value, Mapping):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, str) and "://" not in value:
-            return os.path.join(self.folder, value)
+            path = os.path.join(self.folder, value)
+            if self.folder and os.path.relpath(path, self.folder).split(os.sep)[0] == os.pardir:
+                raise Unreadable(name, f"the path in the column {self.image} leads out of `image_folder`")
+            return path
         if isinstance(value, bytes | str):
             return value
         if value is None:

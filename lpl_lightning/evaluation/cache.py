@@ -80,7 +80,7 @@ class ReferenceCache:
             if metadata["hash"] != _hash(tensors, metadata["images"]):
                 raise ValueError("its values are not those that were stored")
             return Cached(tensors, json.loads(metadata["images"]))
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
             rank_zero_warn(f"{path} is damaged ({error}): what it held is computed anew.")
             return None
 

@@ -38,6 +38,7 @@ def compare(
     resamples: int | None = None,
     seed: int = 0,
     images: int = 64,
+    trusted: bool = False,
 ) -> Path:
     """Compare evaluations: values with bootstrap intervals, differences to a baseline, spectra, and the same images.
 
@@ -54,6 +55,8 @@ def compare(
         resamples: Number of bootstrap draws; by default 1000, and 200 for Frechet distances, which cost more.
         seed: What the draws come from.
         images: How many images of each run are shown at most.
+        trusted: Whether images are shown from wherever a report says that they are, and not only from its folder and
+            from beside it: for reports of your own.
 
     Returns:
         ``out``.
@@ -71,7 +74,7 @@ def compare(
         raise ValueError(f"`baseline` must be one of the {len(runs)} runs, 0 to {len(runs) - 1}, got {baseline}.")
     folder = Path(out)
     _check_folder(folder)
-    found = read_runs(runs)
+    found = read_runs(runs, trusted)
     check_references(found)
     with tqdm(total=draws(found, resamples), desc="Bootstrap", disable=None) as bar:
         comparison = differences(found, baseline, resamples, seed, bar.update)

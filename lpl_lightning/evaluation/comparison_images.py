@@ -13,6 +13,7 @@ from typing import Literal
 
 from PIL import Image
 
+from lpl_lightning.data.reading import read_rgb
 from lpl_lightning.evaluation.comparison_runs import Run
 
 __all__ = ["SameImages", "embedded", "same_images", "write_grid"]
@@ -60,7 +61,7 @@ def same_images(runs: Sequence[Run], baseline: int, count: int) -> tuple[SameIma
     base = runs[baseline]
     if not count:
         return None, []
-    notes = [f"No images of {run.name}: its report names no folder of images that is there." for run in _without(runs)]
+    notes = [f"No images of {run.name}: {_why(run)}" for run in runs if not run.images]
     if not base.images:
         return None, notes
     chosen, names = [base], list(base.images)
@@ -90,8 +91,10 @@ def same_images(runs: Sequence[Run], baseline: int, count: int) -> tuple[SameIma
     return SameImages([run.name for run in chosen], names, captions, paths, alike), notes
 
 
-def _without(runs: Sequence[Run]) -> list[Run]:
-    return [run for run in runs if not run.images]
+def _why(run: Run) -> str:
+    if (place := run.images_elsewhere) is not None:
+        return f"its report says that they are in {place}, which is not beside it; `trusted` shows them all the same."
+    return "its report names no folder of images that is there."
 
 
 def _caption(image: Path) -> str:
@@ -143,8 +146,7 @@ def embedded(paths: Sequence[Path], largest: int = LARGEST) -> tuple[list[str], 
 
 
 def _read(path: Path) -> Image.Image:
-    with Image.open(path) as opened:
-        return opened.convert("RGB")
+    return read_rgb(str(path))
 
 
 def _jpeg(path: Path, shrink: int, quality: int) -> bytes:

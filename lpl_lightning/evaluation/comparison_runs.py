@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 from lpl_lightning.data.listing import images_below, some
 from lpl_lightning.evaluation.bootstrap import FrechetToReference, LogPowerDifference, Mean, Statistic
 from lpl_lightning.evaluation.report import REPORT, SAMPLES, VALIDATION, Report, Value, formatted
+from lpl_lightning.file_names import inside
 from lpl_lightning.metrics.reference import ReferenceStatistics
 from lpl_lightning.metrics.spectrum import Spectra
 from lpl_lightning.metrics.spectrum_plot import read_spectra
@@ -37,11 +39,13 @@ class Run:
         name: What a comparison calls it, other than all others.
         folder: Where its report lies.
         report: It.
+        trusted: Whether its images are taken from wherever it says.
     """
 
     name: str
     folder: Path
     report: Report
+    trusted: bool = False
 
     @property
     def seed(self) -> int | None:
@@ -106,12 +110,33 @@ class Run:
         }
         return Spectra(**columns, mean_absolute_log_difference=columns["log_difference"][1:].abs().mean())
 
+    @property
+    def images_elsewhere(self) -> Path | None:
+        """Where the report says that the images are, if that is neither in its folder nor beside it.
+
+        Whoever wrote it could have images of anywhere shown on a page. Beside it are ``images``, those of several
+        reports, and what ``lpl evaluate`` calls its folder after.
+        """
+        folder = self._images_folder
+        if folder is None or self.trusted:
+            return None
+        place, own = (Path(os.path.realpath(path)) for path in (folder, self.folder))
+        beside = [own.with_name(name) for name in ("images", own.name.removesuffix("-evaluation")) if own.name]
+        return None if place.is_relative_to(own) or place in beside else folder
+
+    @property
+    def _images_folder(self) -> Path | None:
+        said = self.report.images.get("folder")
+        return None if said is None else self.folder / str(said)
+
     @cached_property
     def images(self) -> dict[str, Path]:
         """The generated images, FOLDER/CLASS/INDEX.png, by CLASS/INDEX, in the order of INDEX; empty where none are."""
-        folder = self.folder / str(self.report.images.get("folder", ""))
+        folder = self._images_folder
+        if folder is None or self.images_elsewhere is not None:
+            return {}
         try:
-            paths = [Path(path) for path in images_below(folder, "folder")] if "folder" in self.report.images else []
+            paths = [Path(path) for path in images_below(folder, "folder")]
         except (ValueError, OSError):
             return {}
         # By number, since classes take turns: by folder, the first ones would all be of the first class.
@@ -119,7 +144,7 @@ class Run:
         return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
     def _reference(self, name: str, dim: int) -> ReferenceStatistics:
-        reference = ReferenceStatistics.load(self.folder / f"reference_{name}.safetensors")
+        reference = ReferenceStatistics.load(inside(self.folder, f"reference_{name}.safetensors"))
         if len(reference.mean) != dim:
             raise ValueError(f"the reference's features are {len(reference.mean)}, those of the images {dim}")
         return reference
@@ -138,12 +163,13 @@ class Run:
         return tensor
 
 
-def read_runs(given: Sequence[str]) -> list[Run]:
+def read_runs(given: Sequence[str], trusted: bool = False) -> list[Run]:
     """Find and read reports.
 
     Args:
         given: For each run a ``report.json``, or a folder in which, or anywhere below which, exactly one lies; those of
             ``lpl validate`` count only where there are no others.
+        trusted: Whether images are taken from wherever a report says.
 
     Returns:
         The runs, with names that differ.
@@ -160,7 +186,7 @@ def read_runs(given: Sequence[str]) -> list[Run]:
         times = Counter(names)
         names = [f"{name} ({more})" if times[name] > 1 else name for name, more in zip(names, said, strict=True)]
         said = [str(number) for number in range(1, len(names) + 1)]
-    return [Run(name, path.parent, report) for name, path, report in zip(names, paths, reports, strict=True)]
+    return [Run(name, path.parent, report, trusted) for name, path, report in zip(names, paths, reports, strict=True)]
 
 
 def _find(run: Path) -> Path:

@@ -154,7 +154,7 @@ class Report:
                 value["std"] = None if value["std"] is None else float(value["std"])
                 value["biased_by"] = tuple(value["biased_by"])
             return cls(values={name: Value(**value) for name, value in values.items()}, **found)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no report as this version writes it: {error}.") from error
 
     def markdown(self) -> str:

@@ -20,6 +20,7 @@ from lpl_lightning.arguments import refusal
 from lpl_lightning.captions import Captions
 from lpl_lightning.conditioning import ClassTokens
 from lpl_lightning.export.parts import Target, autoencoder_part, converted, copied, scheduler_part, target_of
+from lpl_lightning.export.provenance import note, provenance
 from lpl_lightning.export.text import text_parts
 from lpl_lightning.fine_tuning import LoRA
 from lpl_lightning.model_loading import PRECISIONS
@@ -39,6 +40,7 @@ def export_diffusers(
     dtype: ExportPrecision | None = None,
     *,
     replace: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a module as a diffusers pipeline or, where it was trained by LoRA, what a pipeline loads as one.
 
@@ -52,6 +54,7 @@ def export_diffusers(
         folder: Where to; nothing is there until all of it is.
         dtype: Precision of all weights; None leaves them in their own.
         replace: Whether what is in ``folder`` already is replaced.
+        metadata: What the safetensors files of trained weights say of them; by default what ``provenance`` knows.
 
     Returns:
         The folder.
@@ -69,6 +72,8 @@ def export_diffusers(
         partial = Path(beside) / folder.name
         partial.mkdir()
         said = _write(module, partial, PRECISIONS[dtype], folder)
+        for part in ("", "backbone", "transformer", "unet"):
+            note(partial / part, dict(provenance(module) if metadata is None else metadata))
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -77,7 +82,9 @@ def export_diffusers(
     return folder
 
 
-def export_checkpoint(ckpt: str, out: str, ema: float | None = None, dtype: ExportPrecision = "float32") -> Path:
+def export_checkpoint(
+    ckpt: str, out: str, ema: float | None = None, dtype: ExportPrecision = "float32", trusted: bool = False
+) -> Path:
     """Write the model of a checkpoint for diffusers' pipelines.
 
     Args:
@@ -85,6 +92,8 @@ def export_checkpoint(ckpt: str, out: str, ema: float | None = None, dtype: Expo
         out: Folder to write, which is not there yet or empty.
         ema: Decay of the moving average to take; by default the weights as they were trained.
         dtype: Precision of the weights.
+        trusted: Whether anything that the checkpoint's config names may be imported and built, as it must be for parts
+            of your own; without it, the parts of this package and of diffusers alone.
 
     Returns:
         The folder.
@@ -111,7 +120,8 @@ def export_checkpoint(ckpt: str, out: str, ema: float | None = None, dtype: Expo
             "Build the module, load the checkpoint, and call lpl_lightning.export_diffusers(module, folder)."
         )
     try:
-        module = LatentDiffusionModule.load_from_checkpoint(ckpt, map_location="cpu", weights_only=True)
+        given: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr_scheduler": None}  # there is nothing to train
+        module = LatentDiffusionModule.load_from_checkpoint(ckpt, map_location="cpu", trusted=trusted, **given)
     except (ArgumentError, FileNotFoundError, TypeError, ValueError) as error:
         # What a part refuses is the error, and not the parser's list of all that it tried, nor the config.
         cause = refusal(error)
@@ -119,7 +129,8 @@ def export_checkpoint(ckpt: str, out: str, ema: float | None = None, dtype: Expo
         said = str(cause).split("\n  Given value", 1)[0]
         raise kind(f"`ckpt`={ckpt!r}: its model cannot be built again. {said}") from error
     module.load_state_dict(state)
-    return export_diffusers(module, out, dtype)
+    metadata = provenance(module, checkpoint.get("global_step"), checkpoint.get("epoch"), ema, parameters)
+    return export_diffusers(module, out, dtype, metadata=metadata)
 
 
 def _check_empty(folder: Path, argument: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lpl_lightning.arguments import NotFiniteError
 from lpl_lightning.losses.options import NonFinite
 
 __all__ = ["NonFiniteGuard"]
@@ -43,7 +44,7 @@ class NonFiniteGuard:
             (B,) finite losses, and (B,) which of them were kept.
 
         Raises:
-            FloatingPointError: A value is not finite, and the policy is ``raise``.
+            NotFiniteError: A value is not finite, and the policy is ``raise``.
         """
         good = finite.all(dim=0)
         if self.policy == "raise":
@@ -97,7 +98,7 @@ def _raise(finite: Tensor, places: Sequence[str]) -> None:
         return
     first = int((~finite).any(dim=1).nonzero()[0])
     samples = (~finite[first]).nonzero().flatten().tolist()
-    raise FloatingPointError(
+    raise NotFiniteError(
         f"The Latent Perceptual Loss is not finite: it arose in {places[first]}, for the samples {samples} of those "
         "that passed the gate. If a decoder's stage is named, run it in float32 (the `dtype` of the Autoencoder); if "
         "the estimate is, look at the denoiser and at alpha near 0. With `nonfinite`='zero' or 'skip' such samples or "

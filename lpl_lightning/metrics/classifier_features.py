@@ -9,16 +9,15 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lpl_lightning.metrics.features import FeatureExtractor
 from lpl_lightning.metrics.preparation import IMAGENET_MEAN, IMAGENET_STD, Filter, Preparation
+from lpl_lightning.metrics.weight_files import cached_at, download_weights, read_weights
 from lpl_lightning.pretrained import RANDOM, check_fit, is_untrained
 
 __all__ = ["InceptionFeatures", "TorchvisionFeatures"]
@@ -52,7 +51,7 @@ class InceptionFeatures(FeatureExtractor):
         nothing.seek(0)
         self.model: nn.Module = empty(self.name, [layer], nothing, antialias=antialias)
         if weights != RANDOM:
-            state = _read(weights) if weights else _download(inception.URL_INCEPTION_V3)
+            state = read_weights(weights) if weights else _download(inception.URL_INCEPTION_V3)
             check_fit(self.model.state_dict(), state, weights or inception.URL_INCEPTION_V3)
             nn.Module.load_state_dict(self.model, state)
         self._freeze("weights")
@@ -120,7 +119,7 @@ class TorchvisionFeatures(FeatureExtractor):
         preparation = Preparation(224, antialias=antialias, mean=IMAGENET_MEAN, std=IMAGENET_STD)
         if weights is not None:
             entry = getattr(torchvision.models.get_model_weights(known), "__members__", {}).get(weights)
-            state = _read(weights) if entry is None else _download(entry.url)
+            state = read_weights(weights) if entry is None else _download(entry.url)
             check_fit(model.state_dict(), state, weights)
             model.load_state_dict(state)
             if entry is not None:
@@ -168,32 +167,11 @@ def _needed(library: str, extra: str) -> Any:
         raise ModuleNotFoundError(f'Run pip install "lpl-lightning[{extra}]": {error}', name=library) from error
 
 
-def _read(source: str) -> Mapping[str, Tensor]:
-    """Read a state dict, without running any code that a pickle may hold."""
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"`weights`={source!r} is neither a file nor the name of weights of this model.")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever an unpickler says to another file
-        raise ValueError(f"`weights`={source!r} cannot be read as weights: {error}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"`weights`={source!r} must hold a state dict, tensors by name.")
-    return state
-
-
 def _download(url: str) -> Mapping[str, Tensor]:
-    """Read a state dict from torch's cache, into which it is downloaded first."""
-    place = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     try:
-        return cast(
-            Mapping[str, Tensor],
-            torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True),
-        )
-    except OSError as error:  # URLError, and what sockets and disks raise
+        return download_weights(url)
+    except OSError as error:
         raise FileNotFoundError(
-            f"{url} cannot be downloaded ({error}). Without network: download it elsewhere, and put it at {place} or "
-            f"give its path as `weights`."
+            f"{url} cannot be downloaded ({error}). Without network: download it elsewhere, and put it at "
+            f"{cached_at(url)} or give its path as `weights`."
         ) from error

@@ -134,7 +134,7 @@ class ModuleFeatures(FeatureExtractor):
 
 
 class TorchScriptFeatures(FeatureExtractor):
-    """A network in a TorchScript file. Loading one can run what it holds: take files that you trust.
+    """A network in a TorchScript file, which is a program: loading one can write files, and calling it too.
 
     NVIDIA's ``inception-2015-12-05.pt`` takes ``pixels="uint8"`` and ``options={"return_features": True}``, resizes by
     itself, and gives the 2,048 features of FID.
@@ -149,6 +149,11 @@ class TorchScriptFeatures(FeatureExtractor):
         std: What they are divided by.
         pixels: ``uint8`` for a network that takes 0 .. 255 and normalizes itself.
         options: Further arguments of its call, by name.
+        trusted: That you trust whoever made the file; without it none is loaded.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not trusted, is none, or gives no vectors.
     """
 
     def __init__(
@@ -162,6 +167,7 @@ class TorchScriptFeatures(FeatureExtractor):
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
         pixels: Pixels = "normalized",
         options: Mapping[str, bool | int | float | str] | None = None,
+        trusted: bool = False,
     ) -> None:
         file = Path(path).expanduser()
         options = dict(options or {})
@@ -170,9 +176,15 @@ class TorchScriptFeatures(FeatureExtractor):
         super().__init__(preparation, name, f"torch {torch.__version__}")
         if not file.is_file():
             raise FileNotFoundError(f"`path`={path!r} does not exist. Give a file that torch.jit.save wrote.")
+        if not trusted:
+            raise ValueError(
+                f"`path`={path!r}: a TorchScript file is a program, and loading it can write files. Set `trusted` to "
+                "true if you trust whoever made it, or take the same network's weights: InceptionFeatures, "
+                "TorchvisionFeatures, TransformersFeatures."
+            )
         try:
             self.module: Any = _load_script(file)
-        except RuntimeError as error:
+        except Exception as error:  # what reads archives and programs does not agree on a type
             raise ValueError(f"`path`={path!r} is no TorchScript file, as torch.jit.save writes it: {error}") from error
         self.options = options
         self._freeze("path")

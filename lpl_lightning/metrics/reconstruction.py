@@ -24,6 +24,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from lpl_lightning.frozen import FrozenModule
 from lpl_lightning.metrics.gaussian import DoubleMetric
 from lpl_lightning.metrics.preparation import check_images
+from lpl_lightning.metrics.weight_files import cached_at, download_weights
 
 __all__ = ["LPIPS", "Reconstruction"]
 
@@ -46,7 +47,7 @@ class LPIPS(FrozenModule):
 
     Raises:
         FileNotFoundError: The weights are not there and cannot be downloaded; it says where to put which file.
-        ValueError: Another name.
+        ValueError: Another name, or what is in the place of the weights is something else.
     """
 
     def __init__(self, network: Literal["alex", "vgg", "squeeze"] | nn.Module = "alex") -> None:
@@ -77,15 +78,17 @@ def _pretrained(name: str) -> nn.Module:
     if name not in _WEIGHTS:
         raise ValueError(f"`network` must be one of {tuple(_WEIGHTS)} or a module, got {name!r}.")
     known: Any = name
+    url: str = getattr(torchvision.models, _WEIGHTS[name]).DEFAULT.url
     try:
+        # torchmetrics would read what is there already with a pickle that may run code: it is read so beforehand.
+        download_weights(url)
         return LearnedPerceptualImagePatchSimilarity(net_type=known).net
     except (OSError, RuntimeError) as error:
-        url: str = getattr(torchvision.models, _WEIGHTS[name]).DEFAULT.url
-        folder = f"{torch.hub.get_dir()}/checkpoints"
+        place = cached_at(url)
         raise FileNotFoundError(
-            f"`network`={name!r}: LPIPS needs torchvision's ImageNet weights, which {folder} does not hold and which "
-            f"could not be downloaded ({error}). Without a connection: download {url} elsewhere and put it at "
-            f"{folder}/{url.rsplit('/', 1)[-1]}, or leave LPIPS out."
+            f"`network`={name!r}: LPIPS needs torchvision's ImageNet weights, which {place.parent} does not hold and "
+            f"which could not be downloaded ({error}). Without a connection: download {url} elsewhere and put it at "
+            f"{place}, or leave LPIPS out."
         ) from error
 
 

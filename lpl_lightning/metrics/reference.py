@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class ReferenceStatistics:
             found = cls(tensors["mean"], tensors["covariance"], said["count"], said["extractor"], said["images"])
             if found.hash != said["hash"]:
                 raise ValueError("its values are not those that were saved")
-        except (SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} holds no reference statistics as this version writes them: {error}.") from error
         return found
 
@@ -129,6 +130,7 @@ class ReferenceStatistics:
                     raise ValueError("it is an .npy file of one array")
                 if lacking := [name for name in ("mu", "sigma") if name not in file]:
                     raise ValueError(f"it lacks {' and '.join(lacking)}, and has {', '.join(file.files) or 'nothing'}")
+                _check_length(file, extractor.get("features"))
                 mu, sigma = file["mu"], file["sigma"]
         except Exception as error:  # readers of archives and of arrays do not agree on a type
             raise ValueError(f"{wanted}, as pytorch-fid and others write it: {error}.") from error
@@ -179,3 +181,11 @@ class ReferenceStatistics:
             )
         if library:
             rank_zero_warn(f"The reference statistics were made with another version ({library}).")
+
+
+def _check_length(file: Any, features: object) -> None:
+    """Refuse arrays that are unpacked to more than what they must be: a small archive may fill the memory."""
+    largest = 16 * features**2 + 2**16 if isinstance(features, int) else 2**34
+    for name in ("mu", "sigma"):
+        if (size := file.zip.getinfo(f"{name}.npy").file_size) > largest:
+            raise ValueError(f"its `{name}` is unpacked to {size:,} bytes, more than D features have")

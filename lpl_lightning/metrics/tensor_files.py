@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["add_metadata", "read_tensors", "write_tensors"]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -53,3 +54,25 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     tensors = load(content)
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length]).get("__metadata__", {}), tensors
+
+
+def add_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Say more in a file that a library has written without it; its tensors, however large, are copied as they are.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.unfinished")
+    try:
+        with path.open("rb") as old, unfinished.open("wb") as new:
+            header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+            header["__metadata__"] = {**header.get("__metadata__", {}), **metadata}
+            content = json.dumps(header, separators=(",", ":")).encode()
+            content += b" " * (-len(content) % 8)  # tensors begin at multiples of eight bytes
+            new.write(len(content).to_bytes(8, "little") + content)
+            shutil.copyfileobj(old, new, 2**22)
+        shutil.copymode(path, unfinished)
+        unfinished.replace(path)
+    finally:
+        with suppress(OSError):  # it is there only where something failed
+            unfinished.unlink()

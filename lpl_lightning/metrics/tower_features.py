@@ -13,10 +13,11 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from lpl_lightning.file_names import check_indices
 from lpl_lightning.metrics.features import FeatureExtractor
 from lpl_lightning.metrics.preparation import IMAGENET_MEAN, IMAGENET_STD, Filter, Fit, Preparation
 from lpl_lightning.pretrained import RANDOM, is_untrained, locate
-from lpl_lightning.text_loading import optional
+from lpl_lightning.text_loading import create_open_clip, optional, said_of
 
 __all__ = ["OpenCLIPFeatures", "Output", "TransformersFeatures", "clip_preparation", "load_open_clip", "plain_name"]
 
@@ -36,7 +37,7 @@ def load_open_clip(model_name: str, pretrained: str | None) -> nn.Module:
     Raises:
         ValueError: There is no such model, or its weights cannot be had or do not fit.
     """
-    open_clip, (untrained, name) = optional("open_clip"), is_untrained(model_name)
+    untrained, name = is_untrained(model_name)
     asked = f"`model_name`={model_name!r}, `pretrained`={pretrained!r}"
     if (untrained or ":" in name) == (pretrained is not None):
         raise ValueError(
@@ -45,7 +46,7 @@ def load_open_clip(model_name: str, pretrained: str | None) -> nn.Module:
         )
     try:
         weights = {"load_weights": not untrained, "require_pretrained": not untrained, "pretrained_text": False}
-        return cast(nn.Module, open_clip.create_model(name, pretrained, device="cpu", **weights))
+        return cast(nn.Module, create_open_clip(name, pretrained, **weights))
     except (OSError, RuntimeError, ValueError) as error:
         remedy = "Without network: give the weights' file as `pretrained`, or local-dir:FOLDER as `model_name`."
         raise ValueError(f"{asked}: {error} {remedy}") from error
@@ -153,13 +154,17 @@ def _load(source: str) -> tuple[nn.Module, dict[str, Any]]:
     transformers, (untrained, name) = optional("transformers"), is_untrained(source)
     found = locate(name, "model")
     where: dict[str, Any] = {"local_files_only": isinstance(found, Path)}
+    coded = {"trust_remote_code": False}  # unless that is said, transformers asks on the terminal
     try:
-        if isinstance(found, Path) and not (found / "config.json").is_file():
-            raise FileNotFoundError("there is no config.json")
+        if isinstance(found, Path):
+            if not (found / "config.json").is_file():
+                raise FileNotFoundError("there is no config.json")
+            check_indices(found)
         if untrained:
-            model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(str(found), **where))
+            config = transformers.AutoConfig.from_pretrained(str(found), **coded, **where)
+            model = transformers.AutoModel.from_config(config, **coded)
         else:
-            options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+            options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True} | coded
             model, info = transformers.AutoModel.from_pretrained(str(found), **options, **where)
             if lacking := sorted(info["missing_keys"]):
                 raise ValueError(f"{len(lacking)} weights are missing, such as {lacking[0]!r}")
@@ -169,7 +174,7 @@ def _load(source: str) -> tuple[nn.Module, dict[str, Any]]:
             f"them. Without network: download it elsewhere and give its folder ({error})"
         ) from error
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"`model`={source!r} cannot be loaded: {error}") from error
+        raise ValueError(f"`model`={source!r} cannot be loaded: {said_of(error)}") from error
     try:
         said, _ = transformers.ImageProcessingMixin.get_image_processor_dict(str(found), **where)
     except OSError:  # there is no preprocessor_config.json

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from shard_files import photo, png
+from strangers import refused
 
 from lpl_lightning.data import HuggingFaceDataModule, ImageFolderDataModule
 from lpl_lightning.data.faults import Unreadable, read_faults
@@ -445,3 +447,54 @@ def test_without_the_library_the_error_says_what_to_install(tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "lpl-lightning\[data\]"'):
         module(str(tmp_path)).setup("fit")
+
+
+CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: ['{}', 'a.png']\n---\n"
+
+
+@pytest.mark.parametrize("name", ["../secret/*.png", "{folder}/secret/*.png", "https://example.org/a.png"])
+def test_a_card_of_a_data_set_that_leads_elsewhere(name: str, tmp_path: Path, ran: Path) -> None:
+    for folder in ("secret", "data"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / folder / "a.png")
+    name = name.format(folder=tmp_path)
+    (tmp_path / "data" / "README.md").write_text(CARD.format(name))
+    refused(
+        ran, "README.md cannot be used: it names", lambda: HuggingFaceDataModule(str(tmp_path / "data"), 16).setup()
+    )
+
+
+def test_a_saved_table_that_leads_elsewhere(tmp_path: Path, ran: Path) -> None:
+    rows = table(range(4))
+    rows.save_to_disk(tmp_path / "secret")
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "data")
+    state = tmp_path / "data" / "train" / "state.json"
+    said = json.loads(state.read_text())
+    said["_data_files"] = [{"filename": "../../secret/" + said["_data_files"][0]["filename"]}]
+
+    def load() -> None:
+        HuggingFaceDataModule(str(tmp_path / "data"), 16).setup()
+
+    load()
+    kept = state.read_text()
+    state.write_text(json.dumps(said))
+    refused(ran, "state.json cannot be used: it names '../../secret/", load)
+    state.write_text(kept)
+    (tmp_path / "data" / "dataset_dict.json").write_text(json.dumps({"splits": ["../secret"]}))
+    refused(ran, "dataset_dict.json cannot be used: it names '../secret'", load)
+
+
+def test_rows_that_lead_out_of_the_folder_of_images(tmp_path: Path, ran: Path) -> None:
+    for folder in ("secret", "images"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / folder / "a.png")
+    for rows in (["../secret/a.png"] * 2, [str(tmp_path / "secret" / "a.png")] * 2):
+        datasets.Dataset.from_dict({"image": rows, "n": [0, 1]}).to_parquet(str(tmp_path / "rows.parquet"))
+        files, images = str(tmp_path / "rows.parquet"), str(tmp_path / "images")
+
+        def first(files: str = files, images: str = images) -> object:
+            data = HuggingFaceDataModule("parquet", 16, data_files=files, image_folder=images)
+            data.setup("fit")
+            return data.dataset("train")[0]
+
+        refused(ran, "leads out of `image_folder`", first)

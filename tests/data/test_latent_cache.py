@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load
+from strangers import refused
 from torch import Tensor
 
 from lpl_lightning.data import CachedLatents, LatentCacheDataModule
@@ -244,3 +245,15 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
             LatentCacheDataModule(tmp_path)
     with pytest.raises(ValueError, match="is not finished: call the `lpl encode` that began it again"):
         LatentCacheDataModule(cache_of(tmp_path, finished=False))
+
+
+def test_a_manifest_of_latents_that_leads_elsewhere(tmp_path: Path, ran: Path) -> None:
+    root = cache_of(tmp_path / "cache")
+    manifest = json.loads((root / "manifest.json").read_text())
+    (root / "train" / "000000.tar").rename(tmp_path / "secret.tar")
+    for name in ("../secret.tar", str(tmp_path / "secret.tar")):
+        manifest["shards"]["train"][0]["file"] = name
+        (root / "manifest.json").write_text(json.dumps(manifest))
+        refused(ran, f"it names '{name}', which does not lie in", lambda: LatentCacheDataModule(root))
+    (root / "manifest.json").write_text("[" * 100_000)
+    refused(ran, "is no manifest of a latent cache", lambda: LatentCacheDataModule(root))

@@ -554,3 +554,38 @@ def test_the_same_images_are_pairs_whatever_is_known_of_seeds(two: list[str], tm
         cell = result([two[0], copy], tmp_path / "out")["rows"]["clip_score"]["cells"]["copy"]
         assert cell["paired"] is True
         assert cell["difference_interval"] == {"low": 0, "high": 0}
+
+
+def test_a_report_shows_no_images_of_elsewhere(tmp_path: Path) -> None:
+    runs = []
+    for name in ("a", "b"):
+        folder = write_run(tmp_path / name, name, pictures=[Image.new("RGB", (8, 8), "red")] * 4)
+        (folder / "images").rename(tmp_path / f"secret-{name}")
+        said = json.loads((folder / "report.json").read_text())
+        said["images"]["folder"] = f"../secret-{name}" if name == "a" else str(tmp_path / f"secret-{name}")
+        (folder / "report.json").write_text(json.dumps(said))
+        runs.append(str(folder))
+    for options, shown in (([], 0), (["--trusted", "true"], 8)):
+        main(["compare", *runs, "--out", str(tmp_path / "out"), "--resamples", "10", *options])
+        page = (tmp_path / "out" / "index.html").read_text()
+        assert page.count("data:image") == shown
+        notes = json.loads((tmp_path / "out" / "comparison.json").read_text())["notes"]
+        assert sum("which is not beside it" in note for note in notes) == (0 if shown else 2)
+
+
+def test_a_report_that_names_a_reference_elsewhere(tmp_path: Path) -> None:
+    runs = [str(write_run(tmp_path / name, name)) for name in ("a", "b")]
+    for run in runs:
+        said = json.loads((Path(run) / "report.json").read_text())
+        for value in said["values"].values():
+            if (value["resampling"] or {}).get("kind") == "frechet":
+                value["resampling"]["key"] = "features_/../../secret"
+        (Path(run) / "report.json").write_text(json.dumps(said))
+        tensors = load_file(Path(run) / "samples.safetensors")
+        (feature,) = (name for name in tensors if name.startswith("features_"))
+        save_file(tensors | {"features_/../../secret": tensors[feature].clone()}, Path(run) / "samples.safetensors")
+        (Path(run) / "reference_").mkdir()
+        (Path(run) / "reference_given.safetensors").rename(tmp_path / "secret.safetensors")
+    main(["compare", *runs, "--out", str(tmp_path / "out"), "--resamples", "10"])
+    notes = json.loads((tmp_path / "out" / "comparison.json").read_text())["notes"]
+    assert any("does not lie in" in note for note in notes), notes

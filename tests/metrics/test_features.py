@@ -34,7 +34,7 @@ def script(folder: Path, module: nn.Module) -> str:
 
 MAKERS: dict[str, Callable[[Path], FeatureExtractor]] = {
     "module": lambda folder: ModuleFeatures(network(), size=12),
-    "torchscript": lambda folder: TorchScriptFeatures(script(folder, network()), size=12),
+    "torchscript": lambda folder: TorchScriptFeatures(script(folder, network()), size=12, trusted=True),
     "torchvision": lambda folder: TorchvisionFeatures("random:squeezenet1_1", size=32),
     "open_clip": lambda folder: OpenCLIPFeatures("local-dir:" + str(save_tower(folder / "tower") and folder / "tower")),
     "transformers": lambda folder: TransformersFeatures(tiny_dino(), size=28),
@@ -131,17 +131,17 @@ def test_torchscript_is_the_module_that_was_saved(tmp_path: Path) -> None:
     path = script(tmp_path, module)
     images = torch.rand(3, 3, 9, 9) * 2 - 1
     options: dict[str, Any] = {"return_features": True, "scale": 3}
-    found = TorchScriptFeatures(path, pixels="uint8", options=options)
+    found = TorchScriptFeatures(path, pixels="uint8", options=options, trusted=True)
     expected = module(((images + 1) * 127.5).round(), 3, True)
     torch.testing.assert_close(found(images), expected)
     assert found.provenance()["model"] == "network.pt [('return_features', True), ('scale', 3)]"
     with pytest.raises(ValueError, match=r"`path`: network.pt does not take 64 x 64 images.*\(1, D\), got \(1, 3"):
-        TorchScriptFeatures(path)
+        TorchScriptFeatures(path, trusted=True)
     with pytest.raises(FileNotFoundError, match="`path`='none.pt' does not exist"):
-        TorchScriptFeatures("none.pt")
+        TorchScriptFeatures("none.pt", trusted=True)
     torch.save({"weight": torch.zeros(2)}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="is no TorchScript file"):
-        TorchScriptFeatures(str(tmp_path / "state.pt"))
+        TorchScriptFeatures(str(tmp_path / "state.pt"), trusted=True)
 
 
 def test_images_follow_a_network_that_has_buffers_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,163 @@
+"""What a checkpoint may have built, when a module is made of the config that it holds.
+
+That config names classes, functions and modules by their paths, and what it names is imported and called: without a
+single pickle in it, a checkpoint could have any program run. Those of strangers therefore get the parts of this package
+and of diffusers alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import reduce
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import FunctionType
+from typing import Any, Self, get_type_hints
+
+import diffusers
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from lpl_lightning.autoencoder import Autoencoder
+from lpl_lightning.conditioning import Conditioner
+from lpl_lightning.denoiser import Denoiser
+from lpl_lightning.fine_tuning import FineTuning
+from lpl_lightning.noise import NoiseProcess
+from lpl_lightning.pretrained import read_checkpoint
+from lpl_lightning.sampling import Sampler
+from lpl_lightning.text_encoders import TextEncoder
+from lpl_lightning.times import TimeDistribution
+
+__all__ = ["INSTANTIATORS", "RebuiltModule", "check_config"]
+
+INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
+"""What the command line's checkpoints say that they are built by."""
+
+_PARTS = (
+    Autoencoder,
+    Conditioner,
+    Denoiser,
+    FineTuning,
+    NoiseProcess,
+    Sampler,
+    TextEncoder,
+    TimeDistribution,
+    diffusers.ModelMixin,
+    diffusers.SchedulerMixin,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+)
+_PACKAGES = ("lpl_lightning", "diffusers", "torch.optim")
+_PATH = re.compile(r"([A-Za-z_]\w*)(\.[A-Za-z_]\w*)+")
+
+
+class RebuiltModule(pl.LightningModule):
+    """A LightningModule that runs nothing that a checkpoint's config names, when it is made of one."""
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        trusted: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Make a module of a checkpoint, with the weights as they were trained.
+
+        Args:
+            checkpoint_path: A file.
+            map_location: Where its tensors are put; by default where they were.
+            hparams_file: Lightning's, and for trusted ones alone.
+            strict: Whether all weights must be there, and no others.
+            weights_only: Lightning's; what ``trusted`` does not say, True.
+            trusted: Whether anything that its config names may be imported and built, as it is for parts of your own.
+            kwargs: Arguments of the module in the place of those that the checkpoint holds.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is something else, or its config names what is no part of a model.
+        """
+        if not trusted:
+            if hparams_file is not None or not weights_only or not isinstance(checkpoint_path, str | Path):
+                raise ValueError(
+                    "`checkpoint_path` must be a file, and `weights_only` and `hparams_file` left alone. Set `trusted` "
+                    "to true if you trust whoever made the checkpoint."
+                )
+            found = read_checkpoint(str(checkpoint_path), "checkpoint_path")
+            parameters = found.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
+            own = {name: value for name, value in parameters.items() if name not in kwargs}
+            check_config(own, cls, f"`checkpoint_path`={str(checkpoint_path)!r}")
+        where: dict[str, Any] = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict}
+        return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **where, **kwargs)
+
+
+def check_config(parameters: Mapping[str, Any], module: type[nn.Module], source: str) -> None:
+    """Refuse a checkpoint whose config would build more than parts of a model.
+
+    Args:
+        parameters: Its hyperparameters.
+        module: What is to be built of them.
+        source: What to call the checkpoint in the error.
+
+    Raises:
+        ValueError: It is such.
+    """
+    if "_instantiator" not in parameters:  # its parts are given by the caller
+        return
+    if parameters["_instantiator"] not in INSTANTIATORS:
+        raise _refused(source, parameters["_instantiator"])
+    for path in _named(parameters):
+        if not _is_part(path, module):
+            raise _refused(source, path)
+
+
+def _refused(source: str, what: object) -> ValueError:
+    return ValueError(
+        f"{source} would run {str(what)!r}: its config names that, which is no part of a model that this package or "
+        "diffusers has. Set `trusted` to true if you trust whoever made it."
+    )
+
+
+def _named(value: Any) -> Iterator[str]:
+    """All that a config has imported: what stands at ``class_path``, and strings that a parser could take for such."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            if key in ("class_path", "_class_path"):
+                yield str(part)
+            elif key != "_instantiator":
+                yield from _named(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _named(part)
+    elif isinstance(value, str) and (found := _PATH.fullmatch(value)) and _is_module(found[1]):
+        yield value
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # of a module that is running
+        return True
+
+
+def _is_part(path: str, module: type[nn.Module]) -> bool:
+    """Whether a path leads to the class of a part; nothing outside of the packages is imported to see."""
+    if not any(path.startswith(f"{package}.") for package in _PACKAGES):
+        return False
+    names = path.split(".")
+    for length in range(len(names) - 1, 0, -1):
+        try:
+            found = reduce(getattr, names[length:], import_module(".".join(names[:length])))
+        except (ImportError, AttributeError):
+            continue
+        made_here = str(getattr(found, "__module__", "")).startswith("lpl_lightning.")
+        if made_here and isinstance(found, FunctionType):  # one that makes a part
+            found = get_type_hints(found).get("return")
+        return isinstance(found, type) and issubclass(found, (*_PARTS, module))
+    return False
