@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -225,31 +226,54 @@ def stack(*names: str) -> list[str]:
     return [word for name in names for word in ("-c", f"{ROOT}/configs/{name}.yaml")]
 
 
-def by_command(folder: Path, overlay: str) -> Path:
-    """A checkpoint of two processes that ``lpl fit`` trained under torchrun, EMA and LPL on."""
+def by_command(folder: Path, overlay: str, tasks: Callable[[list[str]], None]) -> Path:
+    """A checkpoint of two processes that ``lpl fit`` trained, EMA and LPL on."""
     configs = [
         word for name in ("imagenet256", "flow", "lpl", overlay, "tiny") for word in ("-c", f"configs/{name}.yaml")
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--trainer.devices=2", "--trainer.enable_progress_bar=false", *in_folder(folder)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "-m", "lpl_lightning", "fit", *configs, *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=environment,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    tasks(["-m", "lpl_lightning", "fit", *configs, *options])
     (found,) = folder.rglob("last.ckpt")
     return found
 
 
+def by_torchrun(command: list[str]) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launcher, *command], capture_output=True, text=True, check=False, timeout=300, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def by_slurm(command: list[str]) -> None:
+    """Two tasks with what ``srun`` tells each of them in a job of one node, by a script as in configs/README.md."""
+    job = {"JOB_ID": "1234", "JOB_NAME": "lpl", "NNODES": "1", "NODEID": "0", "NODELIST": "127.0.0.1"}
+    job |= {"NTASKS": "2", "NTASKS_PER_NODE": "2"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tasks = []
+    for number in ("0", "1"):
+        given = {f"SLURM_{name}": value for name, value in (job | {"PROCID": number, "LOCALID": number}).items()}
+        environment = os.environ | given | {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(port)}
+        tasks.append(
+            subprocess.Popen(
+                [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, cwd=ROOT
+            )
+        )
+    try:
+        said = [task.communicate(timeout=300)[1].decode() for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in said[1]
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_the_command_line_trains_by_fsdp2_and_predicts_with_the_average_asked_for(tmp_path: Path) -> None:
-    source = by_command(tmp_path, "fsdp2")
+    source = by_command(tmp_path, "fsdp2", by_torchrun)
     configs = [
         word for name in ("imagenet256", "flow", "lpl", "tiny") for word in ("-c", f"{ROOT}/configs/{name}.yaml")
     ]
@@ -270,9 +294,11 @@ def test_the_command_line_trains_by_fsdp2_and_predicts_with_the_average_asked_fo
         main(["validate", *configs, *in_folder(tmp_path), "--ema", "0.5"])
 
 
-@pytest.mark.slow
-def test_the_command_line_trains_by_ddp(tmp_path: Path) -> None:
-    assert by_command(tmp_path, "ddp").is_file()
+def test_the_command_line_trains_by_ddp_as_tasks_of_slurm(tmp_path: Path) -> None:
+    source = by_command(tmp_path, "ddp", by_slurm)
+    found = torch.load(source, weights_only=True)
+    assert found["global_step"] == 2
+    assert found["lpl_lightning_averages"].keys() == {"0.99975"}
 
 
 def test_weights_that_are_sharded_are_not_gathered_in_inference_mode(folder: Path) -> None:
