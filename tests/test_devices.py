@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import device_run
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from test_cli import in_folder
 from torch import Tensor
 
+from lpl_lightning import FSDP2Strategy
 from lpl_lightning.cli import main
 
 LIVES = ("ddp-life", "fsdp2-life", "fsdp2-life_one-life", "ddp-life_fsdp2-life")
@@ -299,6 +301,16 @@ def test_the_command_line_trains_by_ddp_as_tasks_of_slurm(tmp_path: Path) -> Non
     found = torch.load(source, weights_only=True)
     assert found["global_step"] == 2
     assert found["lpl_lightning_averages"].keys() == {"0.99975"}
+
+
+def test_another_number_of_tasks_than_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"JOB_NAME": "lpl", "NNODES": "1", "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
+    for name, value in (job | {"PROCID": "0", "LOCALID": "0"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for options, said in (({"devices": 4}, "Set `devices=2`"), ({"devices": 2, "num_nodes": 2}, "Set `num_nodes=1`")):
+        run = pl.Trainer(accelerator="cpu", strategy=FSDP2Strategy(), logger=False, **options)
+        with pytest.raises(ValueError, match=said):
+            run.strategy.setup_environment()
 
 
 def test_weights_that_are_sharded_are_not_gathered_in_inference_mode(folder: Path) -> None:
