@@ -214,7 +214,6 @@ class ClassTokens(_Classes):
         """Tokens (B, L, D) and pooled vectors (B, P), from ``batch["label"]``."""
         labels = self.labels(batch, batch_size, drop)
         return Condition(
-            # A copy, since FSDP2 warns of views: it could not see that one is changed in place.
-            tokens=self.tokens(labels).unflatten(-1, (-1, self.token_dim)).clone(),
+            tokens=self.tokens(labels).unflatten(-1, (-1, self.token_dim)),
             pooled=None if self.pooled is None else self.pooled(labels),
         )
