@@ -31,6 +31,9 @@ WAYS = (
     *LIVES,
     "ddp-accumulated",
     "fsdp2-accumulated",
+    "ddp-mixed",
+    "ddp-true",
+    "ddp-lora",
     "fsdp2-mixed",
     "fsdp2-true",
     "fsdp2-lora",
@@ -189,10 +192,11 @@ def test_batches_that_are_accumulated_are_those_of_a_larger_one(folder: Path, st
         assert all(two["reduced"][1::2])
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("variant", ["mixed", "true", "lora"])
-def test_bfloat16(folder: Path, variant: str) -> None:
+def test_bfloat16(folder: Path, variant: str, strategy: str) -> None:
     """To the precision of its eight bits; also that of frozen weights alone."""
-    one, two = result(folder, f"one-{variant}"), result(folder, f"fsdp2-{variant}")
+    one, two = result(folder, f"one-{variant}"), result(folder, f"{strategy}-{variant}")
     for found, wanted in zip(two["losses"], one["losses"], strict=True):
         assert found["loss_diffusion"] == pytest.approx(wanted["loss_diffusion"], rel=2e-2)
     assert two["weights"].keys() == one["weights"].keys()
