@@ -19,6 +19,7 @@ import torch
 from conftest import tiny_kl, tiny_sd3
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.fsdp import FSDPModule
 
 from lpl_lightning import (
     EMA,
@@ -190,6 +191,7 @@ def trained(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
         "validation": found,
         "passed": counts,
         "reduced": watch.reduced,
+        "sharded": [name for name, part in built.named_modules() if isinstance(part, FSDPModule)],
         "weights": weights(built),
     }
 
@@ -254,7 +256,7 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     evaluation = Evaluation(num_images=5, batch_size=2, suite=suite, stage="validate", reconstruct=False, cache=False)
     run = trainer(strategy, own, callbacks=[EMA(decay=0.9), lpl, evaluation, ImageWriter(str(own / "generated"))])
     found = data(strategy)
-    found.num_generate = 5
+    found.num_generate = 9  # in batches of 4, of which one process has one more
     tested = run.validate(built, found, ckpt_path=own / "end.ckpt", verbose=False)[0]
     run.predict(built, found, ckpt_path=own / "end.ckpt")
     return {
