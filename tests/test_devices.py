@@ -313,8 +313,8 @@ def test_another_number_of_tasks_than_devices_is_refused(monkeypatch: pytest.Mon
     job = {"JOB_NAME": "lpl", "NNODES": "1", "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
     for name, value in (job | {"PROCID": "0", "LOCALID": "0"}).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    for options, said in (({"devices": 4}, "Set `devices=2`"), ({"devices": 2, "num_nodes": 2}, "Set `num_nodes=1`")):
-        run = pl.Trainer(accelerator="cpu", strategy=FSDP2Strategy(), logger=False, **options)
+    for devices, nodes, said in ((4, 1, "Set `devices=2`"), (2, 2, "Set `num_nodes=1`")):
+        run = pl.Trainer(accelerator="cpu", strategy=FSDP2Strategy(), logger=False, devices=devices, num_nodes=nodes)
         with pytest.raises(ValueError, match=said):
             run.strategy.setup_environment()
 
