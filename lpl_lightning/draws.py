@@ -9,7 +9,7 @@ seed is one of these numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,6 +68,11 @@ class Draws:
         time, drop, caption, subset = uniform.unbind(dim=1)
         shared = int(np.random.Philox(key=seed, counter=_SHARED + batch).random_raw()) >> 1
         return cls(time, drop, caption, subset, generators, shared)
+
+    def of_first(self, count: int) -> Draws:
+        """Those of the first ``count`` samples alone."""
+        numbers = {name: getattr(self, name)[:count] for name in ("time", "drop", "caption", "subset", "generators")}
+        return replace(self, **numbers)
 
     def shared_generator(self) -> torch.Generator:
         """A generator on the CPU for what is drawn once for the batch."""

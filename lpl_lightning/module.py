@@ -252,7 +252,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         diffusion = (self.noise.weight(noisy) * errors)[:kept].sum() / max(1, kept)
         z0_hat = self.noise.estimate_z0(prediction, noisy)
         latents = (z0_hat[:kept], noisy.z0[:kept], noisy.noise_to_signal[:kept])
-        loss: Tensor = diffusion + self.auxiliary_loss(*latents, prediction, draws)
+        loss: Tensor = diffusion + self.auxiliary_loss(*latents, prediction, draws.of_first(kept))
         values = {"loss": loss, "loss_diffusion": diffusion}
         if training:
             values = process_means(values, self.device)

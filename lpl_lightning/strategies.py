@@ -54,7 +54,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.accumulate_locally = accumulate_locally
 
     def setup_environment(self) -> None:
-        """Put all processes along the data axis."""
+        """Put all processes along the data axis.
+
+        Raises:
+            ValueError: What launched them, such as ``srun``, started another number than the trainer has.
+        """
+        # As Lightning has it for DDP; what it would say otherwise tells of a mesh, or of a list that is too short.
+        assert self.cluster_environment is not None
+        self.cluster_environment.validate_settings(self.num_processes, self.num_nodes)
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()

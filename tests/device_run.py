@@ -20,7 +20,9 @@ import lightning.pytorch as pl
 import torch
 from conftest import tiny_kl, tiny_sd3
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.fsdp import FSDPModule
 
 from lpl_lightning import (
     EMA,
@@ -41,7 +43,8 @@ from lpl_lightning import (
     SD3Denoiser,
     ShapesDataModule,
 )
-from lpl_lightning.callbacks import AccumulatedGradients
+from lpl_lightning.callbacks import AccumulatedGradients, Evaluation
+from lpl_lightning.evaluation import SpectrumMetrics, Suite
 from lpl_lightning.losses import Subset
 from lpl_lightning.sharding import reshard, whole
 
@@ -54,6 +57,7 @@ class Watch(pl.Callback):
 
     def __init__(self) -> None:
         self.losses: list[dict[str, float]] = []
+        self.diagnostics: list[dict[str, float]] = []
         self.reduced: list[int] = []
         self.count = 0
 
@@ -78,14 +82,31 @@ class Watch(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         names = ("loss", "loss_diffusion", "loss_lpl", "gate_share")
         self.losses.append({name: float(trainer.callback_metrics[name]) for name in names})
+        seen = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("lpl_")}
+        self.diagnostics.append(seen)
         self.reduced.append(self.count)
         self.count = 0
 
 
+class Quiet(DummyLogger):
+    """Asks for log entries, and has a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+
 class Gate(LatentPerceptualLoss):
-    """Counts the samples that pass."""
+    """Counts the samples that pass. In validation more do: of the last that the second process has, one of two."""
 
     counts: list[int]
+
+    def tau(self, z: torch.Tensor) -> float:
+        return super().tau(z) * (1 if self.training else 4)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self.training:
@@ -127,7 +148,8 @@ def trainer(strategy: str, folder: Path, **options: Any) -> pl.Trainer:
         accelerator="cpu",
         devices=1 if strategy == "one" else 2,
         strategy=strategies[strategy](),
-        logger=False,
+        logger=Quiet(folder),
+        log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -176,6 +198,7 @@ def trained(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
         "validation": found,
         "passed": counts,
         "reduced": watch.reduced,
+        "sharded": [name for name, part in built.named_modules() if isinstance(part, FSDPModule)],
         "weights": weights(built),
     }
 
@@ -212,6 +235,7 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     keep = KeepWeights()
     counts: list[int] = []
     losses: list[dict[str, float]] = []
+    diagnostics: list[dict[str, float]] = []
     # "life": half of the run, and the rest from the checkpoint; "life_WAY" goes on with the half of another way.
     first = own / "half.ckpt" if variant == "life" else folder / variant.removeprefix("life_") / "half.ckpt"
     for half in (1, 2):
@@ -229,19 +253,23 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
         run = trainer(strategy, own, callbacks=callbacks, **options)
         run.fit(built, data(strategy), ckpt_path=None if half == 1 else first, weights_only=True)
         losses += watch.losses
+        diagnostics += watch.diagnostics
     validation = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val_")}
     run.save_checkpoint(own / "end.ckpt")
     after = weights(built)
     # What evaluates a checkpoint by another trainer, the average of another decay in place.
     built, lpl = module(counts)
-    run = trainer(strategy, own, callbacks=[EMA(decay=0.9), lpl, ImageWriter(str(own / "generated"))])
+    suite = Suite([SpectrumMetrics()])
+    evaluation = Evaluation(num_images=5, batch_size=2, suite=suite, stage="validate", reconstruct=False, cache=False)
+    run = trainer(strategy, own, callbacks=[EMA(decay=0.9), lpl, evaluation, ImageWriter(str(own / "generated"))])
     found = data(strategy)
-    found.num_generate = 5
+    found.num_generate = 9  # in batches of 4, of which one process has one more
     tested = run.validate(built, found, ckpt_path=own / "end.ckpt", verbose=False)[0]
     run.predict(built, found, ckpt_path=own / "end.ckpt")
     return {
         "inference_mode": run.validate_loop.inference_mode,
         "losses": losses,
+        "diagnostics": diagnostics,
         "passed": counts,
         "validation": validation,
         "tested": tested,
@@ -251,21 +279,25 @@ def lived(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     }
 
 
-def in_shards(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
-    """Stopped half-way and gone on, by a folder to which each process writes its shards."""
-    losses, path = [], folder / f"{strategy}-{variant}" / "half"
+def resumed(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
+    """Stopped half-way and gone on: by a folder of all processes' shards, or while the weight of LPL is measured."""
+    losses, of_lpl = [], []
+    path = folder / f"{strategy}-{variant}" / ("half" if variant == "shards" else "half.ckpt")
     for half in (1, 2):
         built, lpl = module([])
+        if variant == "auto":
+            lpl = LPLCallback(weight="auto", calibration_steps=3, loss=lpl._make_loss)
         watch = Watch()
         torch.manual_seed(5 * (half - 1))
         options: dict[str, Any] = {"max_steps": STEPS * half // 2, "limit_val_batches": 0, "val_check_interval": None}
         run = trainer(strategy, folder, callbacks=[EMA(decay=0.5), lpl, watch], **options)
-        cast(Any, run.strategy)._save_distributed_checkpoint = True
+        cast(Any, run.strategy)._save_distributed_checkpoint = variant == "shards"
         run.fit(built, data(strategy), ckpt_path=None if half == 1 else path, weights_only=True)
         if half == 1:
             run.save_checkpoint(path)
         losses += watch.losses
-    return {"losses": losses, "weights": weights(built)}
+        of_lpl.append(lpl.weight)
+    return {"losses": losses, "weights": weights(built), "of_lpl": of_lpl}
 
 
 class SaveAfter(pl.Callback):
@@ -344,7 +376,8 @@ if __name__ == "__main__":
     pl.seed_everything(0, verbose=False)
     for way in sys.argv[2:]:
         strategy, variant = way.split("-", 1)
-        ways = {"life": lived, "refused": refused, "shards": in_shards, "broken": broken, "preempted": preempted}
+        ways = {"life": lived, "refused": refused, "shards": resumed, "auto": resumed}
+        ways |= {"broken": broken, "preempted": preempted}
         find = ways.get(variant.split("_")[0], trained)
         found = find(strategy, folder, variant)
         torch.save(found, folder / f"{way}-{os.environ.get('RANK', '0')}.pt")

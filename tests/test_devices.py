@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import device_run
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from safetensors.torch import load_file
 from test_cli import in_folder
 from torch import Tensor
 
+from lpl_lightning import FSDP2Strategy
 from lpl_lightning.cli import main
 
 LIVES = ("ddp-life", "fsdp2-life", "fsdp2-life_one-life", "ddp-life_fsdp2-life")
@@ -29,6 +32,9 @@ WAYS = (
     *LIVES,
     "ddp-accumulated",
     "fsdp2-accumulated",
+    "ddp-mixed",
+    "ddp-true",
+    "ddp-lora",
     "fsdp2-mixed",
     "fsdp2-true",
     "fsdp2-lora",
@@ -39,6 +45,8 @@ WAYS = (
     "ddp-broken_fsdp2-broken",
     "ddp-preempted",
     "fsdp2-preempted",
+    "ddp-auto",
+    "fsdp2-auto",
 )
 BUFFER = "denoiser.backbone.pos_embed.pos_embed"
 
@@ -63,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of one process, and then of two, which go on with what the one has left."""
     found = tmp_path_factory.mktemp("devices")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    one = ["one-life", "one-plain", "one-mixed", "one-true", "one-lora"]
+    one = ["one-life", "one-plain", "one-mixed", "one-true", "one-lora", "one-auto"]
     command = [sys.executable, str(ROOT / "tests" / "device_run.py"), str(found), *one]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -105,8 +113,13 @@ def test_losses_weights_averages_and_optimizer_are_those_of_one_process(folder: 
     skipped = len(one["losses"]) - len(two["losses"])
     for found, wanted in zip(two["losses"], one["losses"][skipped:], strict=True):
         assert_same_numbers(found, wanted)
-    for name in ("validation", "tested"):
-        assert_same_numbers(two[name], one[name])
+    assert_same_numbers(two["validation"], one["validation"])
+    # Metrics of images see the levels that these differ by.
+    of_images = {name for name in one["tested"] if "spectrum" in name}
+    assert of_images
+    assert two["tested"].keys() == one["tested"].keys()
+    for name, value in one["tested"].items():
+        assert two["tested"][name] == pytest.approx(value, rel=1e-3 if name in of_images else 1e-5), name
     assert_same(two["weights"], one["weights"])
     own, other = checkpoint(folder, way), checkpoint(folder, "one-life")
     assert_same(own["state_dict"], other["state_dict"])
@@ -117,6 +130,15 @@ def test_losses_weights_averages_and_optimizer_are_those_of_one_process(folder: 
     for number, of_parameter in wanted["state"].items():
         assert_same(state["state"][number], of_parameter)
     assert own.keys() == other.keys()
+
+
+@pytest.mark.parametrize("way", LIVES)
+def test_what_is_seen_of_lpl_is_that_of_one_process(folder: Path, way: str) -> None:
+    """Of all processes' samples: shares, masks, levels of noise, and the ratio of gradients."""
+    one, two = result(folder, "one-life")["diagnostics"], result(folder, way)["diagnostics"]
+    assert any(steps["lpl_gradient_ratio"] > 0 for steps in one)
+    for found, wanted in zip(two, one[len(one) - len(two) :], strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 def test_a_run_that_was_stopped_is_the_run_that_was_not_bit_for_bit(folder: Path) -> None:
@@ -153,8 +175,8 @@ def test_averages_are_those_of_the_formula_and_in_place_where_they_should(folder
 
 @pytest.mark.parametrize("way", LIVES)
 def test_images_are_those_of_one_process(folder: Path, way: str) -> None:
-    """Grids in training, and predictions, of which one process has one more to make; a level apart at most."""
-    for kind, count in (("samples", 2), ("generated", 5)):
+    """Grids in training, and predictions, of which one process has a batch more to make; a level apart at most."""
+    for kind, count in (("samples", 2), ("generated", 9)):
         found, wanted = (sorted((folder / run / kind).rglob("*.png")) for run in (way, "one-life"))
         assert len(found) == len(wanted) == count
         for a, b in zip(found, wanted, strict=True):
@@ -172,14 +194,17 @@ def test_batches_that_are_accumulated_are_those_of_a_larger_one(folder: Path, st
     assert_same(two["weights"], one["weights"], atol=5e-6)  # Adam divides by gradients near zero
     assert_same_numbers(two["validation"], one["validation"])
     if strategy == "fsdp2":
+        blocks = [f"denoiser.backbone.transformer_blocks.{i}" for i in range(2)]
+        assert two["sharded"] == ["denoiser.backbone", *blocks, "conditioner"]
         assert two["reduced"][::2] == [0] * device_run.STEPS
         assert all(two["reduced"][1::2])
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("variant", ["mixed", "true", "lora"])
-def test_bfloat16(folder: Path, variant: str) -> None:
+def test_bfloat16(folder: Path, variant: str, strategy: str) -> None:
     """To the precision of its eight bits; also that of frozen weights alone."""
-    one, two = result(folder, f"one-{variant}"), result(folder, f"fsdp2-{variant}")
+    one, two = result(folder, f"one-{variant}"), result(folder, f"{strategy}-{variant}")
     for found, wanted in zip(two["losses"], one["losses"], strict=True):
         assert found["loss_diffusion"] == pytest.approx(wanted["loss_diffusion"], rel=2e-2)
     assert two["weights"].keys() == one["weights"].keys()
@@ -215,31 +240,54 @@ def stack(*names: str) -> list[str]:
     return [word for name in names for word in ("-c", f"{ROOT}/configs/{name}.yaml")]
 
 
-def by_command(folder: Path, overlay: str) -> Path:
-    """A checkpoint of two processes that ``lpl fit`` trained under torchrun, EMA and LPL on."""
+def by_command(folder: Path, overlay: str, tasks: Callable[[list[str]], None]) -> Path:
+    """A checkpoint of two processes that ``lpl fit`` trained, EMA and LPL on."""
     configs = [
         word for name in ("imagenet256", "flow", "lpl", overlay, "tiny") for word in ("-c", f"configs/{name}.yaml")
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--trainer.devices=2", "--trainer.enable_progress_bar=false", *in_folder(folder)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "-m", "lpl_lightning", "fit", *configs, *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=environment,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    tasks(["-m", "lpl_lightning", "fit", *configs, *options])
     (found,) = folder.rglob("last.ckpt")
     return found
 
 
+def by_torchrun(command: list[str]) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launcher, *command], capture_output=True, text=True, check=False, timeout=300, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def by_slurm(command: list[str]) -> None:
+    """Two tasks with what ``srun`` tells each of them in a job of one node, by a script as in configs/README.md."""
+    job = {"JOB_ID": "1234", "JOB_NAME": "lpl", "NNODES": "1", "NODEID": "0", "NODELIST": "127.0.0.1"}
+    job |= {"NTASKS": "2", "NTASKS_PER_NODE": "2"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tasks = []
+    for number in ("0", "1"):
+        given = {f"SLURM_{name}": value for name, value in (job | {"PROCID": number, "LOCALID": number}).items()}
+        environment = os.environ | given | {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(port)}
+        tasks.append(
+            subprocess.Popen(
+                [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, cwd=ROOT
+            )
+        )
+    try:
+        said = [task.communicate(timeout=300)[1].decode() for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in said[1]
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_the_command_line_trains_by_fsdp2_and_predicts_with_the_average_asked_for(tmp_path: Path) -> None:
-    source = by_command(tmp_path, "fsdp2")
+    source = by_command(tmp_path, "fsdp2", by_torchrun)
     configs = [
         word for name in ("imagenet256", "flow", "lpl", "tiny") for word in ("-c", f"{ROOT}/configs/{name}.yaml")
     ]
@@ -260,9 +308,21 @@ def test_the_command_line_trains_by_fsdp2_and_predicts_with_the_average_asked_fo
         main(["validate", *configs, *in_folder(tmp_path), "--ema", "0.5"])
 
 
-@pytest.mark.slow
-def test_the_command_line_trains_by_ddp(tmp_path: Path) -> None:
-    assert by_command(tmp_path, "ddp").is_file()
+def test_the_command_line_trains_by_ddp_as_tasks_of_slurm(tmp_path: Path) -> None:
+    source = by_command(tmp_path, "ddp", by_slurm)
+    found = torch.load(source, weights_only=True)
+    assert found["global_step"] == 2
+    assert found["lpl_lightning_averages"].keys() == {"0.99975"}
+
+
+def test_another_number_of_tasks_than_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"JOB_NAME": "lpl", "NNODES": "1", "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
+    for name, value in (job | {"PROCID": "0", "LOCALID": "0"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for devices, nodes, said in ((4, 1, "Set `devices=2`"), (2, 2, "Set `num_nodes=1`")):
+        run = pl.Trainer(accelerator="cpu", strategy=FSDP2Strategy(), logger=False, devices=devices, num_nodes=nodes)
+        with pytest.raises(ValueError, match=said):
+            run.strategy.setup_environment()
 
 
 def test_weights_that_are_sharded_are_not_gathered_in_inference_mode(folder: Path) -> None:
@@ -302,3 +362,14 @@ def test_a_signal_to_any_process_ends_all(folder: Path, way: str) -> None:
     assert [result(folder, way, rank)["code"] for rank in (0, 1)] == [128 + signal.SIGUSR1, 0]
     assert [result(folder, way, rank)["step"] for rank in (0, 1)] == [3, 3]
     assert checkpoint(folder, way, "preempted")["global_step"] == 3
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_weight_of_lpl_that_is_measured_over_a_stop_is_that_of_one_process(folder: Path, strategy: str) -> None:
+    """The checkpoint holds what all processes have measured: the first has no sample past the gate in one of them."""
+    one, two = result(folder, "one-auto"), result(folder, f"{strategy}-auto")
+    assert one["of_lpl"][0] is two["of_lpl"][0] is None
+    assert two["of_lpl"][1] == pytest.approx(one["of_lpl"][1], rel=1e-5)
+    for found, wanted in zip(two["losses"], one["losses"], strict=True):
+        assert_same_numbers(found, wanted)
+    assert_same(two["weights"], one["weights"])

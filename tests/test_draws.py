@@ -31,6 +31,14 @@ def test_a_sample_draws_by_its_number_alone() -> None:
     assert Draws.of(7, 0, 0).generators == []
 
 
+def test_those_of_the_first_samples_alone() -> None:
+    whole, part, first = Draws.of(7, 0, 5), Draws.of(7, 0, 3), Draws.of(7, 0, 5).of_first(3)
+    for name in NUMBERS:
+        assert torch.equal(getattr(first, name), getattr(part, name))
+    assert [one.initial_seed() for one in first.generators] == [one.initial_seed() for one in part.generators]
+    assert first.shared == whole.shared
+
+
 def test_numbers_are_those_of_philox_and_uniform() -> None:
     """Against NumPy's own way from the generator to floats, and Kolmogorov-Smirnov; 1.63 is its 1% point."""
     draws = Draws.of(3, 0, 20_000)

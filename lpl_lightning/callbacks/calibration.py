@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lpl_lightning.arguments import at_least
+from lpl_lightning.processes import process_sums
 
 __all__ = ["WeightCalibration"]
 
@@ -51,7 +52,7 @@ class WeightCalibration:
 
         Args:
             outputs: What ``on_train_batch_end`` is given.
-            trainer: Averages over its processes.
+            trainer: Says how many batches it accumulates.
 
         Raises:
             ValueError: ``training_step`` returns no loss, or no sample passed the gate.
@@ -70,13 +71,13 @@ class WeightCalibration:
         found = torch.stack([term, loss.detach().to(term) * divided, torch.ones_like(term)]).double()
         # A batch that is not finite counts as none.
         found = torch.where(found.isfinite().all(), found, torch.zeros_like(found))
+        # Each batch's over all processes, so that the first one's checkpoint holds what all have measured.
+        found = process_sums(found).double()
         self._sums = found if self._sums is None else self._sums.to(found.device) + found
         self._batches += 1
         if self._batches < self.steps:
             return
-        total = trainer.strategy.reduce(self._sums.float(), reduce_op="sum")
-        assert isinstance(total, Tensor)
-        term_mean, rest = (total[:2] / total[2]).tolist()
+        term_mean, rest = (self._sums[:2] / self._sums[2]).tolist()
         for what, value, remedy in (
             ("a Latent Perceptual Loss", term_mean, "no sample passed the gate, or none was finite: raise `threshold`"),
             ("a loss without it", rest, "a share of such a total means nothing"),
@@ -93,7 +94,7 @@ class WeightCalibration:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The weight, or what this process has measured so far."""
+        """The weight, or what has been measured so far."""
         sums = None if self._sums is None else self._sums.tolist()
         return {"weight": self.weight, "sums": sums, "batches": self._batches}
 

@@ -185,7 +185,9 @@ class Evaluation(Callback):
             made = {"checkpoint": str(source), "global_step": checkpoint.get("global_step"), "ema": decay}
         report = self._evaluate(trainer, pl_module, "weights" if source is None else Path(source).stem, made)
         if report is not None:
-            pl_module.log_dict({f"{prefix}_{name}": value.value for name, value in report.values.items()})
+            values = {f"{prefix}_{name}": value.value for name, value in report.values.items()}
+            # The same in all processes; Lightning warns of what is not said to be brought together.
+            pl_module.log_dict(values, sync_dist=True)
 
     def _check(self, trainer: pl.Trainer, module: LatentDiffusionModule) -> None:
         """Refuse sets that cannot be measured, and captions that are not there."""

@@ -3,13 +3,15 @@ r"""How strongly a loss term pulls, next to all else, where both meet: at the mo
 :math:`\hat z_0` follows from the prediction p element by element, so the term's gradient at p is
 :math:`g_{LPL} = \partial \hat z_0 / \partial p \odot \partial (w L_{LPL}) / \partial \hat z_0`, and the ratio is
 :math:`\| g_{LPL} \| / \| \partial L_{tot} / \partial p - g_{LPL} \|`. Both gradients are those of the step's own
-backward pass; nothing is computed twice.
+backward pass, over the predictions of all processes; nothing is computed twice.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from lpl_lightning.processes import process_sums
 
 __all__ = ["GradientRatio"]
 
@@ -18,7 +20,7 @@ class GradientRatio:
     """Listens to one backward pass."""
 
     def __init__(self) -> None:
-        self._ratio: Tensor | None = None
+        self._squares: Tensor | None = None  # of both norms
         self._term: Tensor | None = None
 
     def watch(self, z0_hat: Tensor, prediction: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ class GradientRatio:
         Raises:
             ValueError: ``z0_hat`` is not computed from the prediction, or not element by element.
         """
-        self._ratio = self._term = None
+        self._squares, self._term = torch.zeros(2, device=prediction.device), None
         (slope,) = torch.autograd.grad(
             z0_hat, prediction, torch.ones_like(z0_hat), retain_graph=True, allow_unused=True
         )
@@ -52,7 +54,7 @@ class GradientRatio:
         def of_all(gradient: Tensor) -> None:
             if self._term is not None:
                 rest = gradient.detach().float() - self._term
-                self._ratio = torch.linalg.vector_norm(self._term) / torch.linalg.vector_norm(rest)
+                self._squares = torch.stack([self._term.square().sum(), rest.square().sum()])
                 self._term = None
 
         listened = z0_hat.view_as(z0_hat)
@@ -61,6 +63,12 @@ class GradientRatio:
         return listened
 
     def pop(self) -> Tensor | None:
-        """The ratio of the last backward pass that was listened to, a scalar; None without one."""
-        ratio, self._ratio = self._ratio, None
-        return ratio
+        """The ratio of the last backward pass that was listened to, a scalar; None without one.
+
+        All processes must call it, and have listened to the same backward passes.
+        """
+        squares, self._squares = self._squares, None
+        if squares is None:
+            return None
+        of_term, of_rest = process_sums(squares)
+        return torch.sqrt(of_term / of_rest)

@@ -134,7 +134,8 @@ class LossByNoise(Callback):
             own = dict(zip(self._names, means[i].tolist(), strict=True))
             spread = {f"{name}_se": error for name, error in zip(self._names, errors[i], strict=True)}
             levels.append({**place, "t": float(times[i]), **own, **spread})
-            pl_module.log_dict({f"val_{name}_at_{level:g}": value for name, value in own.items()})
+            # The same in all processes; Lightning warns of what is not said to be brought together.
+            pl_module.log_dict({f"val_{name}_at_{level:g}": value for name, value in own.items()}, sync_dist=True)
         self._write(trainer, pl_module, levels, index)
 
     def _write(self, trainer: pl.Trainer, module: LatentDiffusionModule, levels: list[_Level], index: Tensor) -> None:

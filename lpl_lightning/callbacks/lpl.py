@@ -16,9 +16,10 @@ from lpl_lightning.callbacks.budget import Budget
 from lpl_lightning.callbacks.calibration import WeightCalibration
 from lpl_lightning.callbacks.gradients import GradientRatio
 from lpl_lightning.losses import LatentPerceptualLoss
+from lpl_lightning.losses.diagnostics import count_of, scalars_of
 from lpl_lightning.mixin import LPLMixin
 from lpl_lightning.noise import DDPM
-from lpl_lightning.processes import counted, process_means
+from lpl_lightning.processes import counted, process_means, process_sums
 
 __all__ = ["LPLCallback"]
 
@@ -28,7 +29,7 @@ class LPLCallback(Callback):
 
     The term is attached at setup and detached at teardown. It logs ``loss_lpl`` (before the weight), ``gate_share``
     (share of the batch that passed the gate) and ``lpl_weight``; in validation ``val_loss_lpl``, in test
-    ``test_loss_lpl``. At the last step before each log entry it also logs, of the samples of the first process, what
+    ``test_loss_lpl``. At the last step before each log entry it also logs, of its last batch in all processes, what
     ``Diagnostics.scalars`` names, and, if the module gives ``auxiliary_loss`` its prediction, ``lpl_gradient_ratio``:
     the norm of the term's gradient at the prediction over that of all else. At other steps none of it is computed.
 
@@ -189,8 +190,10 @@ class LPLCallback(Callback):
                 pl_module.log(name, scalar, prog_bar=True, batch_size=len(z0))
             # A tensor on the CPU: a number would be copied to the accelerator, and the step would wait for it.
             logs = {"lpl_weight": torch.tensor(weight)}
-            if diagnostics is not None:
-                logs |= diagnostics.scalars()
+            if diagnose:
+                # All processes add up theirs, also those none of whose samples were decoded.
+                sums = z0.new_zeros(count_of(loss.compared)) if diagnostics is None else diagnostics.sums()
+                logs |= scalars_of(loss.compared, process_sums(sums), by_noise=noise_to_signal is not None)
             for name, scalar in logs.items():
                 pl_module.log(name, scalar, batch_size=len(z0))
         else:

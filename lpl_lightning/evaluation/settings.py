@@ -63,7 +63,9 @@ def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         values = whole(tensor.detach())
         found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        found.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        # A copy: memory that NumPy was given cannot be freed, as that of gathered shards is to be.
+        copy = values.to("cpu", copy=True).contiguous()
+        found.update(copy.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

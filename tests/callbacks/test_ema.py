@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from test_fine_tuning import data, module
 from test_module import trainer
 
-from lpl_lightning import EMA, LatentDiffusionModule, LoRA
+from lpl_lightning import EMA, LatentDiffusionModule, LoRA, ShapesDataModule
 from lpl_lightning.callbacks.ema import decay_in_place as in_place
 
 
@@ -151,12 +151,23 @@ NAME = "denoiser.backbone.proj_out.weight"
     ],
     ids=["warm_up", "every_2_steps", "offloaded"],
 )
-def test_updates_by_the_formula(tmp_path: Path, options: dict[str, Any], used: list[int], decays: list[float]) -> None:
-    watch = Watch()
-    fit = trainer(tmp_path, max_steps=5, callbacks=[EMA(**options), watch], limit_val_batches=0, max_epochs=-1)
-    fit.fit(module(), data())
-    found = saved(fit, tmp_path / "a.ckpt")["lpl_lightning_averages"][str(options["decay"])][NAME]
-    torch.testing.assert_close(found, naive([watch.steps[i] for i in used], decays), atol=1e-7, rtol=0)
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_updates_by_the_formula(
+    tmp_path: Path, options: dict[str, Any], used: list[int], decays: list[float], parts: int
+) -> None:
+    """Of optimizer steps, each of as many batches; and over a stop after the third batch."""
+    steps: list[torch.Tensor] = []
+    for source in (None, tmp_path / "stopped.ckpt"):
+        watch = Watch(None if source else tmp_path / "stopped.ckpt")
+        run: dict[str, Any] = {"max_steps": 5, "max_epochs": -1, "accumulate_grad_batches": parts}
+        fit = trainer(tmp_path, callbacks=[EMA(**options), watch], limit_val_batches=0, **run)
+        images = ShapesDataModule(image_size=16, train_images=48, val_images=8, batch_size=8)
+        fit.fit(module(), images, ckpt_path=source, weights_only=True)
+        steps = steps[:3] + watch.steps
+        found = saved(fit, tmp_path / "a.ckpt")["lpl_lightning_averages"][str(options["decay"])][NAME]
+        after = steps[parts - 1 :: parts]
+        torch.testing.assert_close(found, naive([after[i] for i in used], decays), atol=1e-7, rtol=0)
 
 
 def test_only_what_is_trained_is_averaged_and_in_float32(tmp_path: Path) -> None:
