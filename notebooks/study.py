@@ -1,0 +1,293 @@
+"""The study of ``notebooks/results.ipynb``: which models are trained, and what measures them.
+
+    python notebooks/study.py plan main                        # the commands of an experiment, to be run by hand
+    python notebooks/study.py run main --photos PHOTOS --squeezenet squeezenet1_0.pth
+    python notebooks/study.py collect                          # what has been measured so far, as notebooks/results.csv
+
+PHOTOS has ``train`` and ``val``, each with a folder a class. ``run`` makes what is missing and nothing twice: stopped
+and called again, it goes on, also within a training. ``--scale gpu`` lays ``configs/study/gpu.yaml`` over all models,
+``--jobs 4`` runs so many commands at a time. Commands run in the repository's folder, with ``PYTHONPATH=notebooks``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = "configs/study/mmdit.yaml"
+SEEDS = (1, 2, 3)
+PROCESSES = ("flow", "ddpm_v", "ddpm_epsilon")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained and measured.
+
+    Attributes:
+        pretrain: Optimizer steps before.
+        steps: Of post-training.
+        overlay: Config that is laid over the models'.
+    """
+
+    pretrain: int
+    steps: int
+    overlay: str | None = None
+
+
+SCALES = {"cpu": Scale(6000, 1000), "gpu": Scale(10000, 3000, "configs/study/gpu.yaml")}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        name: Of its folder.
+        process: Overlay of the noise process.
+        seed: Of all that is drawn.
+        steps: Optimizer steps.
+        start: Optimizer step of pre-training that it starts from; None from scratch.
+        loss: Options of ``LatentPerceptualLoss``; None trains without it.
+        callback: Options of ``LPLCallback``.
+        rival: Overlay that is laid over in the place of LPL's.
+        options: Further ones of the command line.
+    """
+
+    name: str
+    process: str
+    seed: int
+    steps: int
+    start: int | None = None
+    loss: dict[str, Any] | None = None
+    callback: dict[str, Any] = field(default_factory=dict)
+    rival: str | None = None
+    options: tuple[str, ...] = ()
+
+
+def pretrained(process: str, scale: Scale) -> Run:
+    """What the others start from."""
+    return Run(f"pretrain-{process}", process, 0, scale.pretrain)
+
+
+def post(scale: Scale, name: str, process: str = "flow", seed: int = 1, **options: Any) -> Run:
+    """A post-training; without LPL unless ``loss`` is given."""
+    return Run(f"{process}-{name}-{seed}", process, seed, scale.steps, **({"start": scale.pretrain} | options))
+
+
+def experiments(scale: Scale) -> dict[str, list[Run]]:
+    """All of them, by name; runs of the same name are one."""
+    without = post(scale, "none")
+    with_lpl = post(scale, "lpl", loss={})
+
+    def variants(values: dict[str, dict[str, Any]]) -> list[Run]:
+        return [without, with_lpl, *(post(scale, name, **({"loss": {}} | given)) for name, given in values.items())]
+
+    def losses(name: str, key: str, values: list[Any]) -> dict[str, dict[str, Any]]:
+        return {f"{name}-{value}": {"loss": {key: value}} for value in values}
+
+    modes = losses("statistics", "statistics", ["predicted_detached", "target", "separate", "none"])
+    weights = losses("depth-weights", "depth_weights", ["exponential", "uniform"])
+    shares = {f"share-{share}": {"callback": {"target_share": share}} for share in (0.05, 0.1, 0.4, 0.6)}
+    thin = {
+        "keep-0.25": {"callback": {"loss": {"subset": {"keep": 0.25}}}},
+        "every-4": {"callback": {"every_n_steps": 4}},
+        "budget-0.15": {"callback": {"budget": 0.15}},
+    }
+    found = {
+        "main": [
+            post(scale, name, process, seed, loss=loss)
+            for process in PROCESSES
+            for seed in SEEDS
+            for name, loss in (("none", None), ("lpl", {}))
+        ],
+        "statistics": variants(modes),
+        "depth": variants(losses("depth", "depth", [1, 2, 3])),
+        "depth_weights": variants(weights),
+        "threshold": variants(losses("threshold", "threshold", [0.5, 1.0, 6.0, 20.0, "inf"])),
+        "weight": variants(shares),
+        "mask": variants(losses("mask", "mask_outliers", [False])),
+        "rivals": [
+            *variants({"rgb": {"loss": {"preset": "rgb"}}}),
+            *(post(scale, name, rival=name) for name in ("decoded", "denoiser")),
+        ],
+        "thin": variants(thin),
+        "start": [
+            post(scale, f"{name}-from-{start}", loss=loss, start=start)
+            for start in (scale.pretrain // 6, scale.pretrain // 2, scale.pretrain)
+            for name, loss in (("none", None), ("lpl", {}))
+        ],
+        "scratch": [replace(pretrained("flow", scale), name="flow-lpl-scratch", loss={})],
+        "longer": [replace(post(scale, "none-longer"), steps=4 * scale.steps)],
+        "min_snr": [
+            post(scale, f"min-snr-{name}", "ddpm_v", loss=loss, options=("--model.noise.min_snr_gamma=5",))
+            for name, loss in (("none", None), ("lpl", {}))
+        ],
+    }
+    return found
+
+
+def overlays(run: Run, scale: Scale) -> list[str]:
+    """Config files of a run, in their order."""
+    files = [BASE, f"configs/{run.process}.yaml", *([scale.overlay] if scale.overlay else [])]
+    added = run.rival if run.rival is not None else "lpl" if run.loss is not None else None
+    return [*files, *([f"configs/study/{added}.yaml"] if added else [])]
+
+
+def fit(run: Run, scale: Scale, out: Path, squeezenet: Path) -> list[str]:
+    """The command that trains it."""
+    words = ["lpl", "fit", *(word for file in overlays(run, scale) for word in ("-c", file))]
+    words += [f"--seed_everything={run.seed}", f"--trainer.max_steps={run.steps}", "--ckpt_path=last"]
+    words += [f"--trainer.logger.init_args.save_dir={out}", f"--trainer.logger.init_args.name={run.name}"]
+    words += ["--trainer.enable_progress_bar=false", f"--data.root={out / 'latents'}"]
+    words += [f"--model.autoencoder.model={decoder(out)}"]
+    if run.start is not None:
+        words.append(f"--model.weights={checkpoint(pretrained(run.process, scale), out, run.start)}")
+    if run.loss is not None:
+        loss = {**run.loss, **run.callback.get("loss", {})}
+        callback = {key: value for key, value in run.callback.items() if key != "loss"}
+        rules: dict[str, Any] = {"lpl_lightning.LatentPerceptualLoss": loss, "lpl_lightning.LPLCallback": callback}
+        if rules := {name: options for name, options in rules.items() if options}:
+            words.append(f"--stand_ins={json.dumps(rules)}")
+    if run.rival is not None:
+        rules = {"STUDY_AUTOENCODER": str(decoder(out)), "squeezenet1_0.pth": str(squeezenet)}
+        rules |= {"STUDY_DENOISER": str(checkpoint(pretrained(run.process, scale), out))}
+        words.append(f"--stand_ins={json.dumps(rules)}")
+    return [*words, *run.options]
+
+
+def checkpoint(run: Run, out: Path, step: int | None = None) -> Path:
+    """What a run has left at a step, by default its last; a run that went on did so in another folder."""
+    name = f"checkpoints/step={run.steps if step is None else step}.ckpt"
+    folders = sorted((out / run.name).glob("version_*"))
+    found = [folder / name for folder in folders if (folder / name).is_file()]
+    return found[-1] if found else out / run.name / "version_0" / name
+
+
+def autoencoder(photos: Path, out: Path) -> list[str]:
+    """The command that trains the autoencoder."""
+    words = ["lpl", "fit", "-c", "configs/study/autoencoder.yaml", "--ckpt_path=last"]
+    words += [f"--data.root={photos / 'train'}", f"--data.val_root={photos / 'val'}"]
+    return [*words, f"--trainer.logger.init_args.save_dir={out}", "--trainer.enable_progress_bar=false"]
+
+
+def encode(photos: Path, out: Path) -> list[str]:
+    """The command that makes the latents."""
+    words = ["lpl", "encode", "-c", BASE, "--data=lpl_lightning.data.ImageFolderDataModule"]
+    words += [f"--data.root={photos / 'train'}", f"--data.val_root={photos / 'val'}", "--data.horizontal_flip=true"]
+    words += [f"--model.autoencoder.model={decoder(out)}", "--data.image_size=64"]
+    return [*words, "--data.batch_size=64", f"--out={out / 'latents'}"]
+
+
+def decoder(out: Path) -> Path:
+    """Folder of the autoencoder."""
+    found = sorted((out / "autoencoder").glob("version_*/autoencoder"))
+    return found[-1] if found else out / "autoencoder" / "version_0" / "autoencoder"
+
+
+def test(run: Run, scale: Scale, out: Path, given: argparse.Namespace, split: str) -> list[str]:
+    """The command that measures a run against one of the two sets of photos."""
+    files = overlays(replace(run, loss=None), scale)
+    words = ["lpl", "test", *(word for file in files for word in ("-c", file))]
+    words += [f"--ckpt_path={checkpoint(run, out)}", f"--ema={given.ema}", f"--data.root={out / 'latents'}"]
+    words += [f"--model.autoencoder.model={decoder(out)}", "--evaluation.suite=configs/study/metrics.yaml"]
+    words += [f"--evaluation.reference={given.photos / split}", f"--evaluation.num_images={given.images}"]
+    words += [f"--stand_ins={json.dumps({'squeezenet1_0.pth': str(given.squeezenet)})}"]
+    return [*words, "--trainer.enable_progress_bar=false", *run.options]
+
+
+def reports(out: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Run, place and contents of each report there is."""
+    for path in sorted(out.glob("*/version_*/evaluation/*/*/report.json")):
+        yield path.relative_to(out).parts[0], path, json.loads(path.read_text())
+
+
+def is_tested(run: Run, out: Path, given: argparse.Namespace, split: str) -> bool:
+    """Whether there is a report of it."""
+    wanted = (run.name, str(given.photos / split), given.ema, given.images)
+    for name, _, report in reports(out):
+        made = report["generation"]
+        found = (name, report["reference"]["name"], str(made["ema"] or "trained"), report["images"]["count"])
+        if found == wanted and made["global_step"] == run.steps:
+            return True
+    return False
+
+
+def stages(runs: list[Run], scale: Scale, given: argparse.Namespace) -> Iterator[list[list[str]]]:
+    """What is missing: commands by stages, of which each needs those before; to be asked for one after another."""
+    out, photos = given.out, given.photos
+    yield [] if decoder(out).is_dir() else [autoencoder(photos, out)]
+    yield [] if (out / "latents" / "manifest.json").is_file() else [encode(photos, out)]
+    before = {run.process: pretrained(run.process, scale) for run in runs if run.start is not None}
+    for several in (list(before.values()), runs):
+        yield [fit(run, scale, out, given.squeezenet) for run in several if not checkpoint(run, out).is_file()]
+    missing = [(run, split) for run in runs for split in ("val", "train") if not is_tested(run, out, given, split)]
+    # One split after the other: the second measures the images of the first.
+    for wanted in ("val", "train"):
+        yield [test(run, scale, out, given, split) for run, split in missing if split == wanted]
+
+
+def execute(words: list[str], log: Path) -> None:
+    """Run a command; its words go to a file beside those of others."""
+    print(shlex.join(words), flush=True)
+    with log.open("a") as file:
+        environment = os.environ | {"PYTHONPATH": f"{ROOT / 'notebooks'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        done = subprocess.run(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False, env=environment)
+    if done.returncode:
+        sys.exit(f"It ended with {done.returncode}: see {log}")
+
+
+def collect(out: Path, path: Path) -> None:
+    """Write all reports as one table, a row a value."""
+    rows = []
+    for name, _, report in reports(out):
+        made = report["generation"]
+        setting = [name, made["global_step"], made["ema"], made["num_steps"], made["guidance_scale"]]
+        against = [report["images"]["count"], Path(report["reference"]["name"]).name, report["reference"]["count"]]
+        rows += [[*setting, *against, value, found["value"]] for value, found in report["values"].items()]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["run", "step", "ema", "num_steps", "guidance", "images", "against", "photos", "value", "is"])
+        writer.writerows(rows)
+
+
+def main() -> None:
+    """Plan, run or collect."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("plan", "run", "collect"))
+    parser.add_argument("experiment", nargs="?", default="main", choices=sorted(experiments(SCALES["cpu"])))
+    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
+    parser.add_argument("--photos", type=Path, default=Path("photos"))
+    parser.add_argument("--squeezenet", type=Path, default=Path("squeezenet1_0.pth"))
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--ema", default="0.995", help="decay of the average that is measured, or trained")
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", default="", help="runs whose names hold this")
+    given = parser.parse_args()
+    if given.action == "collect":
+        collect(ROOT / given.out, ROOT / "notebooks" / "results.csv")
+        return
+    scale = SCALES[given.scale]
+    runs = [run for run in experiments(scale)[given.experiment] if given.only in run.name]
+    given.out.mkdir(parents=True, exist_ok=True)
+    for commands in stages(runs, scale, given):
+        if given.action == "plan":
+            print(*(shlex.join(words) for words in commands), sep="\n")
+            continue
+        with ThreadPoolExecutor(given.jobs) as pool:
+            list(pool.map(lambda words: execute(words, given.out / f"{words[1]}.log"), commands))
+
+
+if __name__ == "__main__":
+    main()

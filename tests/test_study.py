@@ -1,0 +1,62 @@
+"""The commands of the study are ones that the command line takes."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from lpl_lightning.cli import main
+
+SCRIPT = ROOT / "notebooks" / "study.py"
+
+
+def planned(folder: Path, experiment: str, scale: str) -> list[list[str]]:
+    script = [sys.executable, str(SCRIPT), "plan", experiment, "--scale", scale, "--out", str(folder / "runs")]
+    said = subprocess.run([*script, "--photos", str(folder)], capture_output=True, text=True, check=True, cwd=ROOT)
+    return [shlex.split(line) for line in said.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("scale", "experiments", "kinds"), [("cpu", ("main", "rivals", "thin"), 16), ("gpu", ("thin",), 6)]
+)
+def test_commands_are_understood(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    scale: str,
+    experiments: tuple[str, ...],
+    kinds: int,
+) -> None:
+    """One of each kind of run: config files, options, stand-ins."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    seen = set()
+    for program, command, *options in (words for name in experiments for words in planned(tmp_path, name, scale)):
+        kind = (command, *(word for word in options if word.endswith(".yaml")), "stand_ins" in str(options))
+        if kind in seen:
+            continue
+        seen.add(kind)
+        assert program == "lpl"
+        with pytest.raises(SystemExit) as ended:
+            main([command, *options, "--print_config"])
+        said = capsys.readouterr()
+        assert ended.value.code == 0, said.err
+    assert len(seen) == kinds
+    assert {kind[0] for kind in seen} == {"fit", "encode", "test"}
+
+
+def test_each_run_has_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one of two would be taken for the other, which had been trained before."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    study = import_module("study")
+    for scale in study.SCALES.values():
+        known: dict[str, Any] = {}
+        for run in (run for runs in study.experiments(scale).values() for run in runs):
+            assert known.setdefault(run.name, run) == run
