@@ -99,6 +99,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
             raise ValueError(f"`weights_only`=False would run what {path} says: leave it out.")
         if _is_local(path):
             check_checkpoint(_path(path))
+            if _path(path).is_dir():
+                raise ValueError(
+                    f"`ckpt_path`: {path} is a folder of shards, which `lpl_lightning.FSDP2Strategy` alone goes on with. "
+                    "Its weights are read as `--model.weights` and by `lpl export` too."
+                )
         try:
             found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
         except Exception as error:  # whatever an unpickler says to another file
@@ -190,9 +195,8 @@ def refusal_of(path: Any, error: Exception) -> str:
         if names := torch.serialization.get_unsafe_globals_in_checkpoint(path):
             return f"it holds {', '.join(sorted(names))}, which could run code"
     said = str(error).strip().splitlines() or [type(error).__name__]
-    return (
-        "it is no zip archive of torch.save's, or could run code" if "Weights only" in said[0] else said[0].rstrip(".")
-    )
+    is_other = "Weights only" in said[0] or said[0].startswith("mmap can only")
+    return "it is no zip archive of torch.save's, or could run code" if is_other else said[0].rstrip(".")
 
 
 def fault_of(path: Path) -> str | None:

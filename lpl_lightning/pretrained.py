@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
-from lpl_lightning.checkpoints import refusal_of
+from lpl_lightning.checkpoints import fault_of, refusal_of
 
 __all__ = [
     "AVERAGES",
@@ -40,6 +45,9 @@ RANDOM = "random:"
 
 AVERAGES = "lpl_lightning_averages"
 """Where a checkpoint holds averages of the trained weights, by decay."""
+
+_META = "meta.pt"
+"""What a folder of shards holds beside them, as Lightning calls it."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -96,15 +104,15 @@ def read_state(source: str, ema: float | None = None) -> dict[str, Tensor]:
     """Read a state dict without running any code that the file may hold.
 
     Args:
-        source: A Lightning checkpoint, a safetensors file, or ``embedded:NAME``.
+        source: A Lightning checkpoint, a file or a folder of shards, a safetensors file, or ``embedded:NAME``.
         ema: Decay of the moving average to take; None takes the weights as they were trained.
 
     Raises:
         ValueError: The file is neither, or holds no such average.
     """
     path = locate(source, "weights")
-    if isinstance(path, str) or path.is_dir():
-        raise ValueError(f"`weights`={source!r} must be a file: a Lightning checkpoint (.ckpt) or .safetensors.")
+    if isinstance(path, str) or (path.is_dir() and not (path / _META).is_file()):
+        raise ValueError(f"`weights`={source!r} must be a Lightning checkpoint (.ckpt) or a .safetensors file.")
     if path.suffix == ".safetensors":
         if ema is not None:
             raise ValueError(
@@ -130,27 +138,50 @@ def read_safetensors(path: Path, argument: str) -> dict[str, Tensor]:
         raise ValueError(f"`{argument}`={str(path)!r} cannot be read as safetensors: {error}.") from error
 
 
-def read_checkpoint(source: str, argument: str = "weights") -> dict[str, Any]:
-    """Read a Lightning checkpoint without running any code that the file may hold.
+def read_checkpoint(source: str, argument: str = "weights", weights: bool = True) -> dict[str, Any]:
+    """Read a Lightning checkpoint without running any code that it may hold.
 
     Args:
-        source: Its path.
+        source: Its path: a file, or a folder of shards (``save_distributed_checkpoint``), of whose optimizer's state
+            nothing is read. Before PyTorch 2.8, where processes talk to each other, all must read such weights.
         argument: Name of the argument it came by, for the error.
+        weights: Whether ``state_dict`` of a folder is read; without it, it is empty.
 
     Raises:
         FileNotFoundError: There is none.
         ValueError: It cannot be read, or is something else.
     """
     path = locate(source, argument)
+    if isinstance(path, Path) and path.is_dir() and (why := fault_of(path)):
+        raise ValueError(f"`{argument}`={source!r} cannot be read as a checkpoint: {why}.")
+    shards = path if isinstance(path, Path) and path.is_dir() else None
+    found = path if shards is None else shards / _META
     try:
-        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint: Any = torch.load(found, map_location="cpu", weights_only=True, mmap=True)
+        if shards is not None:
+            checkpoint["state_dict"] = _gathered(shards) if weights else {}
     except Exception as error:
         raise ValueError(
-            f"`{argument}`={source!r} cannot be read as a checkpoint: {refusal_of(path, error)}."
+            f"`{argument}`={source!r} cannot be read as a checkpoint: {refusal_of(Path(found), error)}."
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"`{argument}`={source!r} is no Lightning checkpoint: it has no 'state_dict'.")
     return checkpoint
+
+
+def _gathered(shards: Path) -> dict[str, Tensor]:
+    """Whole weights of a folder of shards, whose index has been looked through."""
+    reader, prefix = FileSystemReader(shards), "state_dict."
+    held = {
+        name.removeprefix(prefix): torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(stored, TensorStorageMetadata)
+    }
+    alone: dict[str, Any] = {"no_dist": True} if "no_dist" in signature(load).parameters else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        load({"state_dict": held}, storage_reader=reader, **alone)
+    return held
 
 
 def chosen_state(checkpoint: Mapping[str, Any], source: str, ema: float | None) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ and of diffusers alone.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Mapping
 from functools import reduce
@@ -71,7 +72,7 @@ class RebuiltModule(pl.LightningModule):
         """Make a module of a checkpoint, with the weights as they were trained.
 
         Args:
-            checkpoint_path: A file.
+            checkpoint_path: A file, or a folder of shards.
             map_location: Where its tensors are put; by default where they were.
             hparams_file: Lightning's, and for trusted ones alone.
             strict: Whether all weights must be there, and no others.
@@ -89,10 +90,15 @@ class RebuiltModule(pl.LightningModule):
                     "`checkpoint_path` must be a file, and `weights_only` and `hparams_file` left alone. Set `trusted` "
                     "to true if you trust whoever made the checkpoint."
                 )
-            found = read_checkpoint(str(checkpoint_path), "checkpoint_path")
+            found = read_checkpoint(str(checkpoint_path), "checkpoint_path", weights=False)
             parameters = found.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
             own = {name: value for name, value in parameters.items() if name not in kwargs}
             check_config(own, cls, f"`checkpoint_path`={str(checkpoint_path)!r}")
+        if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
+            held = io.BytesIO()  # Lightning reads files alone
+            torch.save(read_checkpoint(str(checkpoint_path), "checkpoint_path"), held)
+            held.seek(0)
+            checkpoint_path = held
         where: dict[str, Any] = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict}
         return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **where, **kwargs)
 

@@ -227,6 +227,12 @@ def test_a_distributed_checkpoint_is_looked_through(distributed: Path) -> None:
     assert "no .metadata" in str(fault_of(distributed))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_folder_that_only_fsdp2_goes_on_with_is_refused_by_others(distributed: Path) -> None:
+    with pytest.raises(ValueError, match="a.ckpt is a folder of shards, which `lpl_lightning.FSDP2Strategy` alone"):
+        SafeCheckpointIO().load_checkpoint(distributed)
+
+
 @pytest.mark.parametrize("what", [b"cbuiltins\neval\n", b"cos\nsystem\n", b"ctorch\nload\n", b"cpathlib\nos\n"])
 def test_the_index_of_a_folder_runs_no_code(tmp_path: Path, what: bytes) -> None:
     (tmp_path / ".metadata").write_bytes(what + b"(S'open(\"" + str(tmp_path / "ran").encode() + b'", "w")\'\ntR.')

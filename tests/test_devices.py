@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lpl_lightning import FSDP2Strategy
 from lpl_lightning.cli import main
+from lpl_lightning.pretrained import read_state
 
 LIVES = ("ddp-life", "fsdp2-life", "fsdp2-life_one-life", "ddp-life_fsdp2-life")
 WAYS = (
@@ -336,7 +337,11 @@ def test_a_folder_of_shards_is_gone_on_with(folder: Path) -> None:
     for found, wanted in zip(two["losses"], one["losses"], strict=True):
         assert_same_numbers(found, wanted)
     assert_same(two["weights"], one["weights"])
-    assert (folder / "fsdp2-shards" / "half").is_dir()
+    half = folder / "fsdp2-shards" / "half"
+    assert half.is_dir()
+    whole = checkpoint(folder, "one-life", "half")
+    assert_same(read_state(str(half)), whole["state_dict"])
+    assert_same(read_state(str(half), 0.5), whole["state_dict"] | whole["lpl_lightning_averages"]["0.5"])
 
 
 @pytest.mark.parametrize("way", ["ddp-broken", "fsdp2-broken", "ddp-broken_fsdp2-broken"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,8 +37,9 @@ from diffusers import (
 from families import scrambled, tiny_dc
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from strangers import EVIL, pickled, refused
+from strangers import EVIL, Runs, pickled, refused
 from torch import Tensor, nn
+from torch.distributed import checkpoint as distributed_checkpoint
 
 from lpl_lightning import (
     DDPM,
@@ -809,6 +811,40 @@ def test_the_command_exports_trained_or_averaged_weights(
     assert_same(got, module.sample_latents(z, {"label": LABELS}))
 
 
+def as_shards(run: Path, folder: Path) -> Path:
+    """The same checkpoint as a folder, as a strategy that shards weights writes it."""
+    whole = torch.load(run, weights_only=True)
+    states = {"state_dict": whole.pop("state_dict"), "optimizer_0": whole.pop("optimizer_states")[0]}
+    save: Any = vars(distributed_checkpoint)["save"]
+    save(states, checkpoint_id=folder, no_dist=True)
+    torch.save(whole, folder / "meta.pt")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize(("options", "is_average"), [([], False), (["--ema=0.5"], True)])
+def test_a_folder_of_shards_is_exported_too(run: Path, tmp_path: Path, options: list[str], is_average: bool) -> None:
+    shards = as_shards(run, tmp_path / "shards")
+    main(["export", f"--ckpt={shards}", "--out", str(tmp_path / "out"), *options])
+    found = exported(tmp_path / "out")
+    for name, tensor in weights(run, is_average).items():
+        assert torch.equal(found[name], tensor)
+    module = LatentDiffusionModule.load_from_checkpoint(shards)
+    for name, tensor in of_run(run, False).items():
+        assert torch.equal(module.state_dict()[name], tensor)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize(("name", "said"), [(".metadata", "damaged"), ("meta.pt", "could run code")])
+def test_a_folder_of_a_stranger_runs_no_code(run: Path, tmp_path: Path, ran: Path, name: str, said: str) -> None:
+    shards = as_shards(run, tmp_path / "shards")
+    out, made = str(tmp_path / "out"), Path(pickled(tmp_path / "evil.pt", ran)).read_bytes()
+    for content, message in ((pickle.dumps(Runs(ran)), "could run code"), (made, said)):
+        (shards / name).write_bytes(content)
+        message = f"(?s)shards' cannot be read as a checkpoint: .*{message}"
+        refused(ran, message, lambda: export_checkpoint(str(shards), out))
+
+
 def test_the_command_takes_a_precision_and_comes_from_the_shell(run: Path, tmp_path: Path) -> None:
     arguments = ["export", f"--ckpt={run}", f"--out={tmp_path / 'out'}", "--dtype=float16", "--ema=0.5"]
     subprocess.run([sys.executable, "-m", "lpl_lightning", *arguments], check=True, capture_output=True)
@@ -840,7 +876,9 @@ def test_what_cannot_be_exported_is_one_clear_error(run: Path, make_module: Any,
         assert len(str(raised.value)) < 500
         assert not (tmp_path / "out").exists()
 
-    refused(FileNotFoundError, "`ckpt`=.*nowhere.ckpt' must be a checkpoint .* no such file", tmp_path / "nowhere.ckpt")
+    refused(
+        FileNotFoundError, "`ckpt`=.*nowhere.ckpt' must be a checkpoint .* there is none", tmp_path / "nowhere.ckpt"
+    )
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     refused(ValueError, "text.ckpt' cannot be read as a checkpoint", tmp_path / "text.ckpt")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.ckpt")

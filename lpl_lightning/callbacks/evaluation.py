@@ -180,7 +180,7 @@ class Evaluation(Callback):
         source, decay = (trainer.ckpt_path, None) if self.origin is None else self.origin
         made: dict[str, Any] = {"weights": getattr(pl_module, "weights", None)}
         if source is not None:
-            checkpoint = read_checkpoint(str(source), "ckpt_path")
+            checkpoint = read_checkpoint(str(source), "ckpt_path", weights=False)
             decay = decay_in_place(trainer, checkpoint) if self.origin is None else decay
             made = {"checkpoint": str(source), "global_step": checkpoint.get("global_step"), "ema": decay}
         report = self._evaluate(trainer, pl_module, "weights" if source is None else Path(source).stem, made)

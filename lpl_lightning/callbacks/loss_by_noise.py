@@ -153,7 +153,7 @@ class LossByNoise(Callback):
         made: dict[str, Any] = {"global_step": trainer.global_step, "ema": decay_in_place(trainer)}
         name = f"step-{trainer.global_step:08d}"
         if trainer.state.fn == "validate":
-            checkpoint = None if source is None else read_checkpoint(str(source), "ckpt_path")
+            checkpoint = None if source is None else read_checkpoint(str(source), "ckpt_path", weights=False)
             made = {"weights": module.weights} if checkpoint is None else {"checkpoint": str(source)}
             if checkpoint is not None:
                 ema = decay_in_place(trainer, checkpoint)

@@ -103,8 +103,8 @@ def export_checkpoint(
         ValueError: It is of another model or no checkpoint, holds no such average, or ``out`` is not empty.
     """
     _check_empty(Path(out).expanduser(), "out")
-    if not Path(ckpt).expanduser().is_file():
-        raise FileNotFoundError(f"`ckpt`={ckpt!r} must be a checkpoint that `lpl fit` wrote; there is no such file.")
+    if not Path(ckpt).expanduser().exists():
+        raise FileNotFoundError(f"`ckpt`={ckpt!r} must be a checkpoint that `lpl fit` wrote; there is none.")
     checkpoint = read_checkpoint(ckpt, "ckpt")
     parameters: Mapping[str, Any] = checkpoint.get(LatentDiffusionModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     if MEANING not in checkpoint:
