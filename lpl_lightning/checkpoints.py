@@ -101,8 +101,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
             check_checkpoint(_path(path))
             if _path(path).is_dir():
                 raise ValueError(
-                    f"`ckpt_path`: {path} is a folder of shards, which `lpl_lightning.FSDP2Strategy` alone goes on with. "
-                    "Its weights are read as `--model.weights` and by `lpl export` too."
+                    f"`ckpt_path`: {path} is a folder of shards, which `lpl_lightning.FSDP2Strategy` alone "
+                    "goes on with. Its weights are read as `--model.weights` and by `lpl export` too."
                 )
         try:
             found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
