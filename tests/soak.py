@@ -268,9 +268,9 @@ def soak(folder: Path, kills: int, steps: int, every: int, seed: int, photos: in
         first, second = losses(alone, kind), losses(killed, kind)
         if kind == "validation" and batches not in second:
             first.pop(batches, None)  # after a kill behind the last step there is nothing to go on with
-        other = sorted(n for n in first.keys() | second.keys() if first.get(n) != second.get(n))
-        verdict["equal"] &= not other
-        verdict |= {f"{kind} losses": len(first), f"unequal {kind} losses": other[:20]}
+        unlike = sorted(n for n in first.keys() | second.keys() if first.get(n) != second.get(n))
+        verdict["equal"] &= not unlike
+        verdict |= {f"{kind} losses": len(first), f"unequal {kind} losses": unlike[:20]}
     verdict |= {"seconds": round(time.monotonic() - began, 1), **counts}
     (folder / "verdict.json").write_text(json.dumps(verdict, indent=2) + "\n")
     return verdict

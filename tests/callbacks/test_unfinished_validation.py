@@ -77,7 +77,7 @@ def recorded(
 ) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)  # of the autoencoder, which checkpoints do not hold
     module = make_module()
-    module.validation_step = steps_with_losses(module)
+    module.validation_step = steps_with_losses(module)  # type: ignore[method-assign]
     trainer = pl.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -138,7 +138,7 @@ def test_gradients_stay_while_the_validation_is_made_up_for(
     tmp_path: Path, make_module: Callable[..., LatentDiffusionModule]
 ) -> None:
     """Of a step that a validation comes in the middle of, saved in it and then behind it."""
-    options = {"accumulate_grad_batches": 2, "val_check_interval": 3}
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "val_check_interval": 3}
     folders = [tmp_path / "first", tmp_path / "second"]
     whole = Record(folders[0], "validation batch")
     weights = recorded(whole, make_module, **options)
