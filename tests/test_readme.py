@@ -48,6 +48,14 @@ def test_the_main_command_needs_nothing_of_the_extras(tmp_path: Path) -> None:
     done = subprocess.run([*script, *options], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("samples/*.png"))
+    # What an extra is needed for says which.
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    options = ["export", f"--ckpt={checkpoint}", f"--out={tmp_path / 'out'}"]
+    done = subprocess.run([*script, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    said = 'lpl: error: Run pip install "lpl-lightning[text]": StableDiffusion3Pipeline requires the transformers'
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_lpl_command_of_the_text_names_configs_that_exist() -> None:

@@ -60,6 +60,7 @@ def export_diffusers(
         The folder.
 
     Raises:
+        ModuleNotFoundError: The pipeline needs a library of an extra.
         ValueError: ``folder`` is not empty, or ``dtype`` is unknown.
     """
     if dtype not in PRECISIONS:
@@ -71,7 +72,13 @@ def export_diffusers(
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
         partial = Path(beside) / folder.name
         partial.mkdir()
-        said = _write(module, partial, PRECISIONS[dtype], folder)
+        try:
+            said = _write(module, partial, PRECISIONS[dtype], folder)
+        except ModuleNotFoundError:
+            raise
+        except ImportError as error:  # which diffusers has raised in the place of classes that need a library
+            words = " ".join(str(error).split())
+            raise ModuleNotFoundError(f'Run pip install "lpl-lightning[text]": {words}') from error
         for part in ("", "backbone", "transformer", "unet"):
             note(partial / part, dict(provenance(module) if metadata is None else metadata))
         if folder.exists():
