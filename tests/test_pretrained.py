@@ -60,7 +60,7 @@ def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no 'state_dict'"):
         read_state(str(tmp_path / "list.ckpt"))
     for source in (str(tmp_path), "some/hub-id"):
-        with pytest.raises(ValueError, match="must be a file"):
+        with pytest.raises(ValueError, match="must be a Lightning checkpoint"):
             read_state(source)
 
 
