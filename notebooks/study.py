@@ -1,4 +1,4 @@
-"""The study of ``notebooks/results.ipynb``: which models are trained, and what measures them.
+"""The study of what LPL does to small models of photos: which are trained, and what measures them.
 
     python notebooks/study.py plan main                        # the commands of an experiment, to be run by hand
     python notebooks/study.py run main --photos PHOTOS --squeezenet squeezenet1_0.pth
