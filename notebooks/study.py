@@ -3,6 +3,7 @@
     python notebooks/study.py plan main                        # the commands of an experiment, to be run by hand
     python notebooks/study.py run main --photos PHOTOS --squeezenet squeezenet1_0.pth
     python notebooks/study.py collect                          # what has been measured so far, as notebooks/results.csv
+    python notebooks/study.py table                            # with LPL against without, over seeds
 
 PHOTOS has ``train`` and ``val``, each with a folder a class. ``run`` makes what is missing and nothing twice: stopped
 and called again, it goes on, also within a training. ``--scale gpu`` lays ``configs/study/gpu.yaml`` over all models,
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "notebooks" / "results.csv"
 BASE = "configs/study/mmdit.yaml"
 SEEDS = (1, 2, 3)
 PROCESSES = ("flow", "ddpm_v", "ddpm_epsilon")
@@ -261,10 +263,45 @@ def collect(out: Path, path: Path) -> None:
         writer.writerows(rows)
 
 
+def table(path: Path, first: str = "none", second: str = "lpl") -> str:
+    """Runs with LPL against those without, paired by seed, from what was collected.
+
+    Differences have 95 % intervals of Student's t over seeds: what another training would give, where those of ``lpl
+    compare`` say what other images of the same model would. A value of one seed alone has none.
+    """
+    from scipy import stats  # of the extra `dev`: machines that only train need it not
+
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        process, name, seed = row["run"].rsplit("-", 2) if row["run"].count("-") == 2 else ("", "", "")
+        if process in PROCESSES and name in (first, second):
+            kind = (process, row["against"], row["ema"], row["num_steps"], row["images"], row["value"])
+            found.setdefault(kind, {})[f"{name} {seed}"] = float(row["is"])
+    lines = [f"| process | against | value | seeds | {first} | {second} | difference | |", "|---" * 8 + "|"]
+    for (process, against, *_, value), of_runs in sorted(found.items()):
+        seeds = sorted(
+            seed for name, seed in map(str.split, of_runs) if name == first and f"{second} {seed}" in of_runs
+        )
+        if not seeds:
+            continue
+        one, other = ([of_runs[f"{name} {seed}"] for seed in seeds] for name in (first, second))
+        means = sum(one) / len(one), sum(other) / len(other)
+        said = ""
+        if len(seeds) > 1:
+            interval = stats.ttest_rel(other, one).confidence_interval(0.95)
+            said = f"[{interval.low:.4g}, {interval.high:.4g}]"
+        numbers = f"{means[0]:.4g} | {means[1]:.4g} | {means[1] - means[0]:+.4g} {said}"
+        share = f"{100 * (means[1] / means[0] - 1):+.1f} %" if means[0] else ""
+        lines.append(f"| {process} | {against} | {value} | {len(seeds)} | {numbers} | {share} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Plan, run or collect."""
+    """Plan, run, collect or show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("plan", "run", "collect"))
+    parser.add_argument("action", choices=("plan", "run", "collect", "table"))
     parser.add_argument("experiment", nargs="?", default="main", choices=sorted(experiments(SCALES["cpu"])))
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
     parser.add_argument("--photos", type=Path, default=Path("photos"))
@@ -276,7 +313,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="runs whose names hold this")
     given = parser.parse_args()
     if given.action == "collect":
-        collect(ROOT / given.out, ROOT / "notebooks" / "results.csv")
+        collect(ROOT / given.out, RESULTS)
+        return
+    if given.action == "table":
+        print(table(RESULTS))
         return
     scale = SCALES[given.scale]
     runs = [run for run in experiments(scale)[given.experiment] if given.only in run.name]

@@ -60,3 +60,18 @@ def test_each_run_has_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
         known: dict[str, Any] = {}
         for run in (run for runs in study.experiments(scale).values() for run in runs):
             assert known.setdefault(run.name, run) == run
+
+
+def test_differences_over_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Paired by seed, a run whose other is missing left out; the interval by its formula."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    lines = ["run,step,ema,num_steps,guidance,images,against,photos,value,is"]
+    values = {"none": (10.0, 20.0, 30.0, 99.0), "lpl": (8.0, 19.0, 27.0)}
+    for name, found in values.items():
+        lines += [f"flow-{name}-{seed},5,0.9,50,2.0,100,val,10,fd,{x}" for seed, x in enumerate(found, start=1)]
+    lines += ["flow-lpl-scratch,5,0.9,50,2.0,100,val,10,fd,1.0", "ddpm_v-none-1,5,0.9,50,2.0,100,val,10,fd,1.0"]
+    (tmp_path / "results.csv").write_text("\n".join(lines) + "\n")
+    said = import_module("study").table(tmp_path / "results.csv").splitlines()
+    # Differences -2, -1, -3: mean -2, standard error 1 / sqrt(3), and 4.302653 deviations of two degrees of freedom.
+    half = 4.302653 / 3**0.5
+    assert said[2:] == [f"| flow | val | fd | 3 | 20 | 18 | -2 [{-2 - half:.4g}, {-2 + half:.4g}] | -10.0 % |"]
