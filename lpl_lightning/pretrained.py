@@ -152,9 +152,9 @@ def read_checkpoint(source: str, argument: str = "weights", weights: bool = True
         ValueError: It cannot be read, or is something else.
     """
     path = locate(source, argument)
-    if isinstance(path, Path) and path.is_dir() and (why := fault_of(path)):
-        raise ValueError(f"`{argument}`={source!r} cannot be read as a checkpoint: {why}.")
     shards = path if isinstance(path, Path) and path.is_dir() else None
+    if shards is not None and (why := fault_of(shards)):
+        raise ValueError(f"`{argument}`={source!r} cannot be read as a checkpoint: {why}.")
     found = path if shards is None else shards / _META
     try:
         checkpoint: Any = torch.load(found, map_location="cpu", weights_only=True, mmap=True)

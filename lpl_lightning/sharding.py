@@ -32,6 +32,7 @@ __all__ = [
     "reshard",
     "shard",
     "shard_like",
+    "trained_parameters",
     "unsharded",
     "whole",
 ]
@@ -88,6 +89,11 @@ def is_sharded(module: nn.Module) -> bool:
 def original_class(part: object) -> type:
     """Class of an object as it was before it was sharded."""
     return type(part).__mro__[2] if isinstance(part, FSDPModule) else type(part)
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that are trained, by name, as shards or whole as they are."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def reshard(module: nn.Module) -> None:

@@ -208,21 +208,20 @@ def test(run: Run, scale: Scale, out: Path, given: argparse.Namespace, split: st
     return [*words, "--trainer.enable_progress_bar=false", *run.options]
 
 
-def reports(out: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-    """Run, place and contents of each report there is."""
+def reports(out: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run and contents of each report there is."""
     for path in sorted(out.glob("*/version_*/evaluation/*/*/report.json")):
-        yield path.relative_to(out).parts[0], path, json.loads(path.read_text())
+        yield path.relative_to(out).parts[0], json.loads(path.read_text())
 
 
-def is_tested(run: Run, out: Path, given: argparse.Namespace, split: str) -> bool:
-    """Whether there is a report of it."""
-    wanted = (run.name, str(given.photos / split), given.ema, given.images)
-    for name, _, report in reports(out):
+def tested(out: Path) -> set[tuple[Any, ...]]:
+    """Of each report there is, the run, its step, the photos, the average's decay and the number of images."""
+    found = set()
+    for name, report in reports(out):
         made = report["generation"]
-        found = (name, report["reference"]["name"], str(made["ema"] or "trained"), report["images"]["count"])
-        if found == wanted and made["global_step"] == run.steps:
-            return True
-    return False
+        of = (report["reference"]["name"], str(made["ema"] or "trained"), report["images"]["count"])
+        found.add((name, made["global_step"], *of))
+    return found
 
 
 def stages(runs: list[Run], scale: Scale, given: argparse.Namespace) -> Iterator[list[list[str]]]:
@@ -233,10 +232,12 @@ def stages(runs: list[Run], scale: Scale, given: argparse.Namespace) -> Iterator
     before = {run.process: pretrained(run.process, scale) for run in runs if run.start is not None}
     for several in (list(before.values()), runs):
         yield [fit(run, scale, out, given.squeezenet) for run in several if not checkpoint(run, out).is_file()]
-    missing = [(run, split) for run in runs for split in ("val", "train") if not is_tested(run, out, given, split)]
+    known = tested(out)
     # One split after the other: the second measures the images of the first.
-    for wanted in ("val", "train"):
-        yield [test(run, scale, out, given, split) for run, split in missing if split == wanted]
+    for split in ("val", "train"):
+        of = (str(given.photos / split), given.ema, given.images)
+        missing = [run for run in runs if (run.name, run.steps, *of) not in known]
+        yield [test(run, scale, out, given, split) for run in missing]
 
 
 def execute(words: list[str], log: Path) -> None:
@@ -252,7 +253,7 @@ def execute(words: list[str], log: Path) -> None:
 def collect(out: Path, path: Path) -> None:
     """Write all reports as one table, a row a value."""
     rows = []
-    for name, _, report in reports(out):
+    for name, report in reports(out):
         made = report["generation"]
         setting = [name, made["global_step"], made["ema"], made["num_steps"], made["guidance_scale"]]
         against = [report["images"]["count"], Path(report["reference"]["name"]).name, report["reference"]["count"]]

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lpl_lightning.sharding import is_sharded, local, reshard, shard_like, unsharded, whole
+from lpl_lightning.sharding import is_sharded, local, reshard, shard_like, trained_parameters, unsharded, whole
 
 __all__ = ["AccumulatedGradients"]
 
@@ -65,17 +65,15 @@ class AccumulatedGradients(Callback):
         self._found = checkpoint.get(GRADIENTS, {})
 
 
-def _trained(module: pl.LightningModule) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
 def _gradients(module: pl.LightningModule) -> dict[str, Tensor]:
     """Whole gradients by name: those that processes have reduced, and what this one adds to them."""
     reshard(module)
-    found = {name: whole(value.grad.detach()) for name, value in _trained(module).items() if value.grad is not None}
+    found = {
+        name: whole(value.grad.detach()) for name, value in trained_parameters(module).items() if value.grad is not None
+    }
     if is_sharded(module):
         with unsharded(module):
-            for name, value in _trained(module).items():
+            for name, value in trained_parameters(module).items():
                 if value.grad is not None:  # of batches that wait for the step's last one to be reduced with
                     found[name] = found[name] + value.grad if name in found else value.grad.clone()
     return found
@@ -83,7 +81,7 @@ def _gradients(module: pl.LightningModule) -> dict[str, Tensor]:
 
 def _means(found: dict[str, Tensor], trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Tensor]:
     """The means over processes, of which some may have no gradient where others have."""
-    parameters = _trained(module)
+    parameters = trained_parameters(module)
     some: Any = torch.tensor([name in found for name in parameters], device=trainer.strategy.root_device).int()
     some = trainer.strategy.reduce(some, reduce_op="max").tolist()
     means = {}

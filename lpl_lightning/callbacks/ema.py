@@ -18,14 +18,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.callbacks.step_guard import last_step_skipped
 from lpl_lightning.pretrained import AVERAGES, averaged_by, averages_of
-from lpl_lightning.sharding import as_shard, load_whole, local, reshard, shard_like, whole
+from lpl_lightning.sharding import as_shard, load_whole, local, reshard, shard_like, trained_parameters, whole
 
 __all__ = ["EMA", "averaged", "decay_in_place"]
 
@@ -286,10 +286,10 @@ class EMA(Callback):
             }
 
 
-def _trained(module: pl.LightningModule) -> dict[str, Tensor]:
+def _trained(module: pl.LightningModule) -> dict[str, nn.Parameter]:
     """Parameters that are trained, by name, as shards where they are sharded."""
     reshard(module)
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return trained_parameters(module)
 
 
 def _callback(trainer: pl.Trainer) -> EMA | None:

@@ -79,8 +79,9 @@ def export_diffusers(
         except ImportError as error:  # which diffusers has raised in the place of classes that need a library
             words = " ".join(str(error).split())
             raise ModuleNotFoundError(f'Run pip install "lpl-lightning[text]": {words}') from error
+        said_of_weights = dict(provenance(module) if metadata is None else metadata)
         for part in ("", "backbone", "transformer", "unet"):
-            note(partial / part, dict(provenance(module) if metadata is None else metadata))
+            note(partial / part, said_of_weights)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
