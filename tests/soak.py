@@ -4,9 +4,10 @@
 
 The quickstart's model trains on a folder of images: LPL with a calibrated and ramped weight, two averages, accumulated
 gradients, random crops, loader processes. One run is left alone. Another is killed by ``SIGKILL``, or now and then
-stopped by ``SIGTERM``, after a random number of steps; before it goes on, a fault may be made: the newest checkpoint is
-deleted or cut off, the disk is full for the next checkpoint, images that cannot be read appear. FOLDER gets the files
-of both, ``record.jsonl``, a line for each thing that was done, and ``verdict.json``. It exits with 1 if they differ.
+stopped by ``SIGTERM`` to it and its loader processes, after a random number of steps; before it goes on, a fault may be
+made: the newest checkpoint is deleted or cut off, the disk is full for the next checkpoint, images that cannot be read
+appear. FOLDER gets the files of both, ``record.jsonl``, a line for each thing that was done, and ``verdict.json``. It
+exits with 1 if they differ.
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ def soak(folder: Path, kills: int, steps: int, every: int, seed: int, photos: in
         while (status := ended(child)) is None:
             now = losses(killed)
             if limit is None and len(now) and max(now) >= min(to, batches - 1) and done < kills:
-                os.kill(child, signum)
+                (os.killpg if signum == signal.SIGTERM else os.kill)(child, signum)
                 while (status := ended(child)) is None:
                     time.sleep(0.01)
                 break

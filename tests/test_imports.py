@@ -18,6 +18,7 @@ ORDER = [
     "memory",
     "step_record",
     "draws",
+    "loader_processes",
     "data",
     "pretrained",
     "model_loading",

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lpl_lightning.arguments import at_least
+from lpl_lightning.loader_processes import outlive_signals
 
 __all__ = ["Preemption"]
 
@@ -31,6 +32,8 @@ class Preemption(Callback):
     trained, is broken off at once, and is made anew when the run goes on, by ``UnfinishedValidation``; several
     processes look before it begins and finish it. ``--ckpt_path last`` goes on from there. In a list of callbacks it
     comes after those that have a part of checkpoints, such as ``EMA``, which must have taken the step in before.
+
+    A signal may reach every process of the job: those of the trainer's DataLoaders outlive it (``OutliveSignals``).
 
     Under SLURM, with ``SLURMEnvironment(auto_requeue=True)``, Lightning's default, the job is put back into the queue
     if the signal was the one to requeue on (``SIGUSR1``; ``#SBATCH --signal=USR1@120`` sends it 120 s before the end).
@@ -53,6 +56,24 @@ class Preemption(Callback):
         self._before: dict[signal.Signals, Any] = {}
         self._step = 0
         self._breaks_off = False  # whether a signal does not wait for the next step
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Have loader processes outlive the signals, whenever they are started."""
+        if stage != "fit":
+            return
+        # No callback is called between the making of loaders and the start of their processes.
+        strategy, names = trainer.strategy, [one.name for one in self.signals]
+        process = strategy.process_dataloader
+
+        def processed(dataloader: object) -> object:
+            outlive_signals(dataloader, names, trainer.global_rank)
+            return process(dataloader)
+
+        strategy.process_dataloader = processed  # type: ignore[method-assign]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave later loaders as they are."""
+        vars(trainer.strategy).pop("process_dataloader", None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen, in the place of Lightning's own handlers, which come back at the end.

@@ -31,6 +31,7 @@ from lpl_lightning.data.crops import SquareCrop
 from lpl_lightning.data.listing import images_below, some
 from lpl_lightning.data.reading import load_rgb, reason
 from lpl_lightning.evaluation.content_key import content_key
+from lpl_lightning.loader_processes import OutliveSignals
 from lpl_lightning.metrics.preparation import check_images
 
 __all__ = ["ImageFiles", "PixelHash", "loader"]
@@ -255,6 +256,8 @@ def loader(
         pin_memory=torch.cuda.is_available(),
         # Seeds of workers are drawn from it, so that an evaluation leaves the random numbers of a training run alone.
         generator=torch.Generator(),
+        # A signal to the job of an evaluation in training is that of training to act on.
+        worker_init_fn=OutliveSignals() if num_workers else None,
     )
 
 
