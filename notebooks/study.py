@@ -33,21 +33,43 @@ PROCESSES = ("flow", "ddpm_v", "ddpm_epsilon")
 
 
 @dataclass(frozen=True)
+class Setting:
+    """How a run's images are made.
+
+    Attributes:
+        images: How many.
+        ema: Decay of the average of the weights that is measured, or ``trained`` for the weights as they were trained.
+        num_steps: Of sampling.
+    """
+
+    images: int
+    ema: str
+    num_steps: int = 20
+
+
+@dataclass(frozen=True)
 class Scale:
     """How much is trained and measured.
 
     Attributes:
         pretrain: Optimizer steps before.
         steps: Of post-training.
+        short: Of post-training where one choice is compared with others.
+        setting: How images are made, unless that is what is compared.
         overlay: Config that is laid over the models'.
     """
 
     pretrain: int
     steps: int
+    short: int
+    setting: Setting
     overlay: str | None = None
 
 
-SCALES = {"cpu": Scale(6000, 1000), "gpu": Scale(10000, 3000, "configs/study/gpu.yaml")}
+SCALES = {
+    "cpu": Scale(4000, 1000, 500, Setting(5000, "0.995")),
+    "gpu": Scale(10000, 3000, 1500, Setting(10000, "0.998"), "configs/study/gpu.yaml"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,8 @@ class Run:
         callback: Options of ``LPLCallback``.
         rival: Overlay that is laid over in the place of LPL's.
         options: Further ones of the command line.
+        at: Optimizer step after which it is measured; None for the last.
+        settings: How images are made; none for the scale's.
     """
 
     name: str
@@ -75,6 +99,8 @@ class Run:
     callback: dict[str, Any] = field(default_factory=dict)
     rival: str | None = None
     options: tuple[str, ...] = ()
+    at: int | None = field(default=None, compare=False)
+    settings: tuple[Setting, ...] = field(default=(), compare=False)
 
 
 def pretrained(process: str, scale: Scale) -> Run:
@@ -84,16 +110,22 @@ def pretrained(process: str, scale: Scale) -> Run:
 
 def post(scale: Scale, name: str, process: str = "flow", seed: int = 1, **options: Any) -> Run:
     """A post-training; without LPL unless ``loss`` is given."""
-    return Run(f"{process}-{name}-{seed}", process, seed, scale.steps, **({"start": scale.pretrain} | options))
+    defaults = {"start": scale.pretrain, "steps": scale.steps}
+    return Run(f"{process}-{name}-{seed}", process, seed, **(defaults | options))
 
 
 def experiments(scale: Scale) -> dict[str, list[Run]]:
     """All of them, by name; runs of the same name are one."""
     without = post(scale, "none")
     with_lpl = post(scale, "lpl", loss={})
+    few = replace(scale.setting, images=2000)
 
     def variants(values: dict[str, dict[str, Any]]) -> list[Run]:
-        return [without, with_lpl, *(post(scale, name, **({"loss": {}} | given)) for name, given in values.items())]
+        found = [post(scale, name, steps=scale.short, **({"loss": {}} | given)) for name, given in values.items()]
+        return [*(replace(one, at=scale.short) for one in (without, with_lpl)), *found]
+
+    def settings(*several: Setting) -> list[Run]:
+        return [replace(one, settings=several) for one in (without, with_lpl)]
 
     def losses(name: str, key: str, values: list[Any]) -> dict[str, dict[str, Any]]:
         return {f"{name}-{value}": {"loss": {key: value}} for value in values}
@@ -121,18 +153,37 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
         "mask": variants(losses("mask", "mask_outliers", [False])),
         "rivals": [
             *variants({"rgb": {"loss": {"preset": "rgb"}}}),
-            *(post(scale, name, rival=name) for name in ("decoded", "denoiser")),
+            *(post(scale, name, rival=name, steps=scale.short) for name in ("decoded", "denoiser")),
         ],
         "thin": variants(thin),
         "start": [
-            post(scale, f"{name}-from-{start}", loss=loss, start=start)
-            for start in (scale.pretrain // 6, scale.pretrain // 2, scale.pretrain)
-            for name, loss in (("none", None), ("lpl", {}))
+            *variants({}),
+            *(
+                post(scale, f"{name}-from-{start}", loss=loss, start=start, steps=scale.short)
+                for start in (scale.pretrain // 4, scale.pretrain // 2)
+                for name, loss in (("none", None), ("lpl", {}))
+            ),
         ],
+        "sampling": settings(*(replace(few, num_steps=count) for count in (5, 10, 20, 50))),
+        "averages": settings(*(replace(few, ema=decay) for decay in ("trained", "0.99", "0.995", "0.998", "0.999"))),
         "scratch": [replace(pretrained("flow", scale), name="flow-lpl-scratch", loss={})],
-        "longer": [replace(post(scale, "none-longer"), steps=4 * scale.steps)],
+        "longer": [
+            without,
+            with_lpl,
+            *(
+                replace(post(scale, "none-longer", steps=2 * scale.steps), at=at)
+                for at in (scale.steps + scale.short, 2 * scale.steps)
+            ),
+        ],
         "min_snr": [
-            post(scale, f"min-snr-{name}", "ddpm_v", loss=loss, options=("--model.noise.min_snr_gamma=5",))
+            post(
+                scale,
+                f"min-snr-{name}",
+                "ddpm_v",
+                loss=loss,
+                steps=scale.short,
+                options=("--model.noise.min_snr_gamma=5",),
+            )
             for name, loss in (("none", None), ("lpl", {}))
         ],
     }
@@ -169,8 +220,8 @@ def fit(run: Run, scale: Scale, out: Path, squeezenet: Path) -> list[str]:
 
 
 def checkpoint(run: Run, out: Path, step: int | None = None) -> Path:
-    """What a run has left at a step, by default its last; a run that went on did so in another folder."""
-    name = f"checkpoints/step={run.steps if step is None else step}.ckpt"
+    """What a run has left at a step, by default the one that is measured. A run goes on in another folder."""
+    name = f"checkpoints/step={step or run.at or run.steps}.ckpt"
     folders = sorted((out / run.name).glob("version_*"))
     found = [folder / name for folder in folders if (folder / name).is_file()]
     return found[-1] if found else out / run.name / "version_0" / name
@@ -197,14 +248,15 @@ def decoder(out: Path) -> Path:
     return found[-1] if found else out / "autoencoder" / "version_0" / "autoencoder"
 
 
-def test(run: Run, scale: Scale, out: Path, given: argparse.Namespace, split: str) -> list[str]:
+def test(run: Run, scale: Scale, out: Path, given: argparse.Namespace, split: str, setting: Setting) -> list[str]:
     """The command that measures a run against one of the two sets of photos."""
     files = overlays(replace(run, loss=None), scale)
     words = ["lpl", "test", *(word for file in files for word in ("-c", file))]
-    words += [f"--ckpt_path={checkpoint(run, out)}", f"--ema={given.ema}", f"--data.root={out / 'latents'}"]
+    words += [f"--ckpt_path={checkpoint(run, out)}", f"--ema={setting.ema}", f"--data.root={out / 'latents'}"]
     words += [f"--model.autoencoder.model={decoder(out)}", "--evaluation.suite=configs/study/metrics.yaml"]
-    words += [f"--evaluation.reference={given.photos / split}", f"--evaluation.num_images={given.images}"]
+    words += [f"--evaluation.reference={given.photos / split}", f"--evaluation.num_images={setting.images}"]
     words += [f"--stand_ins={json.dumps({'squeezenet1_0.pth': str(given.squeezenet)})}"]
+    words += [f"--model.sampler.num_steps={setting.num_steps}"]
     return [*words, "--trainer.enable_progress_bar=false", *run.options]
 
 
@@ -215,12 +267,12 @@ def reports(out: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def tested(out: Path) -> set[tuple[Any, ...]]:
-    """Of each report there is, the run, its step, the photos, the average's decay and the number of images."""
+    """Of each report there is, the run, its step, the photos and how images were made."""
     found = set()
     for name, report in reports(out):
         made = report["generation"]
-        of = (report["reference"]["name"], str(made["ema"] or "trained"), report["images"]["count"])
-        found.add((name, made["global_step"], *of))
+        setting = Setting(report["images"]["count"], str(made["ema"] or "trained"), made["num_steps"])
+        found.add((name, made["global_step"], report["reference"]["name"], setting))
     return found
 
 
@@ -231,13 +283,17 @@ def stages(runs: list[Run], scale: Scale, given: argparse.Namespace) -> Iterator
     yield [] if (out / "latents" / "manifest.json").is_file() else [encode(photos, out)]
     before = {run.process: pretrained(run.process, scale) for run in runs if run.start is not None}
     for several in (list(before.values()), runs):
-        yield [fit(run, scale, out, given.squeezenet) for run in several if not checkpoint(run, out).is_file()]
+        missing = {run.name: run for run in several if not checkpoint(run, out).is_file()}
+        yield [fit(run, scale, out, given.squeezenet) for run in missing.values()]
     known = tested(out)
     # One split after the other: the second measures the images of the first.
     for split in ("val", "train"):
-        of = (str(given.photos / split), given.ema, given.images)
-        missing = [run for run in runs if (run.name, run.steps, *of) not in known]
-        yield [test(run, scale, out, given, split) for run in missing]
+        yield [
+            test(run, scale, out, given, split, setting)
+            for run in runs
+            for setting in run.settings or (scale.setting,)
+            if (run.name, run.at or run.steps, str(given.photos / split), setting) not in known
+        ]
 
 
 def execute(words: list[str], log: Path) -> None:
@@ -308,8 +364,6 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, default=Path("photos"))
     parser.add_argument("--squeezenet", type=Path, default=Path("squeezenet1_0.pth"))
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--ema", default="0.995", help="decay of the average that is measured, or trained")
-    parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", default="", help="runs whose names hold this")
     given = parser.parse_args()
