@@ -114,10 +114,9 @@ class LPLCLI(LightningCLI):
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         rules = merged([*(_rules(path) for path in config.get("config") or []), config.stand_ins])
         if rules:
-            for part in ("model", "data", "trainer"):
-                if isinstance(config.get(part), Namespace):
-                    for said in put_stand_ins(config[part], rules):
-                        rank_zero_info(f"Stand-in: {said}")
+            for part in (part for part in vars(config).values() if isinstance(part, Namespace)):
+                for said in put_stand_ins(part, rules):
+                    rank_zero_info(f"Stand-in: {said}")
             config.stand_ins = rules
             self.config = parser.parse_object(self.config)
 

@@ -209,15 +209,22 @@ def test_stand_ins_of_all_files_are_put_wherever_they_are_named(
 ) -> None:
     """Also where a class is named without arguments, and over what the command line says."""
     first = {"lpl_lightning.sampling.Sampler": {"num_steps": 7}, "runs": str(tmp_path / "elsewhere")}
-    second = {"lpl_lightning.sampling.Sampler": {"guidance_scale": 1.0}, "lpl_lightning.FlowMatching": {"shift": 3.0}}
+    second = {
+        "lpl_lightning.sampling.Sampler": {"guidance_scale": 1.0},
+        "lpl_lightning.FlowMatching": {"shift": 3.0},
+        "photos/val": str(tmp_path / "photos"),
+    }
     for name, rules in (("first", first), ("second", second)):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"stand_ins": rules}))
     files = [word for name in ("first", "second") for word in ("-c", str(tmp_path / f"{name}.yaml"))]
     args = ["fit", *given(["quickstart"]), *files, "--trainer.max_steps=0", "--model.sampler.num_steps=9"]
+    args.append("--evaluation.reference=photos/val")
     with caplog.at_level("INFO"):
         main([*args, "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"])
     (run,) = (tmp_path / "elsewhere" / "quickstart").iterdir()
-    parts = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["evaluation"]["reference"] == str(tmp_path / "photos")
+    parts = config["model"]["init_args"]
     assert parts["sampler"]["init_args"]["num_steps"] == 7
     assert parts["sampler"]["init_args"]["guidance_scale"] == 1.0
     assert parts["noise"]["init_args"]["shift"] == 3.0
