@@ -2,6 +2,8 @@
 
     python notebooks/study.py plan main                        # the commands of an experiment, to be run by hand
     python notebooks/study.py run main --photos PHOTOS --squeezenet squeezenet1_0.pth
+    python notebooks/study.py run ceilings --photos PHOTOS --squeezenet squeezenet1_0.pth --autoencoder taesd
+    python notebooks/study.py run thin --profile ...           # the steps' cost too
     python notebooks/study.py collect                          # what has been measured so far, as notebooks/results.csv
     python notebooks/study.py table                            # with LPL against without, over seeds
 
@@ -26,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "notebooks" / "results.csv"
+RESULTS, SPECTRA = (ROOT / "notebooks" / f"{name}.csv" for name in ("results", "spectra"))
 BASE = "configs/study/mmdit.yaml"
+SIDE = 64
+"""Pixels."""
 SEEDS = (1, 2, 3)
 PROCESSES = ("flow", "ddpm_v", "ddpm_epsilon")
 
@@ -238,7 +242,7 @@ def encode(photos: Path, out: Path) -> list[str]:
     """The command that makes the latents."""
     words = ["lpl", "encode", "-c", BASE, "--data=lpl_lightning.data.ImageFolderDataModule"]
     words += [f"--data.root={photos / 'train'}", f"--data.val_root={photos / 'val'}", "--data.horizontal_flip=true"]
-    words += [f"--model.autoencoder.model={decoder(out)}", "--data.image_size=64"]
+    words += [f"--model.autoencoder.model={decoder(out)}", f"--data.image_size={SIDE}"]
     return [*words, "--data.batch_size=64", f"--out={out / 'latents'}"]
 
 
@@ -260,17 +264,43 @@ def test(run: Run, scale: Scale, out: Path, given: argparse.Namespace, split: st
     return [*words, "--trainer.enable_progress_bar=false", *run.options]
 
 
-def reports(out: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Run and contents of each report there is."""
-    for path in sorted(out.glob("*/version_*/evaluation/*/*/report.json")):
-        yield path.relative_to(out).parts[0], json.loads(path.read_text())
+def ceiling(model: Path, out: Path, given: argparse.Namespace) -> list[str]:
+    """The command that measures what an autoencoder gives back of the photos; nothing is generated."""
+    rules: dict[str, Any] = {"squeezenet1_0.pth": str(given.squeezenet)}
+    if model != decoder(out):  # the denoiser, which does nothing here, has to fit it
+        settings = json.loads((model / "config.json").read_text())
+        of = {"in_channels": settings["latent_channels"], "out_channels": settings["latent_channels"]}
+        side = SIDE // 2 ** (len(settings["block_out_channels"]) - 1)
+        rules["diffusers.SD3Transformer2DModel"] = {"sample_size": side, **of}
+    words = ["lpl", "test", "-c", BASE, "-c", "configs/flow.yaml", "--data=lpl_lightning.data.ImageFolderDataModule"]
+    words += [f"--data.root={given.photos / 'train'}", f"--data.val_root={given.photos / 'val'}"]
+    words += [f"--data.image_size={SIDE}", "--data.verify=false", f"--model.autoencoder.model={model}"]
+    words += ["--evaluation.suite=configs/study/metrics.yaml", f"--evaluation.reference={given.photos / 'val'}"]
+    words += ["--evaluation.num_images=0", f"--evaluation.dirname={out / f'ceiling-{model.name}'}"]
+    return [*words, f"--stand_ins={json.dumps(rules)}", "--trainer.enable_progress_bar=false"]
+
+
+def profile(run: Run, scale: Scale, out: Path, squeezenet: Path) -> list[str]:
+    """The command that measures what a step of a run costs, against one without LPL."""
+    words = fit(run, scale, out, squeezenet)
+    kept = [word for word in words[2:] if not word.startswith("--ckpt_path")]
+    return ["lpl", "profile", *kept, "--steps=5", f"--output={out / f'{run.name}.json'}"]
+
+
+def reports(out: Path) -> Iterator[tuple[str, dict[str, Any], Path]]:
+    """Run, contents and folder of each report there is."""
+    found = [*out.glob("*/version_*/evaluation/*/*/report.json"), *out.glob("ceiling-*/report.json")]
+    for path in sorted(found):
+        yield path.relative_to(out).parts[0], json.loads(path.read_text()), path.parent
 
 
 def tested(out: Path) -> set[tuple[Any, ...]]:
     """Of each report there is, the run, its step, the photos and how images were made."""
     found = set()
-    for name, report in reports(out):
+    for name, report, _ in reports(out):
         made = report["generation"]
+        if not made:
+            continue
         setting = Setting(report["images"]["count"], str(made["ema"] or "trained"), made["num_steps"])
         found.add((name, made["global_step"], report["reference"]["name"], setting))
     return found
@@ -294,6 +324,18 @@ def stages(runs: list[Run], scale: Scale, given: argparse.Namespace) -> Iterator
             for setting in run.settings or (scale.setting,)
             if (run.name, run.at or run.steps, str(given.photos / split), setting) not in known
         ]
+    if given.profile:
+        with_lpl = {run.name: run for run in runs if (run.loss is not None or run.rival) and run.seed == SEEDS[0]}
+        missing = [run for name, run in with_lpl.items() if not (out / f"{name}.json").is_file()]
+        yield [profile(run, scale, out, given.squeezenet) for run in missing]
+
+
+def ceilings(given: argparse.Namespace) -> Iterator[list[list[str]]]:
+    """The same for autoencoders: the study's, and others."""
+    yield [] if decoder(given.out).is_dir() else [autoencoder(given.photos, given.out)]
+    models = [decoder(given.out), *given.autoencoder]
+    missing = [model for model in models if not (given.out / f"ceiling-{model.name}" / "report.json").is_file()]
+    yield [ceiling(model, given.out, given) for model in missing]
 
 
 def execute(words: list[str], log: Path) -> None:
@@ -306,18 +348,29 @@ def execute(words: list[str], log: Path) -> None:
         sys.exit(f"It ended with {done.returncode}: see {log}")
 
 
-def collect(out: Path, path: Path) -> None:
-    """Write all reports as one table, a row a value."""
-    rows = []
-    for name, report in reports(out):
-        made = report["generation"]
+def collect(out: Path) -> None:
+    """Write all reports as two tables: a row a value, costs of steps too, and a row a frequency of a spectrum."""
+    rows, spectra = [], []
+    for name, report, folder in reports(out):
+        made = report["generation"] or dict.fromkeys(("global_step", "ema", "num_steps", "guidance_scale"))
         setting = [name, made["global_step"], made["ema"], made["num_steps"], made["guidance_scale"]]
         against = [report["images"]["count"], Path(report["reference"]["name"]).name, report["reference"]["count"]]
         rows += [[*setting, *against, value, found["value"]] for value, found in report["values"].items()]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["run", "step", "ema", "num_steps", "guidance", "images", "against", "photos", "value", "is"])
-        writer.writerows(rows)
+        if against[1] == "val" and (folder / "spectra.csv").is_file() and made["num_steps"]:
+            heads, *by_frequency = csv.reader((folder / "spectra.csv").read_text().splitlines())
+            spectra += [[*setting, *values] for values in by_frequency]
+    for path in sorted(out.glob("*.json")):
+        found = json.loads(path.read_text())
+        ratio = found["average_step_s"] / found["blocks"][0]["step_s"]
+        rows.append([path.stem, *[None] * 7, "step_time_over_none", ratio])
+    of = ["run", "step", "ema", "num_steps", "guidance"]
+    tables = [(RESULTS, [*of, "images", "against", "photos", "value", "is"], rows)]
+    tables += [(SPECTRA, [*of, *heads], spectra)] if spectra else []
+    for path, head, body in tables:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(head)
+            writer.writerows(body)
 
 
 def table(path: Path, first: str = "none", second: str = "lpl") -> str:
@@ -359,24 +412,28 @@ def main() -> None:
     """Plan, run, collect or show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("plan", "run", "collect", "table"))
-    parser.add_argument("experiment", nargs="?", default="main", choices=sorted(experiments(SCALES["cpu"])))
+    parser.add_argument("experiment", nargs="?", default="main", choices=[*experiments(SCALES["cpu"]), "ceilings"])
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
     parser.add_argument("--photos", type=Path, default=Path("photos"))
     parser.add_argument("--squeezenet", type=Path, default=Path("squeezenet1_0.pth"))
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument(
+        "--autoencoder", type=Path, action="append", default=[], help="folder, for ceilings; repeatable"
+    )
+    parser.add_argument("--profile", action="store_true", help="measure what steps cost too, on a quiet machine")
     parser.add_argument("--only", default="", help="runs whose names hold this")
     given = parser.parse_args()
     if given.action == "collect":
-        collect(ROOT / given.out, RESULTS)
+        collect(ROOT / given.out)
         return
     if given.action == "table":
         print(table(RESULTS))
         return
     scale = SCALES[given.scale]
-    runs = [run for run in experiments(scale)[given.experiment] if given.only in run.name]
+    runs = [run for run in experiments(scale).get(given.experiment, []) if given.only in run.name]
     given.out.mkdir(parents=True, exist_ok=True)
-    for commands in stages(runs, scale, given):
+    for commands in ceilings(given) if given.experiment == "ceilings" else stages(runs, scale, given):
         if given.action == "plan":
             print(*(shlex.join(words) for words in commands), sep="\n")
             continue

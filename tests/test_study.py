@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHARED
 
 from lpl_lightning.cli import main
 
@@ -19,12 +19,16 @@ SCRIPT = ROOT / "notebooks" / "study.py"
 
 def planned(folder: Path, experiment: str, scale: str) -> list[list[str]]:
     script = [sys.executable, str(SCRIPT), "plan", experiment, "--scale", scale, "--out", str(folder / "runs")]
+    script += ["--profile"] if experiment == "thin" else []
+    script += (
+        ["--autoencoder", str(SHARED / "weights" / "taesd")] if experiment == "ceilings" and SHARED.is_dir() else []
+    )
     said = subprocess.run([*script, "--photos", str(folder)], capture_output=True, text=True, check=True, cwd=ROOT)
     return [shlex.split(line) for line in said.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
-    ("scale", "experiments", "kinds"), [("cpu", ("main", "rivals", "thin"), 16), ("gpu", ("thin",), 6)]
+    ("scale", "experiments", "kinds"), [("cpu", ("main", "rivals", "thin", "ceilings"), 19), ("gpu", ("thin",), 8)]
 )
 def test_commands_are_understood(
     tmp_path: Path,
@@ -39,7 +43,11 @@ def test_commands_are_understood(
     monkeypatch.syspath_prepend(SCRIPT.parent)
     seen = set()
     for program, command, *options in (words for name in experiments for words in planned(tmp_path, name, scale)):
-        kind = (command, *(word for word in options if word.endswith(".yaml")), "stand_ins" in str(options))
+        kind = (
+            command,
+            *(word for word in options if word.endswith(".yaml") or word.startswith("--data=")),
+            "stand_ins" in str(options),
+        )
         if kind in seen:
             continue
         seen.add(kind)
@@ -49,7 +57,7 @@ def test_commands_are_understood(
         said = capsys.readouterr()
         assert ended.value.code == 0, said.err
     assert len(seen) == kinds
-    assert {kind[0] for kind in seen} == {"fit", "encode", "test"}
+    assert {kind[0] for kind in seen} == {"fit", "encode", "test"} | ({"profile"} if "thin" in experiments else set())
 
 
 def test_each_run_has_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
