@@ -42,6 +42,7 @@ from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
 from lpl_lightning.export import export_checkpoint
 from lpl_lightning.module import LatentDiffusionModule
+from lpl_lightning.packaged_configs import with_packaged_configs
 from lpl_lightning.stand_ins import StandIns, merged, put_stand_ins
 
 __all__ = ["LPLCLI", "main"]
@@ -277,6 +278,11 @@ def main(args: ArgsType = None) -> None:
 def _run(args: ArgsType) -> None:
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list):
+        given = with_packaged_configs(given)
+        if args is None:
+            sys.argv[1:] = given  # where Lightning looks, in the processes that it starts too
+        else:
+            args = given
         _check_suites(given)
     if isinstance(given, list) and given and given[0] in WITHOUT_TRAINER:
         name, *rest = given

@@ -83,7 +83,7 @@ def _nothing(number: int, frame: FrameType | None) -> None:
 
 
 def _end_when_told(told: int) -> None:
-    while END != os.read(told, 1)[0]:
+    while os.read(told, 1)[0] != END:
         pass
     os._exit(0)  # as PyTorch's own handler does
 

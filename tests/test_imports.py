@@ -64,6 +64,7 @@ ORDER = [
     "encoder",
     "encoding",
     "stand_ins",
+    "packaged_configs",
     "cli",
     "__main__",
 ]
