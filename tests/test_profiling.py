@@ -291,6 +291,18 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_without_an_output_nothing_is_written_or_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = ProfilingTrainer(accelerator="cpu", max_steps=1)
+    report = trainer.profile(WithAutoencoder(), Latents(), steps=1, warmup=0, output=None)
+    assert report.complete
+    assert report.lpl_share is not None
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_decoder_as_it_is_has_three_passes_and_no_stages(tmp_path: Path) -> None:
     module = Watched()
     modules = ["decoder.mid_block", "decoder.up_blocks.0"]

@@ -45,7 +45,7 @@ class ProfilingTrainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
         steps: int = 10,
         warmup: int = 2,
-        output: str = "profile.json",
+        output: str | None = "profile.json",
     ) -> Report:
         """Measure what LPL costs: the time and memory of a training step, the decoder by stage, and the floor.
 
@@ -62,7 +62,8 @@ class ProfilingTrainer(pl.Trainer):
             steps: Optimizer steps that are measured in each block; each part of the loss is measured as often, but at
                 most 5 times.
             warmup: Steps before those in each block.
-            output: The JSON file to write, in a folder that exists. One that is there is replaced.
+            output: The JSON file to write, in a folder that exists. One that is there is replaced. None writes none and
+                prints nothing, for who takes the report.
 
         Returns:
             What was found.
@@ -72,8 +73,8 @@ class ProfilingTrainer(pl.Trainer):
         """
         at_least(1, steps=steps)
         at_least(0, warmup=warmup)
-        path = Path(output)
-        if path.is_dir() or not path.parent.is_dir():
+        path = None if output is None else Path(output)
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"`output` must be a file in a folder that exists, got {output!r}.")
         if isinstance(self.strategy.launcher, _MultiProcessingLauncher):
             raise ValueError(
@@ -142,7 +143,7 @@ class ProfilingTrainer(pl.Trainer):
             restore_layout()
         report.complete = report.decoder_failure is None and all(block.failure is None for block in report.blocks)
         self._write(report, path)
-        if self.is_global_zero:
+        if path is not None and self.is_global_zero:
             print(report.table(), f"Written: {path}", sep="\n")
         return report
 
@@ -205,9 +206,9 @@ class ProfilingTrainer(pl.Trainer):
             for name, value in kept.items():
                 setattr(trainer, name, value)
 
-    def _write(self, report: Report, path: Path) -> None:
+    def _write(self, report: Report, path: Path | None) -> None:
         """Write what there is so far: where memory runs out, the process may be gone without a word."""
-        if self.is_global_zero:
+        if path is not None and self.is_global_zero:
             report.write(path)
 
 
