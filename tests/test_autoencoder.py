@@ -140,6 +140,15 @@ def test_a_decoder_without_weights_follows_a_device() -> None:
     assert autoencoder.to("meta").shift.device == torch.device("meta")
 
 
+def test_a_model_that_a_loop_moves_by_itself_is_followed() -> None:
+    model = tiny_kl(shift_factor=0.5)
+    autoencoder = Autoencoder(model)
+    model.to("meta")
+    with pytest.raises(ValueError, match="`z` must be on meta, where the autoencoder is; got cpu"):
+        autoencoder.decode(torch.zeros(1, 4, 2, 2))
+    assert autoencoder.shift.device == autoencoder.scale.device == torch.device("meta")
+
+
 def test_scale_and_shift_of_the_config_can_be_replaced() -> None:
     model = scrambled(tiny_kl(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0] * 4, scaling_factor=0.5))
     z = torch.randn(1, 4, 4, 4)
