@@ -23,6 +23,7 @@ def test_posterior_is_sampled_from_its_generator() -> None:
 
 def test_it_stays_frozen_and_in_eval_while_gradients_pass_through() -> None:
     autoencoder = Autoencoder(tiny_kl())
+    assert not any(parameter.requires_grad for parameter in autoencoder.parameters())
     nn.Sequential(autoencoder).train()
     autoencoder.requires_grad_(True)
     assert not any(module.training for module in autoencoder.modules())

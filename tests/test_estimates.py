@@ -100,6 +100,8 @@ def test_it_is_computed_in_float32_and_has_the_gradient_of_the_formula() -> None
     assert estimate.dtype == noise_to_signal.dtype == torch.float32
     assert exact.dtype == torch.float64
     torch.testing.assert_close(estimate.double(), exact, rtol=1e-4, atol=1e-3)
+    of_itself, _ = estimate_z0(DDPMScheduler(prediction_type="sample"), prediction, z_t, t)
+    assert of_itself.dtype == torch.float32
     estimate.sum().backward()
     assert prediction.grad is not None
     torch.testing.assert_close(prediction.grad[:, 0, 0, 0].float(), -noise_to_signal, rtol=1e-2, atol=1e-2)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lpl_lightning.losses.distance import variance
 
-__all__ = ["matched_latents", "note_constant_channels"]
+__all__ = ["check_latents", "note_constant_channels"]
 
 CONSTANT = 1e-3
 """A channel hardly varies whose variance is below so many times the mean of its map's."""
 
 
-def matched_latents(z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Refuse latents that do not belong together, and put both in the wider of their precisions.
-
-    Loops in mixed precision have clean latents in a lower one than the estimate.
+def check_latents(z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None) -> None:
+    """Refuse latents that do not belong together. Their precisions may differ, as they do in mixed precision.
 
     Raises:
         ValueError: Shapes or devices that differ, or are none of a batch of latents.
@@ -51,8 +48,6 @@ def matched_latents(z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None) 
             f"`noise_to_signal` must be sigma / alpha, 0 or more, got {noise_to_signal.min().item():.4g}. "
             "If it is a logarithm of the SNR, give torch.exp(-log_snr / 2)."
         )
-    wider = torch.promote_types(z0_hat.dtype, z0.dtype)
-    return z0_hat.to(wider), z0.to(wider)
 
 
 def note_constant_channels(name: str, features: Tensor, eps: float, relative_eps: float) -> None:

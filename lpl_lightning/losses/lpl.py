@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.draws import Draws
 from lpl_lightning.execution import Execution, StageRunner
-from lpl_lightning.losses.checks import matched_latents
+from lpl_lightning.losses.checks import check_latents
 from lpl_lightning.losses.comparison import Compared, Comparison, Part
 from lpl_lightning.losses.diagnostics import Diagnostics
 from lpl_lightning.losses.distance import DepthWeights, Distance, Normalization, Statistics
@@ -224,7 +224,7 @@ class LatentPerceptualLoss(nn.Module):
         Returns:
             The loss as of ``forward``, and the diagnostics or None.
         """
-        z0_hat, z0 = matched_latents(z0_hat, z0, noise_to_signal)
+        check_latents(z0_hat, z0, noise_to_signal)
         self.announce(z0)
         comparison = self.comparison
         # An empty sum: zero, connected to the graph, and with a zero gradient even where z0_hat is not finite.

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from lpl_lightning import Autoencoder, LatentPerceptualLoss
+from lpl_lightning.execution import Execution
 from lpl_lightning.losses import Threshold
 from lpl_lightning.losses.distance import DepthWeights, Distance, Normalization, Statistics
 from lpl_lightning.losses.options import PRESETS, LossOptions
@@ -366,9 +367,11 @@ def test_every_family_of_decoder() -> None:
         assert torch.isfinite(z0_hat.grad).all()
 
 
+@pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
-def test_latents_of_two_precisions(lower: torch.dtype, lpl: LatentPerceptualLoss) -> None:
+def test_latents_of_two_precisions(lower: torch.dtype, streamed: bool, autoencoder: Autoencoder) -> None:
     """As loops in mixed precision have them: nothing is rounded that was not."""
+    lpl = LatentPerceptualLoss(autoencoder, execution=Execution(streamed=streamed))
     z0_hat, z0 = pair(2, torch.float32)
     z0 = z0.to(lower)
     loss = lpl(z0_hat, z0)
