@@ -29,6 +29,7 @@ from lpl_lightning.checkpoints import SafeCheckpointIO
 from lpl_lightning.conditioning import ClassLabels, ClassTokens
 from lpl_lightning.data import ImageFolderDataModule, ShapesDataModule
 from lpl_lightning.denoiser import Denoiser
+from lpl_lightning.estimates import estimate_z0
 from lpl_lightning.export import export_diffusers
 from lpl_lightning.fine_tuning import Freeze, LoRA
 from lpl_lightning.losses import LatentPerceptualLoss
@@ -82,5 +83,6 @@ __all__ = [
     "StepGuard",
     "TransformersText",
     "UNetDenoiser",
+    "estimate_z0",
     "export_diffusers",
 ]

@@ -22,12 +22,12 @@ from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder_loading import load_autoencoder
 from lpl_lightning.draws import Generators
 from lpl_lightning.execution import StageRunner
-from lpl_lightning.feature_modules import check_feature_modules, run_to_modules
+from lpl_lightning.feature_modules import check_feature_modules, compvis_modules, run_to_modules
 from lpl_lightning.frozen import FrozenModule
-from lpl_lightning.latents import config_of, drawn, joined, latent_space, moments
+from lpl_lightning.latents import config_of, drawn, joined, latent_space, moments, note_unknown_scale
 from lpl_lightning.memory import Halving
 from lpl_lightning.model_loading import PRECISIONS
-from lpl_lightning.stages import Stage, decoder_stages
+from lpl_lightning.stages import Stage, check_stages, decoder_stages
 
 __all__ = ["Autoencoder", "Stage", "decoder_stages"]
 
@@ -41,8 +41,8 @@ class Autoencoder(FrozenModule):
 
     Known are AutoencoderKL, AsymmetricAutoencoderKL (decoding without image and mask), AutoencoderTiny, AutoencoderDC,
     AutoencoderKLFlux2 (whose latents are the patchified and normalized ones of FLUX.2), VQModel (latents before
-    quantization), AutoencoderRAE, and AutoencoderKLWan and AutoencoderKLQwenImage for video; any other model, of
-    images, volumes or video, by ``feature_modules``.
+    quantization), AutoencoderRAE, and AutoencoderKLWan and AutoencoderKLQwenImage for video; classes of other projects
+    with CompVis's decoder (``compvis_modules``); any other model, of images, volumes or video, by ``feature_modules``.
 
     Args:
         model: An autoencoder module, or where to load one: a folder that ``save_pretrained`` wrote, a .safetensors
@@ -96,7 +96,8 @@ class Autoencoder(FrozenModule):
             raise ValueError("`subfolder` and `config` say where to load a model from, but `model` is a module itself.")
         space = latent_space(model)  # reads the numbers before a lower precision rounds them
         # nn.Module's own `to`: that of diffusers' models warns of float32 parts even where there are none.
-        self.model = (model if precision is None else nn.Module.to(model, precision)).eval().requires_grad_(False)
+        self.model = model if precision is None else nn.Module.to(model, precision)
+        self.train(False).requires_grad_(False)
         self.sample_posterior = sample_posterior
         self.autocast = autocast
         self._halving = Halving()
@@ -106,21 +107,20 @@ class Autoencoder(FrozenModule):
                 f"`dtype`: {type(model).__name__} must run in float32 or bfloat16, got float16, in which its decoder "
                 "overflows (force_upcast in its config). Give dtype='bfloat16', or weights made for float16."
             )
+        if feature_modules is None and decoder_stages.dispatch(type(model)) is decoder_stages.dispatch(object):
+            feature_modules = compvis_modules(model)
         self._feature_modules = None if feature_modules is None else tuple(feature_modules)
-        if feature_modules is not None:
+        if feature_modules is None:
+            check_stages(model)
+        else:
             check_feature_modules(model, feature_modules)
-        elif self.stages[-1].name != "image" or self.stages[-1].is_feature:
-            raise ValueError(
-                f"The last of the decoder_stages of {type(model).__name__} must be 'image' with is_feature=False, "
-                f"got {[stage.name for stage in self.stages]}."
-            )
         if downscale is not None:
             at_least(1, downscale=downscale)
             space = replace(space, downscale=downscale)
+        note_unknown_scale(model, space, scaling_factor)
         self._space = space.rescaled(scaling_factor, shift_factor)
-        device = next((tensor.device for tensor in self._floating()), torch.device("cpu"))
         for name in ("shift", "scale"):
-            self.register_buffer(name, torch.empty(0, device=device))
+            self.register_buffer(name, torch.empty(0))
         self._set_affine()
 
     @property
@@ -276,14 +276,8 @@ class Autoencoder(FrozenModule):
             if self._feature_modules is None:
                 outputs = self._run_stages(current, wanted, skip, runner)
             else:
-                bypassed = [name for name in skip if getattr(self.model, name, None) is not None]
-                if bypassed:
-                    raise ValueError(
-                        f"`skip`: {bypassed} cannot be left out with `feature_modules`; drop one of the two "
-                        "(of LatentPerceptualLoss it is `post_quant_conv`: set it true)."
-                    )
                 with nullcontext() if runner is None else runner.operations(current.device):
-                    outputs = run_to_modules(self.model, self._feature_modules, wanted, current)
+                    outputs = run_to_modules(self.model, self._feature_modules, wanted, current, skip)
             if "image" in wanted:
                 outputs[-1] = self._space.images_out(outputs[-1])
         return outputs
@@ -313,6 +307,8 @@ class Autoencoder(FrozenModule):
         return nullcontext() if follow else torch.autocast(device, enabled=False)
 
     def _check_device(self, argument: str, tensor: Tensor) -> None:
+        if self.scale.device != self._device:  # the model was moved by itself, as loops do that share it
+            self._set_affine()
         if tensor.device != self.scale.device:
             raise ValueError(
                 f"`{argument}` must be on {self.scale.device}, where the autoencoder is; got {tensor.device}. "
@@ -332,11 +328,15 @@ class Autoencoder(FrozenModule):
         dtype = torch.promote_types(self.dtype, torch.float32)
         # Those made in inference mode, as of a `to` in a validation, could take part in no graph later.
         with torch.inference_mode(False):
-            self.shift = torch.tensor(self._space.shift, dtype=dtype, device=self.shift.device)
-            self.scale = torch.tensor(self._space.scale, dtype=dtype, device=self.scale.device)
+            self.shift = torch.tensor(self._space.shift, dtype=dtype, device=self._device)
+            self.scale = torch.tensor(self._space.scale, dtype=dtype, device=self._device)
 
     def _floating(self) -> Iterator[Tensor]:
         return (tensor for tensor in chain(self.model.parameters(), self.model.buffers()) if tensor.is_floating_point())
+
+    @property
+    def _device(self) -> torch.device:
+        return next((tensor.device for tensor in self._floating()), self.scale.device)
 
     @property
     def dtype(self) -> torch.dtype:

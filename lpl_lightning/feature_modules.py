@@ -1,4 +1,8 @@
-"""Features of any decoder, of any spatial rank, by the names of its modules: it runs as it is, with forward hooks."""
+"""Features of any decoder, of any spatial rank, by the names of its modules: it runs as it is, with forward hooks.
+
+A decoder in the layout of CompVis's latent diffusion (Rombach et al., 2022), which many projects have a class of their
+own for, is found by the names of its parts.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,43 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-__all__ = ["check_feature_modules", "run_to_modules"]
+__all__ = ["check_feature_modules", "compvis_modules", "run_to_modules"]
 
 
 class _Reached(BaseException):
     """The last module asked for has run. No Exception, so that no model catches it on its way."""
+
+
+def compvis_modules(model: nn.Module) -> tuple[str, ...] | None:
+    """Names of the feature maps of a decoder that is laid out as that of CompVis's latent diffusion.
+
+    That is ``mid.block_1``, ``mid.attn_1``, ``mid.block_2``, then the levels of ``up`` from the last to the first, each
+    with ``block``, ``attn`` and, but for the first, ``upsample``. The maps are what diffusers' AutoencoderKL, which has
+    its weights by other names, calls mid, up_0, up_1 and so on.
+
+    Args:
+        model: An autoencoder with a ``decoder``, or a decoder itself.
+
+    Returns:
+        The last module of the middle and of each level, in the order they run; None for another layout.
+    """
+    prefix = "decoder." if isinstance(getattr(model, "decoder", None), nn.Module) else ""
+    decoder = model.decoder if prefix else model
+    mid, levels = getattr(decoder, "mid", None), getattr(decoder, "up", None)
+    if not (isinstance(mid, nn.Module) and hasattr(mid, "block_2") and isinstance(levels, nn.ModuleList)):
+        return None
+    names = [f"{prefix}mid.block_2"]
+    for i, level in reversed(list(enumerate(levels))):
+        children = dict(level.named_children())
+        lists = [name for name in ("attn", "block") if isinstance(children.get(name), nn.ModuleList)]
+        filled = next((name for name in lists if len(cast(Any, children[name]))), None)
+        if "upsample" in children:
+            names.append(f"{prefix}up.{i}.upsample")
+        elif filled is not None:
+            names.append(f"{prefix}up.{i}.{filled}.{len(cast(Any, children[filled])) - 1}")
+        else:
+            return None
+    return tuple(names)
 
 
 def check_feature_modules(model: nn.Module, names: Sequence[str]) -> None:
@@ -46,7 +82,9 @@ def check_feature_modules(model: nn.Module, names: Sequence[str]) -> None:
             )
 
 
-def run_to_modules(model: nn.Module, names: Sequence[str], wanted: Collection[str], z: Tensor) -> list[Tensor]:
+def run_to_modules(
+    model: nn.Module, names: Sequence[str], wanted: Collection[str], z: Tensor, skip: Collection[str] = ()
+) -> list[Tensor]:
     """Decode and keep what the named modules put out, no further than the last one wanted.
 
     Args:
@@ -54,13 +92,21 @@ def run_to_modules(model: nn.Module, names: Sequence[str], wanted: Collection[st
         names: Modules, in the order they run.
         wanted: Which of ``names`` to give back; "image" is the output of the whole decoder.
         z: Unscaled latents (B, C, ...).
+        skip: Modules to leave out, which is not possible here.
 
     Returns:
         Outputs in the order they ran, the image last. Tokens (B, N, C) come as (B, C, N) where latents are maps.
 
     Raises:
-        ValueError: A module did not run, ran more than once or before one named earlier, or put out no tensor.
+        ValueError: A module did not run, ran more than once or before one named earlier, or put out no tensor; or the
+            model has one that is to be left out.
     """
+    bypassed = [name for name in skip if getattr(model, name, None) is not None]
+    if bypassed:
+        raise ValueError(
+            f"`skip`: {bypassed} cannot be left out with `feature_modules`; drop one of the two (of "
+            "LatentPerceptualLoss it is `post_quant_conv`: set it true)."
+        )
     if getattr(model, "use_tiling", False):
         raise ValueError(
             "`model` decodes in tiles, so that a module in `feature_modules` sees one tile at a time. Turn that off "

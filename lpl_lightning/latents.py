@@ -25,11 +25,12 @@ from diffusers import (
     AutoencoderTiny,
     VQModel,
 )
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lpl_lightning.draws import Generators, normal
 
-__all__ = ["LatentSpace", "config_of", "drawn", "joined", "latent_space", "moments"]
+__all__ = ["LatentSpace", "config_of", "drawn", "joined", "latent_space", "moments", "note_unknown_scale"]
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -135,7 +136,8 @@ def drawn(encoded: Any, sample: bool, generator: Generators | None = None) -> Te
     """Find the latent in what a model's ``encode`` gives.
 
     Args:
-        encoded: A tensor, a pair (mean, standard deviation), or an output of diffusers.
+        encoded: A tensor, a pair (mean, standard deviation), an output of diffusers, or a posterior with ``mean`` and
+            ``std``.
         sample: Whether to draw from a posterior or to take its mode.
         generator: Source of the posterior's noise, one or one a sample.
 
@@ -167,9 +169,13 @@ def moments(encoded: Any) -> tuple[Tensor, Tensor | None]:
         return z, None
     if isinstance(z, tuple | list) and len(z) == 2 and all(isinstance(part, Tensor) for part in z):
         return z[0], z[1]
+    mean, deviation = getattr(encoded, "mean", None), getattr(encoded, "std", None)
+    if isinstance(mean, Tensor) and isinstance(deviation, Tensor):
+        return mean, deviation
     raise ValueError(
-        "`model.encode` must give a tensor, a pair (mean, standard deviation) or an output of diffusers with "
-        f"latent_dist, latents or latent; got {type(encoded).__name__}. Give a module whose `encode` does."
+        "`model.encode` must give a tensor, a pair (mean, standard deviation), a posterior with mean and std or an "
+        f"output of diffusers with latent_dist, latents or latent; got {type(encoded).__name__}. Give a module whose "
+        "`encode` does."
     )
 
 
@@ -177,6 +183,15 @@ def config_of(model: nn.Module) -> Mapping[str, Any]:
     """The config of a diffusers model, or an empty one: other modules need not have any."""
     config = getattr(model, "config", None)
     return config if isinstance(config, Mapping) else {}
+
+
+def note_unknown_scale(model: nn.Module, space: LatentSpace, given: object) -> None:
+    """Log that neither the user (``given`` is None) nor a model, which has no config, says how latents are scaled."""
+    if given is None and not config_of(model) and space.scale == (1.0,):
+        rank_zero_info(
+            f"{type(model).__name__} does not say how its latents are scaled, so they are taken as they are. If the "
+            "diffusion model sees them multiplied by a number, give Autoencoder that number as `scaling_factor`."
+        )
 
 
 def joined(parts: Sequence[Any]) -> Tensor | tuple[Tensor, Tensor]:

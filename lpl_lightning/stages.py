@@ -23,7 +23,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-__all__ = ["Stage", "decoder_stages"]
+__all__ = ["Stage", "check_stages", "decoder_stages"]
 
 
 def _output(output: Tensor) -> Tensor:
@@ -73,6 +73,16 @@ def decoder_stages(model: nn.Module) -> list[Stage]:
         "modules of its decoder in `feature_modules`, or register a function that lists its stages with "
         "lpl_lightning.stages.decoder_stages.register."
     )
+
+
+def check_stages(model: nn.Module) -> None:
+    """Refuse a model without stages, or whose last one is not the image."""
+    stages = decoder_stages(model)
+    if stages[-1].name != "image" or stages[-1].is_feature:
+        raise ValueError(
+            f"The last of the decoder_stages of {type(model).__name__} must be 'image' with is_feature=False, "
+            f"got {[stage.name for stage in stages]}."
+        )
 
 
 @decoder_stages.register(AutoencoderKL)

@@ -23,6 +23,7 @@ def test_posterior_is_sampled_from_its_generator() -> None:
 
 def test_it_stays_frozen_and_in_eval_while_gradients_pass_through() -> None:
     autoencoder = Autoencoder(tiny_kl())
+    assert not any(parameter.requires_grad for parameter in autoencoder.parameters())
     nn.Sequential(autoencoder).train()
     autoencoder.requires_grad_(True)
     assert not any(module.training for module in autoencoder.modules())
@@ -138,6 +139,15 @@ def test_a_decoder_without_weights_follows_a_device() -> None:
     autoencoder = Autoencoder(nn.Sequential(nn.Upsample(scale_factor=2)), feature_modules=["0"], shift_factor=1.0)
     torch.testing.assert_close(autoencoder.decode(torch.zeros(1, 2, 1, 1)), torch.ones(1, 2, 2, 2))
     assert autoencoder.to("meta").shift.device == torch.device("meta")
+
+
+def test_a_model_that_a_loop_moves_by_itself_is_followed() -> None:
+    model = tiny_kl(shift_factor=0.5)
+    autoencoder = Autoencoder(model)
+    model.to("meta")
+    with pytest.raises(ValueError, match="`z` must be on meta, where the autoencoder is; got cpu"):
+        autoencoder.decode(torch.zeros(1, 4, 2, 2))
+    assert autoencoder.shift.device == autoencoder.scale.device == torch.device("meta")
 
 
 def test_scale_and_shift_of_the_config_can_be_replaced() -> None:

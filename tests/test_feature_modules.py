@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compvis import CompVisKL, frozen_as_they_do
 from conftest import tiny_kl
 from families import scrambled, tiny_rae
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from lpl_lightning import Autoencoder
+from lpl_lightning import Autoencoder, LatentPerceptualLoss
 
 
 def hooked(model: nn.Module, names: Sequence[str], run: Any) -> tuple[list[Any], Any]:
@@ -292,3 +293,46 @@ def test_slices_and_tiles_are_refused() -> None:
     tiled.enable_tiling()
     with pytest.raises(ValueError, match=r"decodes in tiles.*disable_tiling"):
         Autoencoder(tiled, feature_modules=names).features(torch.randn(1, 4, 4, 4))
+
+
+def test_a_class_of_another_project_in_compvis_layout() -> None:
+    """Its maps, images, latents and loss are those of diffusers' class, whose weights it has by other names."""
+    kl = scrambled(tiny_kl(scaling_factor=0.5))
+    theirs = Autoencoder(kl, sample_posterior=False)
+    ours = Autoencoder(frozen_as_they_do(CompVisKL(kl)), sample_posterior=False, scaling_factor=0.5)
+    assert ours.feature_names == (
+        "decoder.mid.block_2",
+        "decoder.up.2.upsample",
+        "decoder.up.1.upsample",
+        "decoder.up.0.block.1",
+    )
+    z, images = torch.randn(2, 4, 4, 4), torch.rand(2, 3, 16, 16)
+    for found, expected in zip(ours.features(z), theirs.features(z), strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(ours.decode(z), theirs.decode(z))
+    torch.testing.assert_close(ours.encode(images), theirs.encode(images))
+    ours.sample_posterior = theirs.sample_posterior = True
+    same = [a.encode(images, torch.Generator().manual_seed(1)) for a in (ours, theirs)]
+    torch.testing.assert_close(*same)
+    z0_hat = z + 0.1 * torch.randn_like(z)
+    torch.testing.assert_close(LatentPerceptualLoss(ours)(z0_hat, z), LatentPerceptualLoss(theirs)(z0_hat, z))
+
+
+def test_what_ends_a_level_of_compvis_layout() -> None:
+    model: Any = CompVisKL(tiny_kl())
+    model.decoder.up[0].attn = nn.ModuleList([nn.Identity(), nn.Identity()])
+    assert Autoencoder(model, scaling_factor=1.0).feature_names[-1] == "decoder.up.0.attn.1"
+    assert Autoencoder(model.decoder, scaling_factor=1.0).feature_names[0] == "mid.block_2", "a decoder alone"
+    for remove in ("block", "attn"):
+        delattr(model.decoder.up[0], remove)
+    with pytest.raises(ValueError, match="decoder can be split into stages, got CompVisKL"):
+        Autoencoder(model, scaling_factor=1.0)
+
+
+def test_a_scale_that_no_one_gives_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    Autoencoder(CompVisKL(tiny_kl()), scaling_factor=0.18)
+    Autoencoder(tiny_kl())
+    assert "scaled" not in caplog.text
+    Autoencoder(CompVisKL(tiny_kl()))
+    assert "CompVisKL does not say how its latents are scaled" in caplog.text

@@ -35,6 +35,7 @@ ORDER = [
     "autoencoder",
     "times",
     "noise",
+    "estimates",
     "conditioning",
     "text_loading",
     "text_encoders",

@@ -14,10 +14,10 @@ CONSTANT = 1e-3
 
 
 def check_latents(z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None) -> None:
-    """Refuse latents that do not belong together.
+    """Refuse latents that do not belong together. Their precisions may differ, as they do in mixed precision.
 
     Raises:
-        ValueError: Shapes, dtypes or devices that differ, or are none of a batch of latents.
+        ValueError: Shapes or devices that differ, or are none of a batch of latents.
     """
     for name, value in (("z0_hat", z0_hat), ("z0", z0), ("noise_to_signal", noise_to_signal)):
         if not isinstance(value, Tensor) and not (value is None and name == "noise_to_signal"):
@@ -29,14 +29,14 @@ def check_latents(z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None) ->
             "`z0_hat` and `z0` must both be (B, C, *positions), such as (B, C, h, w), and alike; "
             f"got {tuple(z0_hat.shape)} and {tuple(z0.shape)}. Give the latents as the autoencoder's `encode` has them."
         )
-    for what, other in (("dtype", z0_hat.dtype), ("device", z0_hat.device)):
-        if other != getattr(z0, what):
-            raise ValueError(
-                f"`z0_hat` and `z0` must have the same {what}, got {other} and {getattr(z0, what)}. "
-                f"Cast one of them, best the estimate: z0_hat.to(z0.{what})."
-            )
-    if not z0.is_floating_point():
-        raise ValueError(f"`z0_hat` and `z0` must be of floating point, got {z0.dtype}. Cast them with .float().")
+    if z0_hat.device != z0.device:
+        raise ValueError(
+            f"`z0_hat` and `z0` must be on the same device, got {z0_hat.device} and {z0.device}. Move one of them, "
+            "best the clean latent: z0.to(z0_hat.device)."
+        )
+    for name, z in (("z0_hat", z0_hat), ("z0", z0)):
+        if not z.is_floating_point():
+            raise ValueError(f"`{name}` must be of floating point, got {z.dtype}. Cast it with .float().")
     if noise_to_signal is not None and noise_to_signal.shape != z0.shape[:1]:
         raise ValueError(
             f"`noise_to_signal` must hold one ratio for each of the {len(z0)} samples, "

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from lpl_lightning import Autoencoder, LatentPerceptualLoss
+from lpl_lightning.execution import Execution
 from lpl_lightning.losses import Threshold
 from lpl_lightning.losses.distance import DepthWeights, Distance, Normalization, Statistics
 from lpl_lightning.losses.options import PRESETS, LossOptions
@@ -366,14 +367,35 @@ def test_every_family_of_decoder() -> None:
         assert torch.isfinite(z0_hat.grad).all()
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+def test_latents_of_two_precisions(lower: torch.dtype, streamed: bool, autoencoder: Autoencoder) -> None:
+    """As loops in mixed precision have them: nothing is rounded that was not."""
+    lpl = LatentPerceptualLoss(autoencoder, execution=Execution(streamed=streamed))
+    z0_hat, z0 = pair(2, torch.float32)
+    z0 = z0.to(lower)
+    loss = lpl(z0_hat, z0)
+    loss.sum().backward()
+    assert z0_hat.grad is not None
+    gradient, z0_hat.grad = z0_hat.grad, None
+    exact = lpl(z0_hat, z0.float())
+    exact.sum().backward()
+    torch.testing.assert_close(loss, exact, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(gradient, z0_hat.grad, rtol=0.0, atol=0.0)
+    estimate = z0_hat.detach().to(lower).requires_grad_()
+    lpl(estimate, z0_hat.detach()).sum().backward()
+    assert estimate.grad is not None
+    assert estimate.grad.dtype == lower
+
+
 def test_bad_input_is_named(autoencoder: Autoencoder, lpl: LatentPerceptualLoss) -> None:
     z = torch.randn(2, 4, 4, 4)
     calls: list[tuple[tuple[Any, ...], str]] = [
         ((z, z[:1]), r"`z0_hat` and `z0` must both be .* got \(2, 4, 4, 4\) and \(1, 4, 4, 4\)"),
         ((z[0, 0], z[0, 0]), "must both be"),
-        ((z.double(), z), r"same dtype, got torch.float64 and torch.float32. Cast .* z0_hat.to\(z0.dtype\)"),
-        ((z.to("meta"), z), "same device, got meta and cpu"),
-        ((z.long(), z.long()), "must be of floating point, got torch.int64"),
+        ((z.to("meta"), z), r"same device, got meta and cpu. Move .* z0.to\(z0_hat.device\)"),
+        ((z.long(), z), "`z0_hat` must be of floating point, got torch.int64"),
+        ((z, z.long()), "`z0` must be of floating point, got torch.int64"),
         ((z, z, torch.zeros(3)), "one ratio for each of the 2 samples"),
         ((z, z, 1.0), "`noise_to_signal` must be a tensor, got float"),
         ((z, z, torch.tensor([1.0, -2.2])), "must be sigma / alpha, 0 or more, got -2.2. .* logarithm"),
