@@ -188,7 +188,7 @@ class Autoencoder(FrozenModule):
         Raises:
             ValueError: Images of another shape or on another device, or a model that cannot encode.
         """
-        return self._scaled(drawn(self._encoded(images), self.sample_posterior, generator))
+        return self._space.checked(self._scaled(drawn(self._encoded(images), self.sample_posterior, generator)), images)
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -130,6 +130,22 @@ class LatentSpace:
                 + (" or number of frames." if video else ".")
             )
 
+    def checked(self, z: Tensor, images: Tensor) -> Tensor:
+        """A latent as it is, refused where it is not that of images.
+
+        Raises:
+            ValueError: Its channels or sides are not those that are known.
+        """
+        sides = tuple(side // self.downscale if self.downscale else side for side in images.shape[2:])
+        fits = self.frame_step is not None or self.downscale is None or tuple(z.shape[2:]) == sides
+        if not fits or len(z) != len(images) or z.shape[1] != (self.channels or z.shape[1]):
+            wanted = (len(images), self.channels, *sides)
+            raise ValueError(
+                f"`model.encode` of images {tuple(images.shape)} must give latents {wanted}, of {self.channels} "
+                f"channels with a downscaling of {self.downscale}; got {tuple(z.shape)}."
+            )
+        return z
+
 
 def drawn(encoded: Any, sample: bool, generator: Generators | None = None) -> Tensor:
     """Find the latent in what a model's ``encode`` gives.

@@ -12,6 +12,7 @@ import lpl_lightning
 
 ORDER = [
     "arguments",
+    "own_files",
     "file_names",
     "checkpoints",
     "processes",
@@ -64,6 +65,7 @@ ORDER = [
     "encoder",
     "encoding",
     "stand_ins",
+    "parser_errors",
     "cli",
     "__main__",
 ]
