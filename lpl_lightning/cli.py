@@ -35,6 +35,8 @@ from lpl_lightning.callbacks import (
     ImageWriter,
     LossByNoise,
     Preemption,
+    RunSummary,
+    SaveRunConfig,
     UnfinishedValidation,
 )
 from lpl_lightning.captioning import caption_images
@@ -96,6 +98,7 @@ class LPLCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that are always there, under keys of their own."""
         parser.add_lightning_class_args(ImagesPerSecond, "throughput")
+        parser.add_lightning_class_args(RunSummary, "summary")
         parser.add_lightning_class_args(ImageWriter, "writer")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Evaluation, "validation")
@@ -308,8 +311,7 @@ def _run(args: ArgsType) -> None:
         subclass_mode_data=True,
         trainer_class=EncodingTrainer,
         auto_configure_optimizers=False,
-        # A resumed or repeated run may write into a folder that has a config already.
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=SaveRunConfig,
         parser_kwargs={
             "exit_on_error": False,
             "epilog": f"Without a trainer: lpl {' | '.join(WITHOUT_TRAINER)}; see lpl COMMAND --help. "
