@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -126,7 +125,6 @@ def _count(module: nn.Module, call: Callable[[Tensor], object], given: Tensor) -
         with (
             torch.compiler.set_stance("force_eager"),
             torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),  # whose products have formulas on each device
             counted,
         ):
             functional_call(own, tensors, (given,))
