@@ -1,19 +1,30 @@
-"""What the parts of a run must agree on before time is spent: encoders with cached data, weights with the precision."""
+"""What the parts of a run must agree on and keep to before time is spent: encoders, data, noise, shapes, precision."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from torch import nn
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.captions import Captions
 from lpl_lightning.conditioning import Conditioner
 from lpl_lightning.frozen import weights_hash
+from lpl_lightning.noise import NoiseProcess
 
-__all__ = ["autoencoder_fingerprint", "check_encoded", "check_precision"]
+__all__ = [
+    "autoencoder_fingerprint",
+    "check_batch",
+    "check_encoded",
+    "check_noise",
+    "check_precision",
+    "check_prediction",
+    "check_range",
+]
 
 
 def autoencoder_fingerprint(autoencoder: Autoencoder) -> str:
@@ -63,3 +74,99 @@ def check_precision(parameters: Iterable[nn.Parameter], precision: str) -> None:
             f"Weights in {', '.join(sorted(coarse))} are to be trained, in which small steps are lost. Leave `dtype` "
             f"of the denoiser out and set the trainer's `precision` (now {precision}) to bf16-mixed, or train LoRA."
         )
+
+
+def check_batch(batch: Any) -> None:
+    """Refuse a batch that holds no images.
+
+    Raises:
+        ValueError: It is no dictionary with ``image`` or ``latent``, or its images are not floating numbers.
+    """
+    wanted = "a dictionary with `image` (B, 3, H, W) in [-1, 1]"
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"A batch must be {wanted}, got a {type(batch).__name__}: let items of the data be so.")
+    found = batch.get("image", batch.get("latent"))
+    if not isinstance(found, Tensor):
+        raise ValueError(f"A batch must be {wanted}, got one with {sorted(map(str, batch))}.")
+    if not found.is_floating_point():
+        raise ValueError(f"A batch must be {wanted}, got images of {found.dtype}: divide them by 127.5 and subtract 1.")
+
+
+def check_range(batch: Mapping[str, Any]) -> None:
+    """Refuse images that are far from [-1, 1], and warn of those in [0, 1]. It waits for an accelerator.
+
+    Args:
+        batch: Whose ``image`` (B, 3, H, W) is looked at, if it has any.
+
+    Raises:
+        ValueError: A value is below -2 or above 2.
+    """
+    images = batch.get("image")
+    if images is None or not images.numel():
+        return
+    least, most = torch.stack(images.detach().aminmax()).tolist()
+    if least < -2 or most > 2:
+        raise ValueError(
+            f"`image` of a batch must lie in [-1, 1], got values from {least:.4g} to {most:.4g}: divide pixels of 0 to "
+            "255 by 127.5 and subtract 1."
+        )
+    if 0 <= least < most <= 1:
+        rank_zero_warn(
+            f"`image` of the first batch lies in [{least:.4g}, {most:.4g}]. Images are to lie in [-1, 1]: if yours "
+            "are in [0, 1], multiply them by 2 and subtract 1."
+        )
+
+
+def check_prediction(denoiser: nn.Module, prediction: Any, z_t: Tensor) -> None:
+    """Refuse a prediction that would be broadcast, or is no tensor.
+
+    Args:
+        denoiser: What predicted.
+        prediction: What it gave.
+        z_t: The noisy latents.
+
+    Raises:
+        ValueError: It is no tensor of the latents' shape.
+    """
+    _check_shape(f"{type(denoiser).__name__}.forward", prediction, z_t.shape)
+
+
+def check_noise(noise: NoiseProcess) -> None:
+    """Refuse a noise process that does not do what it is for, on a few random latents.
+
+    Args:
+        noise: The process.
+
+    Raises:
+        ValueError: What a method gives is of another shape, or its target does not lead back to the clean latent.
+    """
+    name = type(noise).__name__
+    if not isinstance(getattr(noise, "prediction_type", None), str):
+        raise ValueError(f"{name}.prediction_type must be a string that says what is predicted, such as 'velocity'.")
+    drawn = torch.Generator().manual_seed(0)
+    z0, epsilon = (torch.randn(4, 2, 3, 3, generator=drawn) for _ in range(2))
+    t = noise.times(torch.tensor([0.1, 0.3, 0.5, 0.9], dtype=torch.float64))
+    _check_shape(f"{name}.times", t, (4,))
+    for scale in noise.alpha_sigma(t.float()):
+        _check_shape(f"{name}.alpha_sigma", scale, (4,))
+    _check_shape(f"{name}.time_at", noise.time_at(torch.tensor([0.1, 1.0, 3.0])), (3,))
+    noisy = noise.noised(z0, epsilon, t.float())
+    target = noise.target(noisy)
+    _check_shape(f"{name}.target", target, z0.shape)
+    _check_shape(f"{name}.weight", noise.weight(noisy), (4,))
+    estimate = noise.estimate_z0(target, noisy)
+    _check_shape(f"{name}.estimate_z0", estimate, z0.shape)
+    # Rounding is as large as the noise is to the signal.
+    ratio = noisy.noise_to_signal.cpu()
+    off = (estimate - z0).flatten(1).abs().amax(dim=1)
+    if not (off <= 1e-3 * (1 + ratio))[ratio < 100].all():
+        raise ValueError(
+            f"{name}.estimate_z0 must give the clean latent back where the prediction is {name}.target: it is off by "
+            f"{off.tolist()} at ratios sigma / alpha of {ratio.tolist()}."
+        )
+
+
+def _check_shape(what: str, found: Any, wanted: Sequence[int]) -> None:
+    if not isinstance(found, Tensor) or tuple(found.shape) != tuple(wanted):
+        got = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ValueError(f"{what} must give a tensor of shape {tuple(wanted)}, got {got}.")

@@ -22,9 +22,9 @@ from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder_loading import load_autoencoder
 from lpl_lightning.draws import Generators
 from lpl_lightning.execution import StageRunner
-from lpl_lightning.feature_modules import check_feature_modules, compvis_modules, run_to_modules
+from lpl_lightning.feature_modules import check_feature_modules, compvis_modules, note_unknown_scale, run_to_modules
 from lpl_lightning.frozen import FrozenModule
-from lpl_lightning.latents import config_of, drawn, joined, latent_space, moments, note_unknown_scale
+from lpl_lightning.latents import config_of, drawn, joined, latent_space, moments
 from lpl_lightning.memory import Halving
 from lpl_lightning.model_loading import PRECISIONS
 from lpl_lightning.stages import Stage, check_stages, decoder_stages
@@ -188,7 +188,7 @@ class Autoencoder(FrozenModule):
         Raises:
             ValueError: Images of another shape or on another device, or a model that cannot encode.
         """
-        return self._scaled(drawn(self._encoded(images), self.sample_posterior, generator))
+        return self._space.checked(self._scaled(drawn(self._encoded(images), self.sample_posterior, generator)), images)
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

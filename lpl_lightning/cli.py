@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ from lpl_lightning.callbacks import (
     ImageWriter,
     LossByNoise,
     Preemption,
+    RunSummary,
+    SaveRunConfig,
     UnfinishedValidation,
 )
 from lpl_lightning.captioning import caption_images
@@ -42,7 +45,9 @@ from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
 from lpl_lightning.export import export_checkpoint
 from lpl_lightning.module import LatentDiffusionModule
+from lpl_lightning.own_files import find_own_modules
 from lpl_lightning.packaged_configs import with_packaged_configs
+from lpl_lightning.parser_errors import plain_error, said_of_mistake
 from lpl_lightning.stand_ins import StandIns, merged, put_stand_ins
 
 __all__ = ["LPLCLI", "main"]
@@ -94,6 +99,7 @@ class LPLCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that are always there, under keys of their own."""
         parser.add_lightning_class_args(ImagesPerSecond, "throughput")
+        parser.add_lightning_class_args(RunSummary, "summary")
         parser.add_lightning_class_args(ImageWriter, "writer")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Evaluation, "validation")
@@ -110,7 +116,16 @@ class LPLCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and put the stand-ins in place of what they stand in for."""
+        """Parse, and put the stand-ins in place of what they stand in for; a refusal is one line."""
+        try:
+            self._parse(parser, args)
+        except ArgumentError as error:
+            if os.environ.get(TRACEBACK, "0") != "0":
+                raise
+            print(f"lpl: error: {plain_error(str(error))}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    def _parse(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         rules = merged([*(_rules(path) for path in config.get("config") or []), config.stand_ins])
@@ -212,6 +227,8 @@ def _plain_refusals() -> Iterator[None]:
         said = refusal(error)
         if said is error:
             raise
+        if not isinstance(said, REFUSALS):  # a mistake in a part: its text alone says too little
+            raise ValueError(f"{said_of_mistake(said)} {TRACEBACK}=1 shows how it came to that.") from error
         kind = type(said) if type(said) in (FileNotFoundError, ModuleNotFoundError) else ValueError
         raise kind(str(said)) from error
 
@@ -284,6 +301,7 @@ def _run(args: ArgsType) -> None:
         else:
             args = given
         _check_suites(given)
+        find_own_modules(given)
     if isinstance(given, list) and given and given[0] in WITHOUT_TRAINER:
         name, *rest = given
         with _plain_refusals():
@@ -298,11 +316,11 @@ def _run(args: ArgsType) -> None:
         subclass_mode_data=True,
         trainer_class=EncodingTrainer,
         auto_configure_optimizers=False,
-        # A resumed or repeated run may write into a folder that has a config already.
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=SaveRunConfig,
         parser_kwargs={
+            "exit_on_error": False,
             "epilog": f"Without a trainer: lpl {' | '.join(WITHOUT_TRAINER)}; see lpl COMMAND --help. "
-            f"{TRACEBACK}=1 in the environment shows where an error comes from."
+            f"{TRACEBACK}=1 in the environment shows where an error comes from.",
         },
         args=args,
     )

@@ -34,8 +34,9 @@ class Denoiser(nn.Module, ABC):
     """Base of denoisers.
 
     Args:
-        backbone: The network, with the attributes of a diffusers model (``config``), or where to load one: a folder
-            that ``save_pretrained`` wrote or a Hugging Face hub id; ``random:`` before either takes the config alone.
+        backbone: The network, or where to load a diffusers model: a folder that ``save_pretrained`` wrote or a Hugging
+            Face hub id; ``random:`` before either takes the config alone. What its ``config`` says, if it has one as
+            diffusers' models have, is checked against the other parts.
         subfolder: Subfolder of the folder or hub repository, such as ``transformer`` in that of a pipeline, the rest
             of which is not loaded.
         dtype: Precision to put the backbone in. By default float32 for a loaded one, a module's own for a module.
@@ -89,6 +90,11 @@ class Denoiser(nn.Module, ABC):
             )
         # nn.Module's own `to`: that of diffusers' models warns of float32 parts even where there are none.
         self.backbone = backbone if precision is None else nn.Module.to(backbone, precision)
+        if gradient_checkpointing and not hasattr(self.backbone, "enable_gradient_checkpointing"):
+            raise ValueError(
+                f"`gradient_checkpointing`: {type(backbone).__name__} has no method enable_gradient_checkpointing. "
+                "Give it one, or leave the argument out."
+            )
         if gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
         if attention is not None:
@@ -101,15 +107,19 @@ class Denoiser(nn.Module, ABC):
         """Precision of the backbone's weights."""
         return cast(torch.dtype, next(self.backbone.parameters()).dtype)
 
+    def config_value(self, name: str) -> Any:
+        """What the config of the backbone says under a name; None where it says nothing, or there is no config."""
+        return getattr(getattr(self.backbone, "config", None), name, None)
+
     @property
     def latent_channels(self) -> int | None:
         """Channels of the latents that the backbone takes, where it says so."""
-        return getattr(self.backbone.config, "in_channels", None)
+        return cast("int | None", self.config_value("in_channels"))
 
     @property
     def patch(self) -> int:
         """What the side of the latents must be a multiple of."""
-        return getattr(self.backbone.config, "patch_size", None) or 1
+        return self.config_value("patch_size") or 1
 
     @property
     def needs(self) -> ConditionShape:
@@ -152,8 +162,8 @@ class Denoiser(nn.Module, ABC):
                 f"`in_channels` and `out_channels` of the backbone to fit {latent_channels}, or choose an autoencoder "
                 f"of {wanted} latent channels."
             )
-        given = getattr(self.backbone.config, "in_channels", latent_channels)
-        predicted = getattr(self.backbone.config, "out_channels", None) or given
+        given = self.config_value("in_channels") or latent_channels
+        predicted = self.config_value("out_channels") or given
         if predicted != given and not (self.predicts_variance and predicted == 2 * given):
             raise ValueError(
                 f"The denoiser predicts {predicted} channels for latents of {given}: set the backbone's "

@@ -10,9 +10,12 @@ from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from typing import Any, cast
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-__all__ = ["check_feature_modules", "compvis_modules", "run_to_modules"]
+from lpl_lightning.latents import LatentSpace, config_of
+
+__all__ = ["check_feature_modules", "compvis_modules", "note_unknown_scale", "run_to_modules"]
 
 
 class _Reached(BaseException):
@@ -49,6 +52,15 @@ def compvis_modules(model: nn.Module) -> tuple[str, ...] | None:
         else:
             return None
     return tuple(names)
+
+
+def note_unknown_scale(model: nn.Module, space: LatentSpace, given: object) -> None:
+    """Log that neither the user (``given`` is None) nor a model, which has no config, says how latents are scaled."""
+    if given is None and not config_of(model) and space.scale == (1.0,):
+        rank_zero_info(
+            f"{type(model).__name__} does not say how its latents are scaled, so they are taken as they are. If the "
+            "diffusion model sees them multiplied by a number, give Autoencoder that number as `scaling_factor`."
+        )
 
 
 def check_feature_modules(model: nn.Module, names: Sequence[str]) -> None:

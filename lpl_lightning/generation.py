@@ -62,7 +62,7 @@ class GeneratingModule(RebuiltModule):
         """
         if self._image_size is not None:
             return self._image_size // self.autoencoder.downscale
-        sample_size = getattr(self.denoiser.backbone.config, "sample_size", None)
+        sample_size = self.denoiser.config_value("sample_size")
         if not isinstance(sample_size, int):
             raise ValueError(
                 f"The size of images is not known: there are no data, and a {type(self.denoiser.backbone).__name__} is "

@@ -25,12 +25,11 @@ from diffusers import (
     AutoencoderTiny,
     VQModel,
 )
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lpl_lightning.draws import Generators, normal
 
-__all__ = ["LatentSpace", "config_of", "drawn", "joined", "latent_space", "moments", "note_unknown_scale"]
+__all__ = ["LatentSpace", "config_of", "drawn", "joined", "latent_space", "moments"]
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -131,6 +130,22 @@ class LatentSpace:
                 + (" or number of frames." if video else ".")
             )
 
+    def checked(self, z: Tensor, images: Tensor) -> Tensor:
+        """A latent as it is, refused where it is not that of images.
+
+        Raises:
+            ValueError: Its channels or sides are not those that are known.
+        """
+        sides = tuple(side // self.downscale if self.downscale else side for side in images.shape[2:])
+        fits = self.frame_step is not None or self.downscale is None or tuple(z.shape[2:]) == sides
+        if not fits or len(z) != len(images) or z.shape[1] != (self.channels or z.shape[1]):
+            wanted = (len(images), self.channels, *sides)
+            raise ValueError(
+                f"`model.encode` of images {tuple(images.shape)} must give latents {wanted}, of {self.channels} "
+                f"channels with a downscaling of {self.downscale}; got {tuple(z.shape)}."
+            )
+        return z
+
 
 def drawn(encoded: Any, sample: bool, generator: Generators | None = None) -> Tensor:
     """Find the latent in what a model's ``encode`` gives.
@@ -183,15 +198,6 @@ def config_of(model: nn.Module) -> Mapping[str, Any]:
     """The config of a diffusers model, or an empty one: other modules need not have any."""
     config = getattr(model, "config", None)
     return config if isinstance(config, Mapping) else {}
-
-
-def note_unknown_scale(model: nn.Module, space: LatentSpace, given: object) -> None:
-    """Log that neither the user (``given`` is None) nor a model, which has no config, says how latents are scaled."""
-    if given is None and not config_of(model) and space.scale == (1.0,):
-        rank_zero_info(
-            f"{type(model).__name__} does not say how its latents are scaled, so they are taken as they are. If the "
-            "diffusion model sees them multiplied by a number, give Autoencoder that number as `scaling_factor`."
-        )
 
 
 def joined(parts: Sequence[Any]) -> Tensor | tuple[Tensor, Tensor]:

@@ -81,12 +81,19 @@ class LPLMixin:
 
         Returns:
             A scalar; zero without terms.
+
+        Raises:
+            ValueError: A term is no scalar.
         """
         total = torch.zeros((), device=z0.device)
         self.__dict__["_lpl_prediction"], self.__dict__["_lpl_draws"] = prediction, draws
         try:
-            for fn in self.loss_terms.values():
-                total = total + fn(z0_hat, z0, noise_to_signal)
+            for name, fn in self.loss_terms.items():
+                term = fn(z0_hat, z0, noise_to_signal)
+                if not isinstance(term, Tensor) or term.ndim:
+                    got = f"shape {tuple(term.shape)}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
+                    raise ValueError(f"The loss term {name!r} must give a scalar tensor, got {got}: take its mean.")
+                total = total + term
         finally:
             del self.__dict__["_lpl_prediction"], self.__dict__["_lpl_draws"]
         return total

@@ -20,7 +20,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
-from lpl_lightning.agreement import check_encoded, check_precision
+from lpl_lightning.agreement import (
+    check_batch,
+    check_encoded,
+    check_noise,
+    check_precision,
+    check_prediction,
+    check_range,
+)
 from lpl_lightning.arguments import check_divides, check_sizes
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.conditioning import Conditioner
@@ -149,6 +156,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
             self._draw_seed = None
 
     def _check_parts(self) -> None:
+        check_noise(self.noise)
         if self._image_size is not None:
             check_divides(self._image_size, self.autoencoder.downscale)
         latent_size = None if self._image_size is None else self.latent_size
@@ -241,6 +249,9 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
 
     def _step(self, batch: dict[str, Any], stage: Literal["train", "val", "test"], batch_idx: int) -> Tensor:
         training = stage == "train"
+        check_batch(batch)
+        if batch_idx == 0:  # not at each, since an accelerator would be waited for
+            check_range(batch)
         size = len(batch["image"] if "image" in batch else batch["latent"])
         draws, kept = self._draw(size, stage, batch_idx)
         z0 = self.clean_latents(batch, draws.generators)
@@ -248,6 +259,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         drop = self.conditioner.dropped(draws.drop) if training else None
         condition = self.conditioner({**batch, "caption_draw": draws.caption}, size, drop)
         prediction = self.denoiser(noisy.z_t, noisy.t, condition)
+        check_prediction(self.denoiser, prediction, noisy.z_t)
         errors = (prediction.float() - self.noise.target(noisy)).square().flatten(1).mean(dim=1)
         diffusion = (self.noise.weight(noisy) * errors)[:kept].sum() / max(1, kept)
         z0_hat = self.noise.estimate_z0(prediction, noisy)

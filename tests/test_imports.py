@@ -12,6 +12,7 @@ import lpl_lightning
 
 ORDER = [
     "arguments",
+    "own_files",
     "file_names",
     "checkpoints",
     "processes",
@@ -19,6 +20,7 @@ ORDER = [
     "step_record",
     "draws",
     "loader_processes",
+    "run_folder",
     "data",
     "pretrained",
     "model_loading",
@@ -47,6 +49,7 @@ ORDER = [
     "strategies",
     "backbones",
     "fine_tuning",
+    "multiply_adds",
     "losses",
     "sampling",
     "optimization",
@@ -66,6 +69,7 @@ ORDER = [
     "encoding",
     "stand_ins",
     "packaged_configs",
+    "parser_errors",
     "cli",
     "__main__",
 ]

@@ -110,3 +110,18 @@ def test_terms_see_the_prediction_and_nobody_later_does() -> None:
     module.auxiliary_loss(prediction, prediction)
     assert seen[0] is prediction
     assert seen[1] is None
+
+
+def test_a_term_that_is_no_scalar_is_named() -> None:
+    class Module(LPLMixin, pl.LightningModule):
+        pass
+
+    z0 = torch.zeros(2, 4, 2, 2)
+    module = Module()
+    module.add_loss_term("own", lambda z0_hat, z0, nsr: z0.flatten(1).mean(dim=1))
+    with pytest.raises(ValueError, match=r"The loss term 'own' must give a scalar tensor, got shape \(2,\): take its"):
+        module.auxiliary_loss(z0, z0)
+    module.remove_loss_term("own")
+    module.add_loss_term("own", lambda z0_hat, z0, nsr: 1.0)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="got a float"):
+        module.auxiliary_loss(z0, z0)

@@ -7,8 +7,10 @@ from lpl_lightning.callbacks.images import ImageWriter, SampleGrid
 from lpl_lightning.callbacks.loss_by_noise import LossByNoise
 from lpl_lightning.callbacks.lpl import LPLCallback
 from lpl_lightning.callbacks.preemption import Preemption
+from lpl_lightning.callbacks.run_config import SaveRunConfig
 from lpl_lightning.callbacks.saving import SaveAutoencoder, SaveDiffusers, SaveWeights
 from lpl_lightning.callbacks.step_guard import StepGuard
+from lpl_lightning.callbacks.summary import RunSummary
 from lpl_lightning.callbacks.throughput import ImagesPerSecond
 from lpl_lightning.callbacks.unfinished_validation import UnfinishedValidation
 
@@ -21,9 +23,11 @@ __all__ = [
     "LPLCallback",
     "LossByNoise",
     "Preemption",
+    "RunSummary",
     "SampleGrid",
     "SaveAutoencoder",
     "SaveDiffusers",
+    "SaveRunConfig",
     "SaveWeights",
     "StepGuard",
     "UnfinishedValidation",

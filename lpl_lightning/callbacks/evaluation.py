@@ -14,7 +14,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.callbacks.ema import averaged, decay_in_place
-from lpl_lightning.callbacks.run_folder import loaded_run_folder, run_folder
 from lpl_lightning.data.base import ImageDataModule, SampleRequests
 from lpl_lightning.data.captions import read_prompts
 from lpl_lightning.evaluation.cache import ReferenceCache, default_folder
@@ -37,6 +36,7 @@ from lpl_lightning.evaluation.suite import Suite
 from lpl_lightning.frozen import weights_hash
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.pretrained import read_checkpoint
+from lpl_lightning.run_folder import loaded_run_folder, log_picture, run_folder
 
 __all__ = ["Evaluation"]
 
@@ -288,6 +288,8 @@ class Evaluation(Callback):
             )
         if trainer.is_global_zero:
             evaluator.write(report, folder)
+            for picture in sorted(folder.glob("*.png")):
+                log_picture(trainer, f"eval_{picture.stem}", picture)
             rank_zero_info(f"Evaluation: {folder / 'report.md'}")
         self.report = report
         return report

@@ -9,14 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.callbacks.ema import averaged
-from lpl_lightning.callbacks.run_folder import run_folder
 from lpl_lightning.data.base import ImageDataModule, SampleRequests
 from lpl_lightning.data.listing import some
 from lpl_lightning.evaluation.generated import (
@@ -28,6 +26,7 @@ from lpl_lightning.evaluation.generated import (
     write_png,
 )
 from lpl_lightning.module import LatentDiffusionModule
+from lpl_lightning.run_folder import log_picture, run_folder
 from lpl_lightning.sharding import unsharded
 
 __all__ = ["ImageWriter", "SampleGrid"]
@@ -37,8 +36,9 @@ class SampleGrid(Callback):
     """Writes a grid of samples as PNG: at the start of training, every n steps, and at the end.
 
     All grids of a run use the same seeds, so that they can be compared. They lie in ``samples/`` of the run's folder
-    and go to TensorBoard where it is the logger. With an ``EMA`` callback before it they show the average, from its
-    first update on. Images that are not finite are warned of, and black: they are no reason to end a training run.
+    and go to all loggers that have pictures, TensorBoard and Weights & Biases. With an ``EMA`` callback before it they
+    show the average, from its first update on. Images that are not finite are warned of, and black: they are no reason
+    to end a training run.
 
     Models that go by captions draw the first ones of the validation images, unless ``prompts`` are given.
 
@@ -130,9 +130,7 @@ class SampleGrid(Callback):
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_png(grid, path)
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image("samples", grid, step)
+            log_picture(trainer, "samples", path)
         return path
 
     def _requests(self, trainer: pl.Trainer, pl_module: LatentDiffusionModule) -> SampleRequests:

@@ -20,7 +20,6 @@ from torch import Tensor
 from lpl_lightning.arguments import above
 from lpl_lightning.callbacks.ema import decay_in_place
 from lpl_lightning.callbacks.lpl import LPLCallback
-from lpl_lightning.callbacks.run_folder import loaded_run_folder
 from lpl_lightning.evaluation.evaluator import posterior_mean
 from lpl_lightning.evaluation.gathering import Rows
 from lpl_lightning.evaluation.generated import to_uint8
@@ -29,6 +28,7 @@ from lpl_lightning.evaluation.settings import as_json, attributes, digest, model
 from lpl_lightning.evaluation.suite import versions
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.pretrained import read_checkpoint
+from lpl_lightning.run_folder import loaded_run_folder, log_picture
 
 __all__ = ["LossByNoise", "read_loss_by_noise"]
 
@@ -174,7 +174,8 @@ class LossByNoise(Callback):
         writer.writeheader()
         writer.writerows(levels)
         write_whole(folder / f"{stem}.csv", table.getvalue())
-        _plot(self._names, levels, folder / f"{stem}.png")
+        if _plot(self._names, levels, folder / f"{stem}.png"):
+            log_picture(trainer, "loss_by_noise", folder / f"{stem}.png")
         if trainer.state.fn == "validate":
             print(_markdown(self._names, levels))
             rank_zero_info(f"Loss by noise level: {folder / stem}.csv")
@@ -231,12 +232,12 @@ def _spread(error: float | None) -> str:
     return "" if error is None else f" ± {formatted(error)}"
 
 
-def _plot(names: Sequence[str], levels: Sequence[_Level], path: Path) -> None:
+def _plot(names: Sequence[str], levels: Sequence[_Level], path: Path) -> bool:
     try:
         figures: Any = import_module("matplotlib.figure")
     except ModuleNotFoundError:
         rank_zero_info(f"{path.name} is not drawn: `pip install matplotlib` for plots.")
-        return
+        return False
     figure = figures.Figure(figsize=(4 * len(names), 3.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
         ratios = [level["noise_to_signal"] for level in levels]
@@ -247,3 +248,4 @@ def _plot(names: Sequence[str], levels: Sequence[_Level], path: Path) -> None:
         axes.set_xlabel("sigma / alpha")
         axes.set_title(name)
     figure.savefig(path, dpi=120)
+    return True

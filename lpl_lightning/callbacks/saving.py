@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from lpl_lightning.autoencoder_module import AutoencoderModule
 from lpl_lightning.callbacks.ema import decay_in_place
-from lpl_lightning.callbacks.run_folder import run_folder
 from lpl_lightning.export import export_diffusers
 from lpl_lightning.export.provenance import note, provenance
 from lpl_lightning.module import LatentDiffusionModule
+from lpl_lightning.run_folder import run_folder
 from lpl_lightning.sharding import gathered
 
 __all__ = ["SaveAutoencoder", "SaveDiffusers", "SaveWeights"]

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from lpl_lightning.arguments import NotFiniteError, at_least
-from lpl_lightning.callbacks.run_folder import run_folder
 from lpl_lightning.callbacks.terms import leave_lpl_to_guard, loss_callbacks
 from lpl_lightning.data.listing import some
+from lpl_lightning.run_folder import run_folder
 from lpl_lightning.sharding import local, whole
 from lpl_lightning.step_record import StepRecord, plain
 

@@ -20,6 +20,7 @@ from lpl_lightning.data.buckets import Assignment
 from lpl_lightning.data.captions import read_prompts
 from lpl_lightning.data.faults import Faults, Unreadable, read_faults
 from lpl_lightning.data.listing import some
+from lpl_lightning.run_folder import run_folder
 
 __all__ = ["ImageDataModule", "SampleRequests"]
 
@@ -187,8 +188,9 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def _write_faults_into_run(self) -> None:
         """Let the report of bad images lie in the run's folder; all processes must call this."""
         trainer = self.trainer
-        if trainer is not None and self.faults.report is None and not getattr(trainer, "fast_dev_run", False):
-            self.faults.report = Path(trainer.log_dir or trainer.default_root_dir) / REPORT
+        folder = None if trainer is None or self.faults.report is not None else run_folder(trainer)
+        if folder is not None:
+            self.faults.report = folder / REPORT
 
     def _write_faults(self, bad: Mapping[str, str]) -> None:
         """Write bad images down, reasons by name, once for all processes."""

@@ -25,6 +25,7 @@ from lpl_lightning.export.text import text_parts
 from lpl_lightning.fine_tuning import LoRA
 from lpl_lightning.model_loading import PRECISIONS
 from lpl_lightning.module import MEANING, LatentDiffusionModule
+from lpl_lightning.own_files import find_own_modules
 from lpl_lightning.pretrained import chosen_state, read_checkpoint
 
 __all__ = ["ExportPrecision", "export_checkpoint", "export_diffusers"]
@@ -101,7 +102,8 @@ def export_checkpoint(
         ema: Decay of the moving average to take; by default the weights as they were trained.
         dtype: Precision of the weights.
         trusted: Whether anything that the checkpoint's config names may be imported and built, as it must be for parts
-            of your own; without it, the parts of this package and of diffusers alone.
+            of your own, which may lie in files of the working directory; without it, the parts of this package and of
+            diffusers alone.
 
     Returns:
         The folder.
@@ -128,6 +130,8 @@ def export_checkpoint(
             "Build the module, load the checkpoint, and call lpl_lightning.export_diffusers(module, folder)."
         )
     try:
+        if trusted:
+            find_own_modules([str(parameters)])
         given: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr_scheduler": None}  # there is nothing to train
         module = LatentDiffusionModule.load_from_checkpoint(ckpt, map_location="cpu", trusted=trusted, **given)
     except (ArgumentError, FileNotFoundError, TypeError, ValueError) as error:

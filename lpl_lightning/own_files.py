@@ -1,0 +1,69 @@
+"""Modules of a user's own that a config names: plain files in the working directory or beside the config.
+
+Python looks for modules in the working directory when it runs a script or ``python -m``, and not for a command such as
+``lpl``. A folder is added here only where the config or the command names a module that lies in it and that Python
+finds nowhere else, and at the end: no file can take the place of a library, nor be imported where nobody named it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+__all__ = ["find_own_modules", "other_module"]
+
+_FILE = re.compile(r"[^\s'\"=,\[\]{}]+\.(?:yaml|yml|json)\b")
+_ENDINGS = (".yaml", ".yml", ".json")
+_NAME = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?=\.[A-Za-z_])")
+
+
+def find_own_modules(given: Sequence[str]) -> None:
+    """Let Python find the modules of a user's own that a command names, by itself or in its configs.
+
+    Args:
+        given: The arguments of the command.
+    """
+    configs = _configs(given)
+    texts, folders = [*given, *configs.values()], [Path.cwd(), *(path.parent.absolute() for path in configs)]
+    for name in dict.fromkeys(name for text in texts for name in _NAME.findall(text)):
+        if _origin(name) is None and (folder := next((at for at in folders if _holds(at, name)), None)) is not None:
+            sys.path.append(str(folder))
+
+
+def other_module(name: str) -> str | None:
+    """Where Python finds a module in place of a file of that name in the working directory; None where it does not."""
+    origin = _origin(name)
+    return origin if origin is not None and _holds(Path.cwd(), name) and Path(origin).parent != Path.cwd() else None
+
+
+def _configs(given: Iterable[str]) -> dict[Path, str]:
+    """Files of configs that arguments name, and those that these name in turn, with what they say."""
+    found: dict[Path, str] = {}
+    queue = [(text, Path()) for text in given]
+    while queue:
+        text, folder = queue.pop(0)
+        whole = [text] if text.endswith(_ENDINGS) and "\n" not in text else []  # may hold blanks
+        for path in (folder / Path(name).expanduser() for name in (*whole, *_FILE.findall(text))):
+            if path not in found and path.is_file():
+                found[path] = path.read_text(encoding="utf-8", errors="replace")
+                queue.append((found[path], path.parent))
+    return found
+
+
+def _holds(folder: Path, name: str) -> bool:
+    """Whether a folder has a module of that name."""
+    return (folder / f"{name}.py").is_file() or any((folder / name).glob("*.py"))
+
+
+def _origin(name: str) -> str | None:
+    """Where Python finds a module; None where it finds none."""
+    try:
+        spec = find_spec(name)
+    except ValueError:  # one that is running, or was made by hand
+        return "__main__"
+    if spec is None:
+        return None
+    return spec.origin or next(iter(spec.submodule_search_locations or ()), name)

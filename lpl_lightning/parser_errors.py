@@ -1,0 +1,81 @@
+"""What a parser of configs refuses, in one line: the key, and what is wrong with it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from importlib import import_module
+
+from lpl_lightning.own_files import other_module
+
+__all__ = ["plain_error", "said_of_mistake"]
+
+_KEY = re.compile(r'Parser key "([^"]+)":')
+_PATH = re.compile(r"(?:given class_path|but|Import path) '?([A-Za-z_]\w*(?:\.\w+)+)'?")
+_TRIED = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Expected a path but",
+    "Problem with given",
+    "Not a valid subclass",
+    "Subclass types expect",
+    "a class path (str)",
+    "a dict with",
+    "Expected a <class 'NoneType'>",
+)
+"""How lines begin that say what was tried, and not what was wrong."""
+
+
+def plain_error(message: str) -> str:
+    """The part of a parser's message that says what was wrong.
+
+    A parser of types says all that it tried, one nested in the other; what it came to where it went deepest is what a
+    user can mend.
+
+    Args:
+        message: As jsonargparse makes it.
+
+    Returns:
+        One line, or the message as it is where nothing is found in it.
+    """
+    where: list[tuple[int, str]] = []
+    found: list[tuple[int, str, str]] = []
+    path = ""
+    for line in message.splitlines():
+        indent, text = len(line) - len(line.lstrip(" -")), line.strip(" -")
+        if key := _KEY.match(text):
+            where = [(depth, name) for depth, name in where if depth < indent] + [(indent, key[1])]
+            text = text[key.end() :].strip()
+        if named := _PATH.search(text):
+            path = named[1]
+        if text and not text.startswith(_TRIED):
+            text = f"{path}: {text}" if text.startswith("Option") and path else text
+            found.append((indent, ".".join(name for _, name in where), text))
+    if not found or not where:
+        return message
+    _, key_path, text = max(found, key=lambda item: item[0])
+    return f"`{key_path}`: {text.rstrip('.')}{_more(path, text)}."
+
+
+def _more(path: str, text: str) -> str:
+    """What the parser knows, or could know, of a class and does not say."""
+    module, _, name = path.rpartition(".")
+    if text.startswith("No module named"):
+        return f". `{path}` is to lie in {module.replace('.', '/')}.py, in the working directory or beside a config"
+    if "has no attribute" in text and (origin := other_module(module.split(".")[0])) is not None:
+        return f". Python finds {origin} under that name: call your own file something else"
+    if "is abstract" in text and module:
+        missing = sorted(getattr(getattr(import_module(module), name, None), "__abstractmethods__", ()))
+        return f": it lacks {', '.join(missing)}" if missing else ""
+    if "does not correspond to a subclass" in text and not inspect.isclass(getattr(import_module(module), name, None)):
+        return ": it is no class"
+    return ""
+
+
+def said_of_mistake(error: BaseException) -> str:
+    """What went wrong in a part's own code, such as a ``KeyError``, and where, in one sentence."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} in {last.filename}, line {last.lineno}: {error}."
