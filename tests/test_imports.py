@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,11 @@ def test_public_names_are_listed_and_files_are_short(path: Path) -> None:
 def test_every_public_name_is_there() -> None:
     for name in lpl_lightning.__all__:
         assert getattr(lpl_lightning, name).__doc__
+
+
+def test_the_package_imports_nothing_large_before_it_is_asked_for() -> None:
+    code = "import sys, lpl_lightning; lpl_lightning.__version__; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    large = {"torch", "lightning", "diffusers", "transformers", "open_clip", "matplotlib", "torchvision"}
+    assert large.isdisjoint(found.stdout.split())
+    assert "lpl_lightning" in found.stdout.split()
