@@ -201,9 +201,7 @@ def fit(folder: str, number: int, where: str) -> None:
     trainer.fit(Line(), loaders[0], loaders[1])
 
 
-@pytest.mark.parametrize(
-    ("number", "where"), [(signal.SIGTERM, "training"), (signal.SIGUSR1, "validation"), (signal.SIGUSR1, "training")]
-)
+@pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, "training"), (signal.SIGUSR1, "validation")])
 def test_a_signal_to_the_whole_job_saves(tmp_path: Path, number: int, where: str) -> None:
     ended = subprocess.run([sys.executable, __file__, str(tmp_path), str(int(number)), where], timeout=90, check=False)
     assert ended.returncode == 128 + number

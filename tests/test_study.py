@@ -28,7 +28,8 @@ def planned(folder: Path, experiment: str, scale: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("scale", "experiments", "kinds"), [("cpu", ("main", "rivals", "thin", "ceilings"), 19), ("gpu", ("thin",), 8)]
+    ("scale", "experiments", "kinds"),
+    [("cpu", ("main", "rivals", "thin", "ceilings"), 19), pytest.param("gpu", ("thin",), 8, marks=pytest.mark.slow)],
 )
 def test_commands_are_understood(
     tmp_path: Path,
