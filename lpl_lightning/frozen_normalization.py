@@ -93,6 +93,7 @@ def _(gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, g
 
 def _backward(gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> Tensor:
     wanted = [True, False, False]
+    gradient = gradient.contiguous(memory_format=_format(x))
     found, *_ = torch.ops.aten.native_group_norm_backward(gradient, x, mean, rstd, weight, *_sizes(x), groups, wanted)
     return cast(Tensor, found)
 
@@ -106,5 +107,6 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    """Of a map that PyTorch's own kernels take: other devices' have none for channels that lie last."""
+    last = x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
