@@ -1,7 +1,7 @@
 """The study of what LPL does to small models of photos: which are trained, and what measures them.
 
     python notebooks/study.py plan main                        # the commands of an experiment, to be run by hand
-    python notebooks/study.py run main --photos PHOTOS --squeezenet squeezenet1_0.pth
+    python notebooks/study.py run main depth --photos PHOTOS --squeezenet squeezenet1_0.pth
     python notebooks/study.py run ceilings --photos PHOTOS --squeezenet squeezenet1_0.pth --autoencoder taesd
     python notebooks/study.py run thin --profile ...           # the steps' cost too
     python notebooks/study.py collect                          # what has been measured so far, as notebooks/results.csv
@@ -9,7 +9,8 @@
 
 PHOTOS has ``train`` and ``val``, each with a folder a class. ``run`` makes what is missing and nothing twice: stopped
 and called again, it goes on, also within a training. ``--scale gpu`` lays ``configs/study/gpu.yaml`` over all models,
-``--jobs 4`` runs so many commands at a time. Commands run in the repository's folder, with ``PYTHONPATH=notebooks``.
+``--jobs 8`` runs so many commands at a time, as many small models as it takes to fill a GPU, and ``--minutes 9`` begins
+none later. Commands run in the repository's folder, with ``PYTHONPATH=notebooks``.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import csv
 import json
 import os
 import shlex
-import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,11 @@ SIDE = 64
 """Pixels."""
 SEEDS = (1, 2, 3)
 PROCESSES = ("flow", "ddpm_v", "ddpm_epsilon")
+OTHERS = {
+    "dit": ("configs/flow.yaml", "configs/study/dit.yaml"),
+    "taesd3": ("configs/flow.yaml", "configs/study/taesd3.yaml"),
+}
+"""Config files of models that are not the MMDiT on the study's autoencoder, by what stands in a process's place."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Run:
 
     Attributes:
         name: Of its folder.
-        process: Overlay of the noise process.
+        process: Overlay of the noise process, or one of ``OTHERS``.
         seed: Of all that is drawn.
         steps: Optimizer steps.
         start: Optimizer step of pre-training that it starts from; None from scratch.
@@ -142,13 +149,15 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
         "every-4": {"callback": {"every_n_steps": 4}},
         "budget-0.15": {"callback": {"budget": 0.15}},
     }
+
+    def pairs(process: str) -> list[Run]:
+        losses = {"none": None, "lpl": {}}
+        return [post(scale, name, process, seed, loss=loss) for seed in SEEDS for name, loss in losses.items()]
+
     found = {
-        "main": [
-            post(scale, name, process, seed, loss=loss)
-            for process in PROCESSES
-            for seed in SEEDS
-            for name, loss in (("none", None), ("lpl", {}))
-        ],
+        "main": [run for process in PROCESSES for run in pairs(process)],
+        "dit": pairs("dit"),
+        "taesd3": pairs("taesd3"),
         "statistics": variants(modes),
         "depth": variants(losses("depth", "depth", [1, 2, 3])),
         "depth_weights": variants(weights),
@@ -196,31 +205,32 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
 
 def overlays(run: Run, scale: Scale) -> list[str]:
     """Config files of a run, in their order."""
-    files = [BASE, f"configs/{run.process}.yaml", *([scale.overlay] if scale.overlay else [])]
+    of_process = OTHERS.get(run.process, (f"configs/{run.process}.yaml",))
+    files = [BASE, *of_process, *([scale.overlay] if scale.overlay else [])]
     added = run.rival if run.rival is not None else "lpl" if run.loss is not None else None
     return [*files, *([f"configs/study/{added}.yaml"] if added else [])]
 
 
-def fit(run: Run, scale: Scale, out: Path, squeezenet: Path) -> list[str]:
+def fit(run: Run, scale: Scale, given: argparse.Namespace) -> list[str]:
     """The command that trains it."""
+    out = given.out
     words = ["lpl", "fit", *(word for file in overlays(run, scale) for word in ("-c", file))]
     words += [f"--seed_everything={run.seed}", f"--trainer.max_steps={run.steps}", "--ckpt_path=last"]
     words += [f"--trainer.logger.init_args.save_dir={out}", f"--trainer.logger.init_args.name={run.name}"]
-    words += ["--trainer.enable_progress_bar=false", f"--data.root={out / 'latents'}"]
-    words += [f"--model.autoencoder.model={decoder(out)}"]
+    words += ["--trainer.enable_progress_bar=false", f"--data.root={latents(out, run.process)}"]
+    words += [f"--model.autoencoder.model={decoder(given, run.process)}"]
+    kept = scale.pretrain // 4 if run.start is None else scale.short
+    rules: dict[str, Any] = {"lightning.pytorch.callbacks.ModelCheckpoint": {"every_n_train_steps": kept}}
     if run.start is not None:
         words.append(f"--model.weights={checkpoint(pretrained(run.process, scale), out, run.start)}")
     if run.loss is not None:
-        loss = {**run.loss, **run.callback.get("loss", {})}
         callback = {key: value for key, value in run.callback.items() if key != "loss"}
-        rules: dict[str, Any] = {"lpl_lightning.LatentPerceptualLoss": loss, "lpl_lightning.LPLCallback": callback}
-        if rules := {name: options for name, options in rules.items() if options}:
-            words.append(f"--stand_ins={json.dumps(rules)}")
+        rules["lpl_lightning.LatentPerceptualLoss"] = {**run.loss, **run.callback.get("loss", {})}
+        rules["lpl_lightning.LPLCallback"] = callback
     if run.rival is not None:
-        rules = {"STUDY_AUTOENCODER": str(decoder(out)), "squeezenet1_0.pth": str(squeezenet)}
+        rules |= {"STUDY_AUTOENCODER": str(decoder(given, run.process)), "squeezenet1_0.pth": str(given.squeezenet)}
         rules |= {"STUDY_DENOISER": str(checkpoint(pretrained(run.process, scale), out))}
-        words.append(f"--stand_ins={json.dumps(rules)}")
-    return [*words, *run.options]
+    return [*words, f"--stand_ins={json.dumps({name: value for name, value in rules.items() if value})}", *run.options]
 
 
 def checkpoint(run: Run, out: Path, step: int | None = None) -> Path:
@@ -238,36 +248,46 @@ def autoencoder(photos: Path, out: Path) -> list[str]:
     return [*words, f"--trainer.logger.init_args.save_dir={out}", "--trainer.enable_progress_bar=false"]
 
 
-def encode(photos: Path, out: Path) -> list[str]:
+def encode(process: str, given: argparse.Namespace) -> list[str]:
     """The command that makes the latents."""
-    words = ["lpl", "encode", "-c", BASE, "--data=lpl_lightning.data.ImageFolderDataModule"]
-    words += [f"--data.root={photos / 'train'}", f"--data.val_root={photos / 'val'}", "--data.horizontal_flip=true"]
-    words += [f"--model.autoencoder.model={decoder(out)}", f"--data.image_size={SIDE}"]
-    return [*words, "--data.batch_size=64", f"--out={out / 'latents'}"]
+    words = ["lpl", "encode", *(word for file in (BASE, *OTHERS.get(process, ())) for word in ("-c", file))]
+    words += ["--data=lpl_lightning.data.ImageFolderDataModule", f"--data.root={given.photos / 'train'}"]
+    words += [f"--data.val_root={given.photos / 'val'}", "--data.horizontal_flip=true", f"--data.image_size={SIDE}"]
+    words += [f"--model.autoencoder.model={decoder(given, process)}", "--data.batch_size=64"]
+    return [*words, f"--out={latents(given.out, process)}"]
 
 
-def decoder(out: Path) -> Path:
+def latents(out: Path, process: str) -> Path:
+    """Folder of the latents."""
+    return out / ("latents-taesd3" if process == "taesd3" else "latents")
+
+
+def decoder(given: argparse.Namespace, process: str = "") -> Path:
     """Folder of the autoencoder."""
-    found = sorted((out / "autoencoder").glob("version_*/autoencoder"))
-    return found[-1] if found else out / "autoencoder" / "version_0" / "autoencoder"
+    if process == "taesd3":
+        return given.taesd3
+    found = sorted((given.out / "autoencoder").glob("version_*/autoencoder"))
+    return found[-1] if found else given.out / "autoencoder" / "version_0" / "autoencoder"
 
 
-def test(run: Run, scale: Scale, out: Path, given: argparse.Namespace, split: str, setting: Setting) -> list[str]:
+def test(run: Run, scale: Scale, given: argparse.Namespace, split: str, setting: Setting) -> list[str]:
     """The command that measures a run against one of the two sets of photos."""
-    files = overlays(replace(run, loss=None), scale)
+    files = overlays(replace(run, loss=None, rival=None), scale)
     words = ["lpl", "test", *(word for file in files for word in ("-c", file))]
-    words += [f"--ckpt_path={checkpoint(run, out)}", f"--ema={setting.ema}", f"--data.root={out / 'latents'}"]
-    words += [f"--model.autoencoder.model={decoder(out)}", "--evaluation.suite=configs/study/metrics.yaml"]
+    words += [f"--ckpt_path={checkpoint(run, given.out)}", f"--ema={setting.ema}"]
+    words += [f"--data.root={latents(given.out, run.process)}"]
+    words += [f"--model.autoencoder.model={decoder(given, run.process)}"]
+    words += ["--evaluation.suite=configs/study/metrics.yaml"]
     words += [f"--evaluation.reference={given.photos / split}", f"--evaluation.num_images={setting.images}"]
     words += [f"--stand_ins={json.dumps({'squeezenet1_0.pth': str(given.squeezenet)})}"]
     words += [f"--model.sampler.num_steps={setting.num_steps}"]
     return [*words, "--trainer.enable_progress_bar=false", *run.options]
 
 
-def ceiling(model: Path, out: Path, given: argparse.Namespace) -> list[str]:
+def ceiling(model: Path, given: argparse.Namespace) -> list[str]:
     """The command that measures what an autoencoder gives back of the photos; nothing is generated."""
     rules: dict[str, Any] = {"squeezenet1_0.pth": str(given.squeezenet)}
-    if model != decoder(out):  # the denoiser, which does nothing here, has to fit it
+    if model != decoder(given):  # the denoiser, which does nothing here, has to fit it
         settings = json.loads((model / "config.json").read_text())
         of = {"in_channels": settings["latent_channels"], "out_channels": settings["latent_channels"]}
         side = SIDE // 2 ** (len(settings["block_out_channels"]) - 1)
@@ -276,15 +296,15 @@ def ceiling(model: Path, out: Path, given: argparse.Namespace) -> list[str]:
     words += [f"--data.root={given.photos / 'train'}", f"--data.val_root={given.photos / 'val'}"]
     words += [f"--data.image_size={SIDE}", "--data.verify=false", f"--model.autoencoder.model={model}"]
     words += ["--evaluation.suite=configs/study/metrics.yaml", f"--evaluation.reference={given.photos / 'val'}"]
-    words += ["--evaluation.num_images=0", f"--evaluation.dirname={out / f'ceiling-{model.name}'}"]
+    words += ["--evaluation.num_images=0", f"--evaluation.dirname={given.out / f'ceiling-{model.name}'}"]
     return [*words, f"--stand_ins={json.dumps(rules)}", "--trainer.enable_progress_bar=false"]
 
 
-def profile(run: Run, scale: Scale, out: Path, squeezenet: Path) -> list[str]:
+def profile(run: Run, scale: Scale, given: argparse.Namespace) -> list[str]:
     """The command that measures what a step of a run costs, against one without LPL."""
-    words = fit(run, scale, out, squeezenet)
+    words = fit(run, scale, given)
     kept = [word for word in words[2:] if not word.startswith("--ckpt_path")]
-    return ["lpl", "profile", *kept, "--steps=5", f"--output={out / f'{run.name}.json'}"]
+    return ["lpl", "profile", *kept, "--steps=5", f"--output={given.out / f'{run.name}.json'}"]
 
 
 def reports(out: Path) -> Iterator[tuple[str, dict[str, Any], Path]]:
@@ -306,46 +326,112 @@ def tested(out: Path) -> set[tuple[Any, ...]]:
     return found
 
 
-def stages(runs: list[Run], scale: Scale, given: argparse.Namespace) -> Iterator[list[list[str]]]:
-    """What is missing: commands by stages, of which each needs those before; to be asked for one after another."""
-    out, photos = given.out, given.photos
-    yield [] if decoder(out).is_dir() else [autoencoder(photos, out)]
-    yield [] if (out / "latents" / "manifest.json").is_file() else [encode(photos, out)]
-    before = {run.process: pretrained(run.process, scale) for run in runs if run.start is not None}
-    for several in (list(before.values()), runs):
-        missing = {run.name: run for run in several if not checkpoint(run, out).is_file()}
-        yield [fit(run, scale, out, given.squeezenet) for run in missing.values()]
-    known = tested(out)
-    # One split after the other: the second measures the images of the first.
-    for split in ("val", "train"):
-        yield [
-            test(run, scale, out, given, split, setting)
-            for run in runs
-            for setting in run.settings or (scale.setting,)
-            if (run.name, run.at or run.steps, str(given.photos / split), setting) not in known
-        ]
-    if given.profile:
-        with_lpl = {run.name: run for run in runs if (run.loss is not None or run.rival) and run.seed == SEEDS[0]}
-        missing = [run for name, run in with_lpl.items() if not (out / f"{name}.json").is_file()]
-        yield [profile(run, scale, out, given.squeezenet) for run in missing]
+@dataclass(frozen=True)
+class Task:
+    """A command to be run.
+
+    Attributes:
+        name: Of its log.
+        words: What gives the command, once those that it needs have ended: it names files of theirs.
+        needs: Names of tasks that have to end before.
+        alone: Whether nothing may run beside it.
+    """
+
+    name: str
+    words: Callable[[], list[str]]
+    needs: tuple[str, ...] = ()
+    alone: bool = False
 
 
-def ceilings(given: argparse.Namespace) -> Iterator[list[list[str]]]:
+def tasks(runs: Iterable[Run], scale: Scale, given: argparse.Namespace) -> Iterator[Task]:
+    """What is missing of runs, each task once for each time that a run asks for it."""
+    out, known = given.out, tested(given.out)
+    for run in runs:
+        yield from prepare(run.process, given)
+        before = pretrained(run.process, scale)
+        made = (f"fit-{before.name}", "encode", f"encode-{run.process}")
+        for one in [before, run] if run.start is not None else [run]:
+            if not checkpoint(one, out).is_file():
+                yield Task(f"fit-{one.name}", partial(fit, one, scale, given), made[one == before :])
+        for setting in run.settings or (scale.setting,):
+            step, last = run.at or run.steps, f"fit-{run.name}"
+            # One split after the other: the second measures the images of the first.
+            for split in ("val", "train"):
+                said = f"test-{run.name}-{step}-{setting.images}-{setting.ema}-{setting.num_steps}-{split}"
+                if (run.name, step, str(given.photos / split), setting) not in known:
+                    yield Task(said, partial(test, run, scale, given, split, setting), (f"fit-{run.name}", last))
+                last = said
+        compared = (run.loss is not None or run.rival) and run.seed == SEEDS[0]
+        if given.profile and compared and not (out / f"{run.name}.json").is_file():
+            yield Task(f"profile-{run.name}", partial(profile, run, scale, given), made, alone=True)
+
+
+def prepare(process: str, given: argparse.Namespace) -> Iterator[Task]:
+    """What is missing of the autoencoder and the latents."""
+    if not decoder(given, process).is_dir():
+        yield Task("autoencoder", partial(autoencoder, given.photos, given.out))
+    if not (latents(given.out, process) / "manifest.json").is_file():
+        name = latents(given.out, process).name.replace("latents", "encode")
+        yield Task(name, partial(encode, process, given), ("autoencoder",))
+
+
+def ceilings(given: argparse.Namespace) -> Iterator[Task]:
     """The same for autoencoders: the study's, and others."""
-    yield [] if decoder(given.out).is_dir() else [autoencoder(given.photos, given.out)]
-    models = [decoder(given.out), *given.autoencoder]
-    missing = [model for model in models if not (given.out / f"ceiling-{model.name}" / "report.json").is_file()]
-    yield [ceiling(model, given.out, given) for model in missing]
+    if not decoder(given).is_dir():
+        yield Task("autoencoder", partial(autoencoder, given.photos, given.out))
+    for model in (None, *given.autoencoder):
+        found = model or decoder(given)
+        if not (given.out / f"ceiling-{found.name}" / "report.json").is_file():
+            words = partial(lambda model: ceiling(model or decoder(given), given), model)
+            yield Task(f"ceiling-{found.name}", words, ("autoencoder",))
+
+
+def work(todo: list[Task], out: Path, jobs: int, minutes: float) -> None:
+    """Run commands, so many at a time, each as soon as those that it needs have ended, in this order otherwise.
+
+    One that fails takes with it those that need it. All are forks of one process that has imported everything.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["lightning.pytorch", "torchvision", "diffusers", "lpl_lightning.cli"])
+    running: dict[Any, Task] = {}
+    failed: list[str] = []
+    end = time.monotonic() + 60 * minutes
+    while todo or running:
+        if time.monotonic() > end:
+            todo = []
+        waited_for = {task.name for task in [*todo, *running.values()]}
+        for task in list(todo):
+            full = len(running) >= (1 if task.alone else jobs) or any(task.alone for task in running.values())
+            if any(need in failed for need in task.needs):
+                failed.append(task.name)
+                todo.remove(task)
+            elif not full and waited_for.isdisjoint(task.needs):
+                todo.remove(task)
+                words = task.words()
+                print(shlex.join(words), flush=True)
+                process = context.Process(target=execute, args=(words, out / "logs" / f"{task.name}.log"))
+                process.start()
+                running[process] = task
+        connection.wait([process.sentinel for process in running], timeout=1.0)
+        for process in [process for process in running if process.exitcode is not None]:
+            task = running.pop(process)
+            failed += [task.name] if process.exitcode else []
+    if failed:
+        sys.exit(f"These failed, or need one that did: {', '.join(failed)}. See {out / 'logs'}.")
 
 
 def execute(words: list[str], log: Path) -> None:
-    """Run a command; its words go to a file beside those of others."""
-    print(shlex.join(words), flush=True)
+    """Run a command in this process; what it says goes to a file."""
+    log.parent.mkdir(exist_ok=True)
     with log.open("a") as file:
-        environment = os.environ | {"PYTHONPATH": f"{ROOT / 'notebooks'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        done = subprocess.run(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False, env=environment)
-    if done.returncode:
-        sys.exit(f"It ended with {done.returncode}: see {log}")
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    sys.argv = words
+    from lpl_lightning.cli import main as lpl
+
+    lpl()
 
 
 def collect(out: Path) -> None:
@@ -411,13 +497,16 @@ def table(path: Path, first: str = "none", second: str = "lpl") -> str:
 def main() -> None:
     """Plan, run, collect or show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*experiments(SCALES["cpu"])]
     parser.add_argument("action", choices=("plan", "run", "collect", "table"))
-    parser.add_argument("experiment", nargs="?", default="main", choices=[*experiments(SCALES["cpu"]), "ceilings"])
+    parser.add_argument("experiments", nargs="*", metavar="experiment", help=f"of {', '.join(names)}, ceilings")
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
     parser.add_argument("--photos", type=Path, default=Path("photos"))
     parser.add_argument("--squeezenet", type=Path, default=Path("squeezenet1_0.pth"))
+    parser.add_argument("--taesd3", type=Path, default=Path("taesd3"), help="folder, for the experiment of that name")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="commands at a time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no command begins")
     parser.add_argument(
         "--autoencoder", type=Path, action="append", default=[], help="folder, for ceilings; repeatable"
     )
@@ -430,15 +519,19 @@ def main() -> None:
     if given.action == "table":
         print(table(RESULTS))
         return
+    if unknown := set(given.experiments) - {*names, "ceilings"}:
+        parser.error(f"There is no experiment {', '.join(sorted(unknown))}. Known: {', '.join(names)}, ceilings.")
     scale = SCALES[given.scale]
-    runs = [run for run in experiments(scale).get(given.experiment, []) if given.only in run.name]
+    asked: dict[str, Task] = {}
+    for name in given.experiments or ["main"]:
+        runs = [run for run in experiments(scale).get(name, []) if given.only in run.name]
+        for task in ceilings(given) if name == "ceilings" else tasks(runs, scale, given):
+            asked.setdefault(task.name, task)
+    if given.action == "plan":
+        print(*(shlex.join(task.words()) for task in asked.values()), sep="\n")
+        return
     given.out.mkdir(parents=True, exist_ok=True)
-    for commands in ceilings(given) if given.experiment == "ceilings" else stages(runs, scale, given):
-        if given.action == "plan":
-            print(*(shlex.join(words) for words in commands), sep="\n")
-            continue
-        with ThreadPoolExecutor(given.jobs) as pool:
-            list(pool.map(lambda words: execute(words, given.out / f"{words[1]}.log"), commands))
+    work(list(asked.values()), given.out, given.jobs, given.minutes)
 
 
 if __name__ == "__main__":
