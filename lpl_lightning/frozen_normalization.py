@@ -107,6 +107,10 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    """Of a map that PyTorch's own kernels take: other devices' have none for channels that lie last."""
-    last = x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and _takes_channels_last(x.device)
     return torch.channels_last if last else torch.contiguous_format
+
+
+def _takes_channels_last(device: torch.device) -> bool:
+    """Whether PyTorch has a normalization of maps whose channels lie last; GPUs' refuses them."""
+    return device.type == "cpu"

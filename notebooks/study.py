@@ -161,7 +161,7 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
         "statistics": variants(modes),
         "depth": variants(losses("depth", "depth", [1, 2, 3])),
         "depth_weights": variants(weights),
-        "threshold": variants(losses("threshold", "threshold", [0.5, 1.0, 6.0, 20.0, "inf"])),
+        "threshold": variants(losses("threshold", "threshold", [0.5, 1.0, 6.0, 20.0, 1e6])),
         "weight": variants(shares),
         "mask": variants(losses("mask", "mask_outliers", [False])),
         "rivals": [

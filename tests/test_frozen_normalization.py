@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from traceback import extract_stack
 from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_kl
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lpl_lightning import LatentPerceptualLoss, frozen_normalization
+from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.frozen_normalization import group_norm
 from lpl_lightning.frozen_operations import FrozenOperations
 
@@ -53,6 +58,60 @@ def test_what_is_normalized_is_not_held() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: x):
         module(x)
     assert any(t.data_ptr() != x.data_ptr() for t in kept if t.ndim == 4)
+
+
+class AsOnGPU(TorchDispatchMode):
+    """Calls of ours find PyTorch's normalization as it is for GPUs: it takes maps of channels first alone, and checks.
+
+    What PyTorch calls itself fits the device already.
+    """
+
+    taken = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        maps = {torch.ops.aten.native_group_norm: 1, torch.ops.aten.native_group_norm_backward: 2}
+        callers = {(frame.filename, frame.name) for frame in extract_stack(limit=8)}
+        if (count := maps.get(func.overloadpacket)) and (frozen_normalization.__file__, "backward") in callers:
+            assert all(x.is_contiguous() for x in args[:count]), "Expected X.is_contiguous(memory_format) to be true"
+            self.taken += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("last", ["map", "gradient", "both"])
+def test_kernels_of_gpus_are_given_what_they_take(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps behind an attention have their channels last, whatever is asked for."""
+    module, plain = block().double(), torch.randn(2, 8, 4, 5, dtype=torch.float64)
+    x, cotangent = plain.clone(), torch.randn_like(plain)
+    (expected,) = torch.autograd.grad(module(plain.requires_grad_()), plain, cotangent)
+    x = x.contiguous(memory_format=torch.channels_last) if last != "gradient" else x
+    cotangent = cotangent.contiguous(memory_format=torch.channels_last) if last != "map" else cotangent
+    with FrozenOperations():
+        result = module(x.requires_grad_())
+    monkeypatch.setattr(frozen_normalization, "_takes_channels_last", lambda device: False)
+    with AsOnGPU() as mode:
+        (gradient,) = torch.autograd.grad(result, x, cotangent)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+    assert mode.taken == 2
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_loss_runs_on_kernels_of_gpus(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, on a decoder with attention: in its backward pass every normalization is made anew."""
+    autoencoder = Autoencoder(tiny_kl().double())
+    loss = LatentPerceptualLoss(autoencoder, execution={"channels_last": channels_last})
+    z0, z0_hat = torch.randn(2, 2, 4, 8, 8, dtype=torch.float64)
+
+    def gradient() -> Tensor:
+        leaf = z0_hat.clone().requires_grad_()
+        (found,) = torch.autograd.grad(loss(leaf, z0, torch.full((2,), 0.1, dtype=torch.float64)).sum(), leaf)
+        return found
+
+    expected = gradient()
+    monkeypatch.setattr(frozen_normalization, "_takes_channels_last", lambda device: False)
+    with AsOnGPU() as mode:
+        found = gradient()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert mode.taken > 10
 
 
 class Between(nn.Module):
