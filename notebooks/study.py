@@ -19,6 +19,7 @@ import argparse
 import csv
 import json
 import os
+import runpy
 import shlex
 import sys
 import time
@@ -284,20 +285,13 @@ def test(run: Run, scale: Scale, given: argparse.Namespace, split: str, setting:
     return [*words, "--trainer.enable_progress_bar=false", *run.options]
 
 
-def ceiling(model: Path, given: argparse.Namespace) -> list[str]:
-    """The command that measures what an autoencoder gives back of the photos; nothing is generated."""
-    rules: dict[str, Any] = {"squeezenet1_0.pth": str(given.squeezenet)}
-    if model != decoder(given):  # the denoiser, which does nothing here, has to fit it
-        settings = json.loads((model / "config.json").read_text())
-        of = {"in_channels": settings["latent_channels"], "out_channels": settings["latent_channels"]}
-        side = SIDE // 2 ** (len(settings["block_out_channels"]) - 1)
-        rules["diffusers.SD3Transformer2DModel"] = {"sample_size": side, **of}
-    words = ["lpl", "test", "-c", BASE, "-c", "configs/flow.yaml", "--data=lpl_lightning.data.ImageFolderDataModule"]
-    words += [f"--data.root={given.photos / 'train'}", f"--data.val_root={given.photos / 'val'}"]
-    words += [f"--data.image_size={SIDE}", "--data.verify=false", f"--model.autoencoder.model={model}"]
-    words += ["--evaluation.suite=configs/study/metrics.yaml", f"--evaluation.reference={given.photos / 'val'}"]
-    words += ["--evaluation.num_images=0", f"--evaluation.dirname={given.out / f'ceiling-{model.name}'}"]
-    return [*words, f"--stand_ins={json.dumps(rules)}", "--trainer.enable_progress_bar=false"]
+def ceiling(model: Path, given: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The commands that make what an autoencoder gives back of the photos, and that measure it."""
+    folder, photos = given.out / "reconstructed", given.photos / "val"
+    made = ["python", "notebooks/reconstruct.py", str(photos), str(folder / model.name), f"--model={model}"]
+    words = ["lpl", "evaluate", f"--images={folder / model.name}", f"--reference={photos}"]
+    words += [f"--suite={folder / 'metrics.yaml'}", f"--out={given.out / f'ceiling-{model.name}'}"]
+    return [*made, f"--values={folder / f'{model.name}.json'}"], words
 
 
 def profile(run: Run, scale: Scale, given: argparse.Namespace) -> list[str]:
@@ -356,7 +350,7 @@ def tasks(runs: Iterable[Run], scale: Scale, given: argparse.Namespace) -> Itera
         for setting in run.settings or (scale.setting,):
             step, last = run.at or run.steps, f"fit-{run.name}"
             # One split after the other: the second measures the images of the first.
-            for split in ("val", "train"):
+            for split in given.against:
                 said = f"test-{run.name}-{step}-{setting.images}-{setting.ema}-{setting.num_steps}-{split}"
                 if (run.name, step, str(given.photos / split), setting) not in known:
                     yield Task(said, partial(test, run, scale, given, split, setting), (f"fit-{run.name}", last))
@@ -377,13 +371,14 @@ def prepare(process: str, given: argparse.Namespace) -> Iterator[Task]:
 
 def ceilings(given: argparse.Namespace) -> Iterator[Task]:
     """The same for autoencoders: the study's, and others."""
-    if not decoder(given).is_dir():
-        yield Task("autoencoder", partial(autoencoder, given.photos, given.out))
-    for model in (None, *given.autoencoder):
-        found = model or decoder(given)
-        if not (given.out / f"ceiling-{found.name}" / "report.json").is_file():
-            words = partial(lambda model: ceiling(model or decoder(given), given), model)
-            yield Task(f"ceiling-{found.name}", words, ("autoencoder",))
+    yield from prepare("flow", given)
+    for path in (None, *given.autoencoder):
+        name = (path or decoder(given)).name
+        found = partial(lambda path: ceiling(path or decoder(given), given), path)
+        if not (given.out / "reconstructed" / f"{name}.json").is_file():
+            yield Task(f"reconstruct-{name}", partial(lambda found: found()[0], found), ("autoencoder",))
+        if not (given.out / f"ceiling-{name}" / "report.json").is_file():
+            yield Task(f"evaluate-{name}", partial(lambda found: found()[1], found), (f"reconstruct-{name}",))
 
 
 def work(todo: list[Task], out: Path, jobs: int, minutes: float) -> None:
@@ -428,6 +423,10 @@ def execute(words: list[str], log: Path) -> None:
             os.dup2(file.fileno(), stream)
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "notebooks"))
+    if words[0] == "python":
+        sys.argv = words[1:]
+        runpy.run_path(words[1], run_name="__main__")
+        return
     sys.argv = words
     from lpl_lightning.cli import main as lpl
 
@@ -445,6 +444,9 @@ def collect(out: Path) -> None:
         if against[1] == "val" and (folder / "spectra.csv").is_file() and made["num_steps"]:
             heads, *by_frequency = csv.reader((folder / "spectra.csv").read_text().splitlines())
             spectra += [[*setting, *values] for values in by_frequency]
+    for path in sorted((out / "reconstructed").glob("*.json")):
+        for value, number in json.loads(path.read_text()).items():
+            rows.append([f"ceiling-{path.stem}", *[None] * 5, "val", None, f"reconstruction_{value}", number])
     for path in sorted(out.glob("*.json")):
         found = json.loads(path.read_text())
         ratio = found["average_step_s"] / found["blocks"][0]["step_s"]
@@ -511,6 +513,7 @@ def main() -> None:
         "--autoencoder", type=Path, action="append", default=[], help="folder, for ceilings; repeatable"
     )
     parser.add_argument("--profile", action="store_true", help="measure what steps cost too, on a quiet machine")
+    parser.add_argument("--against", nargs="+", choices=("val", "train"), default=["val", "train"], help="photos")
     parser.add_argument("--only", default="", help="runs whose names hold this")
     given = parser.parse_args()
     if given.action == "collect":
@@ -530,7 +533,10 @@ def main() -> None:
     if given.action == "plan":
         print(*(shlex.join(task.words()) for task in asked.values()), sep="\n")
         return
-    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "reconstructed").mkdir(parents=True, exist_ok=True)
+    suite = (ROOT / "configs/study/metrics.yaml").read_text()
+    suite = suite.replace("weights: squeezenet1_0.pth", f"weights: {given.squeezenet.absolute()}")
+    (given.out / "reconstructed" / "metrics.yaml").write_text(suite)  # `lpl evaluate` has no stand-ins
     work(list(asked.values()), given.out, given.jobs, given.minutes)
 
 
