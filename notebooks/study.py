@@ -56,7 +56,7 @@ class Setting:
 
     images: int
     ema: str
-    num_steps: int = 20
+    num_steps: int
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Scale:
 
 
 SCALES = {
-    "cpu": Scale(4000, 1000, 500, Setting(5000, "0.995")),
-    "gpu": Scale(10000, 3000, 1500, Setting(10000, "0.998"), "configs/study/gpu.yaml"),
+    "cpu": Scale(4000, 500, 500, Setting(5000, "0.995", 10)),
+    "gpu": Scale(10000, 3000, 1500, Setting(10000, "0.995", 20), "configs/study/gpu.yaml"),
 }
 
 
@@ -186,7 +186,7 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
             with_lpl,
             *(
                 replace(post(scale, "none-longer", steps=2 * scale.steps), at=at)
-                for at in (scale.steps + scale.short, 2 * scale.steps)
+                for at in (scale.steps * 3 // 2, 2 * scale.steps)
             ),
         ],
         "min_snr": [
@@ -220,7 +220,7 @@ def fit(run: Run, scale: Scale, given: argparse.Namespace) -> list[str]:
     words += [f"--trainer.logger.init_args.save_dir={out}", f"--trainer.logger.init_args.name={run.name}"]
     words += ["--trainer.enable_progress_bar=false", f"--data.root={latents(out, run.process)}"]
     words += [f"--model.autoencoder.model={decoder(given, run.process)}"]
-    kept = scale.pretrain // 4 if run.start is None else scale.short
+    kept = scale.pretrain // 4 if run.start is None else scale.short // 2
     rules: dict[str, Any] = {"lightning.pytorch.callbacks.ModelCheckpoint": {"every_n_train_steps": kept}}
     if run.start is not None:
         words.append(f"--model.weights={checkpoint(pretrained(run.process, scale), out, run.start)}")
