@@ -21,6 +21,7 @@ import json
 import os
 import runpy
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -384,33 +385,43 @@ def ceilings(given: argparse.Namespace) -> Iterator[Task]:
 def work(todo: list[Task], out: Path, jobs: int, minutes: float) -> None:
     """Run commands, so many at a time, each as soon as those that it needs have ended, in this order otherwise.
 
-    One that fails takes with it those that need it. All are forks of one process that has imported everything.
+    One that fails takes with it those that need it. All are forks of one process that has imported everything. Stopped
+    by a signal, it hands that on, so that trainings save themselves.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["lightning.pytorch", "torchvision", "diffusers", "lpl_lightning.cli"])
     running: dict[Any, Task] = {}
     failed: list[str] = []
     end = time.monotonic() + 60 * minutes
-    while todo or running:
-        if time.monotonic() > end:
-            todo = []
-        waited_for = {task.name for task in [*todo, *running.values()]}
-        for task in list(todo):
-            full = len(running) >= (1 if task.alone else jobs) or any(task.alone for task in running.values())
-            if any(need in failed for need in task.needs):
-                failed.append(task.name)
-                todo.remove(task)
-            elif not full and waited_for.isdisjoint(task.needs):
-                todo.remove(task)
-                words = task.words()
-                print(shlex.join(words), flush=True)
-                process = context.Process(target=execute, args=(words, out / "logs" / f"{task.name}.log"))
-                process.start()
-                running[process] = task
-        connection.wait([process.sentinel for process in running], timeout=1.0)
-        for process in [process for process in running if process.exitcode is not None]:
-            task = running.pop(process)
-            failed += [task.name] if process.exitcode else []
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        while todo or running:
+            if time.monotonic() > end:
+                todo = []
+            waited_for = {task.name for task in [*todo, *running.values()]}
+            for task in list(todo):
+                full = len(running) >= (1 if task.alone else jobs) or any(task.alone for task in running.values())
+                if any(need in failed for need in task.needs):
+                    failed.append(task.name)
+                    todo.remove(task)
+                elif not full and waited_for.isdisjoint(task.needs):
+                    todo.remove(task)
+                    words = task.words()
+                    print(shlex.join(words), flush=True)
+                    process = context.Process(target=execute, args=(words, out / "logs" / f"{task.name}.log"))
+                    process.start()
+                    running[process] = task
+            connection.wait([process.sentinel for process in running], timeout=1.0)
+            for process in [process for process in running if process.exitcode is not None]:
+                task = running.pop(process)
+                if process.exitcode:
+                    print(f"{task.name} ended with {process.exitcode}: see {out / 'logs' / task.name}.log", flush=True)
+                    failed.append(task.name)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join()
     if failed:
         sys.exit(f"These failed, or need one that did: {', '.join(failed)}. See {out / 'logs'}.")
 
