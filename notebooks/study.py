@@ -4,7 +4,8 @@
     python notebooks/study.py run main depth --photos PHOTOS --squeezenet squeezenet1_0.pth
     python notebooks/study.py run ceilings --photos PHOTOS --squeezenet squeezenet1_0.pth --autoencoder taesd
     python notebooks/study.py run thin --profile ...           # the steps' cost too
-    python notebooks/study.py collect                          # what has been measured so far, as notebooks/results.csv
+    python notebooks/study.py compare                          # with LPL against without, run by run
+    python notebooks/study.py collect                          # what has been measured so far, as notebooks/*.csv
     python notebooks/study.py table                            # with LPL against without, over seeds
 
 PHOTOS has ``train`` and ``val``, each with a folder a class. ``run`` makes what is missing and nothing twice: stopped
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, SPECTRA = (ROOT / "notebooks" / f"{name}.csv" for name in ("results", "spectra"))
+RESULTS, SPECTRA, DIFFERENCES = (ROOT / "notebooks" / f"{name}.csv" for name in ("results", "spectra", "differences"))
 BASE = "configs/study/mmdit.yaml"
 SIDE = 64
 """Pixels."""
@@ -382,6 +383,26 @@ def ceilings(given: argparse.Namespace) -> Iterator[Task]:
             yield Task(f"evaluate-{name}", partial(lambda found: found()[1], found), (f"reconstruct-{name}",))
 
 
+def comparisons(out: Path) -> Iterator[Task]:
+    """What compares each run with LPL with that of its seed without."""
+    found = {}
+    for name, report, folder in reports(out):
+        process, _, rest = name.partition("-")
+        kind, _, seed = rest.rpartition("-")
+        if (made := report["generation"]) and kind in ("none", "lpl"):
+            setting = [made["global_step"], made["ema"], made["num_steps"], Path(report["reference"]["name"]).name]
+            found[kind, "-".join(map(str, [process, seed, *setting]))] = folder
+    for (kind, name), folder in found.items():
+        if kind == "lpl" and ("none", name) in found:
+            words = [
+                "lpl",
+                "compare",
+                f"--runs=[{found['none', name]},{folder}]",
+                f"--out={out / 'comparisons' / name}",
+            ]
+            yield Task(f"compare-{name}", partial(list, words))
+
+
 def work(todo: list[Task], out: Path, jobs: int, minutes: float) -> None:
     """Run commands, so many at a time, each as soon as those that it needs have ended, in this order otherwise.
 
@@ -463,8 +484,17 @@ def collect(out: Path) -> None:
         ratio = found["average_step_s"] / found["blocks"][0]["step_s"]
         rows.append([path.stem, *[None] * 7, "step_time_over_none", ratio])
     of = ["run", "step", "ema", "num_steps", "guidance"]
+    compared = []
+    for path in sorted((out / "comparisons").glob("*/comparison.json")):
+        for value, row in json.loads(path.read_text())["rows"].items():
+            for run, cell in row["cells"].items():
+                if cell["difference"] is not None:
+                    low, high = cell["difference_interval"] or (None, None)
+                    compared.append([path.parent.name, run, value, cell["difference"], low, high, cell["verdict"]])
     tables = [(RESULTS, [*of, "images", "against", "photos", "value", "is"], rows)]
     tables += [(SPECTRA, [*of, *heads], spectra)] if spectra else []
+    heads = ["comparison", "run", "value", "difference", "low", "high", "verdict"]
+    tables += [(DIFFERENCES, heads, compared)] if compared else []
     for path, head, body in tables:
         with path.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -511,7 +541,7 @@ def main() -> None:
     """Plan, run, collect or show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*experiments(SCALES["cpu"])]
-    parser.add_argument("action", choices=("plan", "run", "collect", "table"))
+    parser.add_argument("action", choices=("plan", "run", "compare", "collect", "table"))
     parser.add_argument("experiments", nargs="*", metavar="experiment", help=f"of {', '.join(names)}, ceilings")
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
     parser.add_argument("--photos", type=Path, default=Path("photos"))
@@ -529,6 +559,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.action == "collect":
         collect(ROOT / given.out)
+        return
+    if given.action == "compare":
+        work(list(comparisons(given.out)), given.out, given.jobs, given.minutes)
         return
     if given.action == "table":
         print(table(RESULTS))
