@@ -554,7 +554,7 @@ def main() -> None:
         "--autoencoder", type=Path, action="append", default=[], help="folder, for ceilings; repeatable"
     )
     parser.add_argument("--profile", action="store_true", help="measure what steps cost too, on a quiet machine")
-    parser.add_argument("--against", nargs="+", choices=("val", "train"), default=["val", "train"], help="photos")
+    parser.add_argument("--against", nargs="*", choices=("val", "train"), default=["val", "train"], help="photos")
     parser.add_argument("--only", default="", help="runs whose names hold this")
     given = parser.parse_args()
     if given.action == "collect":
