@@ -123,6 +123,7 @@ def test_nothing_depends_on_batches_order_or_times(module: LatentDiffusionModule
     assert made["images"] == 8
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     """With 19 images: the second process is given one of the first's, which counts once."""
     found = []

@@ -86,7 +86,7 @@ def test_a_run_ends_with_the_same_weights(
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_processes_end_with_the_same_weights(strategy: str, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("ranks.py")

@@ -318,7 +318,7 @@ def on_processes(data: dict[str, Any], count: int, folder: Path) -> list[dict[st
     ("processes", "real", "generated", "inception"),
     [
         (2, 61, 53, False),  # odd numbers
-        (3, 11, 2, False),  # a process without generated images
+        pytest.param(3, 11, 2, False, marks=pytest.mark.slow),  # a process without generated images
         pytest.param(2, 7, 13, True, marks=pytest.mark.slow),  # the Inception Score and all else of FID's network
     ],
 )
