@@ -11,13 +11,15 @@ from lpl_lightning.own_files import other_module
 
 __all__ = ["plain_error", "said_of_mistake"]
 
-_KEY = re.compile(r'Parser key "([^"]+)":')
+_KEY = re.compile(r'(?:^|.* )Parser key "([^"]+)":')
+_GIVEN = re.compile(r"Given value: (.*?)(?:\. Got value: .*)?$")
+_WANTED = re.compile(r"Expected an? <class '(?:\w+\.)*(\w+)'>(?:\. Got value: (.*))?$")
 _PATH = re.compile(r"(?:given class_path|but|Import path) '?([A-Za-z_]\w*(?:\.\w+)+)'?")
 _TRIED = (
     "Does not validate",
     "Subtypes:",
     "Errors:",
-    "Given value",
+    "Given value type",
     "Expected a path but",
     "Problem with given",
     "Not a valid subclass",
@@ -43,7 +45,7 @@ def plain_error(message: str) -> str:
     """
     where: list[tuple[int, str]] = []
     found: list[tuple[int, str, str]] = []
-    path = ""
+    path, given = "", ""
     for line in message.splitlines():
         indent, text = len(line) - len(line.lstrip(" -")), line.strip(" -")
         if key := _KEY.match(text):
@@ -51,12 +53,18 @@ def plain_error(message: str) -> str:
             text = text[key.end() :].strip()
         if named := _PATH.search(text):
             path = named[1]
-        if text and not text.startswith(_TRIED):
+        if value := _GIVEN.match(text):
+            given = given or value[1]  # the first comes after what was tried where it went deepest
+        elif text and not text.startswith(_TRIED):
             text = f"{path}: {text}" if text.startswith("Option") and path else text
             found.append((indent, ".".join(name for _, name in where), text))
     if not found or not where:
         return message
     _, key_path, text = max(found, key=lambda item: item[0])
+    if wanted := _WANTED.match(text):
+        given = wanted[2] or given
+        text = f"expected a value of type {wanted[1]}, got {given}"
+        text += f"; in YAML it is written .{given}" if given in ("inf", "nan") and wanted[1] == "float" else ""
     return f"`{key_path}`: {text.rstrip('.')}{_more(path, text)}."
 
 
