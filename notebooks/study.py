@@ -38,6 +38,7 @@ BASE = "configs/study/mmdit.yaml"
 SIDE = 64
 """Pixels."""
 SEEDS = (1, 2, 3)
+PRELOADED = ["lightning.pytorch", "torchvision", "diffusers", "lpl_lightning.cli"]
 PROCESSES = ("flow", "ddpm_v", "ddpm_epsilon")
 OTHERS = {
     "dit": ("configs/flow.yaml", "configs/study/dit.yaml"),
@@ -410,7 +411,7 @@ def work(todo: list[Task], out: Path, jobs: int, minutes: float) -> None:
     by a signal, it hands that on, so that trainings save themselves.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["lightning.pytorch", "torchvision", "diffusers", "lpl_lightning.cli"])
+    context.set_forkserver_preload(PRELOADED)
     running: dict[Any, Task] = {}
     failed: list[str] = []
     end = time.monotonic() + 60 * minutes
@@ -574,13 +575,13 @@ def main() -> None:
         runs = [run for run in experiments(scale).get(name, []) if given.only in run.name]
         for task in ceilings(given) if name == "ceilings" else tasks(runs, scale, given):
             asked.setdefault(task.name, task)
-    if given.action == "plan":
-        print(*(shlex.join(task.words()) for task in asked.values()), sep="\n")
-        return
     (given.out / "reconstructed").mkdir(parents=True, exist_ok=True)
     suite = (ROOT / "configs/study/metrics.yaml").read_text()
     suite = suite.replace("weights: squeezenet1_0.pth", f"weights: {given.squeezenet.absolute()}")
     (given.out / "reconstructed" / "metrics.yaml").write_text(suite)  # `lpl evaluate` has no stand-ins
+    if given.action == "plan":
+        print(*(shlex.join(task.words()) for task in asked.values()), sep="\n")
+        return
     work(list(asked.values()), given.out, given.jobs, given.minutes)
 
 

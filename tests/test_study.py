@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -29,7 +30,10 @@ def planned(folder: Path, experiment: str, scale: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("scale", "experiments", "kinds"),
-    [("cpu", ("main", "rivals", "thin", "ceilings"), 19), pytest.param("gpu", ("thin",), 8, marks=pytest.mark.slow)],
+    [
+        ("cpu", ("main", "rivals", "thin", "ceilings", "dit", "taesd3"), 24),
+        pytest.param("gpu", ("thin",), 6, marks=pytest.mark.slow),
+    ],
 )
 def test_commands_are_understood(
     tmp_path: Path,
@@ -52,13 +56,16 @@ def test_commands_are_understood(
         if kind in seen:
             continue
         seen.add(kind)
+        if program == "python":
+            assert (ROOT / command).is_file()
+            continue
         assert program == "lpl"
         with pytest.raises(SystemExit) as ended:
             main([command, *options, "--print_config"])
         said = capsys.readouterr()
         assert ended.value.code == 0, said.err
     assert len(seen) == kinds
-    assert {kind[0] for kind in seen} == {"fit", "encode", "test"} | ({"profile"} if "thin" in experiments else set())
+    assert {"fit", "encode", "test", "profile"} <= {kind[0] for kind in seen}
 
 
 def test_each_run_has_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +91,50 @@ def test_differences_over_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     # Differences -2, -1, -3: mean -2, standard error 1 / sqrt(3), and 4.302653 deviations of two degrees of freedom.
     half = 4.302653 / 3**0.5
     assert said[2:] == [f"| flow | val | fd | 3 | 20 | 18 | -2 [{-2 - half:.4g}, {-2 + half:.4g}] | -10.0 % |"]
+
+
+def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was measured of two runs, and what ``lpl compare`` found of them; pairs are of one seed and setting."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    study = import_module("study")
+    for name, step in (("flow-none-1", 5), ("flow-lpl-1", 5), ("flow-lpl-2", 5), ("flow-none-2", 9), ("flow-rgb-1", 5)):
+        folder = tmp_path / name / "version_0" / "evaluation" / "step" / "images"
+        folder.mkdir(parents=True)
+        report = {"values": {"fd": {"value": step}}, "images": {"count": 7}, "reference": {"name": "a/val", "count": 3}}
+        report["generation"] = {"global_step": step, "ema": 0.9, "num_steps": 4, "guidance_scale": 2.0}
+        (folder / "report.json").write_text(json.dumps(report))
+    (task,) = study.comparisons(tmp_path)
+    assert [name in str(task.words()) for name in ("none-1", "lpl-1", "none-2", "lpl-2", "rgb")] == [True] * 2 + [
+        False
+    ] * 3
+    cells = {"none": {"difference": None}, "lpl": {"difference": -1, "difference_interval": [-2, 0], "verdict": None}}
+    folder = tmp_path / "comparisons" / "flow-1"
+    folder.mkdir(parents=True)
+    (folder / "comparison.json").write_text(json.dumps({"rows": {"fd": {"cells": cells}}}))
+    for table in ("RESULTS", "SPECTRA", "DIFFERENCES"):
+        monkeypatch.setattr(study, table, tmp_path / f"{table}.csv")
+    study.collect(tmp_path)
+    rows = (tmp_path / "RESULTS.csv").read_text().splitlines()
+    assert "flow-lpl-1,5,0.9,4,2.0,7,val,3,fd,5" in rows
+    assert len(rows) == 6
+    assert (tmp_path / "DIFFERENCES.csv").read_text().splitlines()[1:] == ["flow-1,lpl,fd,-1,-2,0,"]
+
+
+def test_tasks_wait_for_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In real processes: what needs a task that failed is not begun, all else is."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    study = import_module("study")
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "say.py"
+    script.write_text("import sys, pathlib; pathlib.Path(sys.argv[1]).touch(); sys.exit(int(sys.argv[2]))")
+
+    def task(name: str, *needs: str, code: int = 0) -> Any:
+        return study.Task(name, lambda: ["python", str(script), str(tmp_path / name), str(code)], needs)
+
+    todo = [task("third", "second"), task("second", "first"), task("first"), task("lost", "bad"), task("bad", code=3)]
+    monkeypatch.setattr(study, "PRELOADED", [])
+    with pytest.raises(SystemExit, match="bad, lost"):
+        study.work(todo, tmp_path, 2, 60)
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "second", "third", "bad", "say.py", "logs"}
+    times = [(tmp_path / name).stat().st_mtime_ns for name in ("first", "second", "third")]
+    assert times == sorted(times)
