@@ -188,8 +188,8 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
             without,
             with_lpl,
             *(
-                replace(post(scale, "none-longer", steps=2 * scale.steps), at=at)
-                for at in (scale.steps * 3 // 2, 2 * scale.steps)
+                replace(post(scale, "none-longer", steps=3 * scale.steps), at=at)
+                for at in (2 * scale.steps, 3 * scale.steps)
             ),
         ],
         "min_snr": [
@@ -488,13 +488,14 @@ def collect(out: Path) -> None:
     compared = []
     for path in sorted((out / "comparisons").glob("*/comparison.json")):
         for value, row in json.loads(path.read_text())["rows"].items():
-            for run, cell in row["cells"].items():
+            for cell in row["cells"].values():
                 if cell["difference"] is not None:
-                    low, high = cell["difference_interval"] or (None, None)
-                    compared.append([path.parent.name, run, value, cell["difference"], low, high, cell["verdict"]])
+                    interval = cell["difference_interval"] or {"low": None, "high": None}
+                    of_value = [cell["difference"], interval["low"], interval["high"], cell["verdict"]]
+                    compared.append([path.parent.name, value, *of_value])
     tables = [(RESULTS, [*of, "images", "against", "photos", "value", "is"], rows)]
     tables += [(SPECTRA, [*of, *heads], spectra)] if spectra else []
-    heads = ["comparison", "run", "value", "difference", "low", "high", "verdict"]
+    heads = ["comparison", "value", "difference", "low", "high", "verdict"]
     tables += [(DIFFERENCES, heads, compared)] if compared else []
     for path, head, body in tables:
         with path.open("w", newline="") as file:

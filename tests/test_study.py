@@ -107,7 +107,10 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert [name in str(task.words()) for name in ("none-1", "lpl-1", "none-2", "lpl-2", "rgb")] == [True] * 2 + [
         False
     ] * 3
-    cells = {"none": {"difference": None}, "lpl": {"difference": -1, "difference_interval": [-2, 0], "verdict": None}}
+    cells = {
+        "none": {"difference": None},
+        "lpl": {"difference": -1, "difference_interval": {"low": -2, "high": 0}, "verdict": None},
+    }
     folder = tmp_path / "comparisons" / "flow-1"
     folder.mkdir(parents=True)
     (folder / "comparison.json").write_text(json.dumps({"rows": {"fd": {"cells": cells}}}))
@@ -117,7 +120,7 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     rows = (tmp_path / "RESULTS.csv").read_text().splitlines()
     assert "flow-lpl-1,5,0.9,4,2.0,7,val,3,fd,5" in rows
     assert len(rows) == 6
-    assert (tmp_path / "DIFFERENCES.csv").read_text().splitlines()[1:] == ["flow-1,lpl,fd,-1,-2,0,"]
+    assert (tmp_path / "DIFFERENCES.csv").read_text().splitlines()[1:] == ["flow-1,fd,-1,-2,0,"]
 
 
 def test_tasks_wait_for_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
