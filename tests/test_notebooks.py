@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from conftest import ROOT
 nbformat = pytest.importorskip("nbformat", reason='notebooks need nbformat: pip install -e ".[dev]"')
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SAME = ("what_lpl_sees", "your_own_loop")
+SAME = ("results", "what_lpl_sees", "your_own_loop")
 """Notebooks whose printed output does not depend on a clock or on long training."""
 MOST_BYTES = 300_000
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|\bnan\b")
@@ -44,9 +45,9 @@ def compare(stored: str, found: str, where: str) -> None:
         assert float(new) == pytest.approx(float(old), rel=0.05, abs=2 * step, nan_ok=True), f"{where}: {old}, {new}"
 
 
-def test_there_are_four_and_readme_links_them() -> None:
+def test_there_are_five_and_readme_links_them() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert NAMES == ["threshold_weight_budget", "train_and_compare", "what_lpl_sees", "your_own_loop"]
+    assert NAMES == ["results", "threshold_weight_budget", "train_and_compare", "what_lpl_sees", "your_own_loop"]
     assert all(f"](notebooks/{name}.ipynb)" in readme for name in NAMES)
 
 
@@ -127,7 +128,13 @@ def test_what_is_printed_is_compared_by_words_and_numbers() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_a_notebook_runs_anywhere(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder without anything of the repository; where nothing depends on a clock, printing what it has stored."""
+    """In a folder without anything of the repository; where nothing depends on a clock, printing what it has stored.
+
+    Results are read from the tables beside their notebook, which go along.
+    """
+    tables = [*(ROOT / "notebooks").glob("*.csv")] if path.stem == "results" else []
+    for table in tables:
+        shutil.copy(table, tmp_path)
     nbclient = pytest.importorskip("nbclient", reason='notebooks need nbclient: pip install -e ".[dev]"')
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -138,7 +145,7 @@ def test_a_notebook_runs_anywhere(path: Path, tmp_path: Path, monkeypatch: pytes
     start = time.perf_counter()
     client.execute()
     print(f"{path.stem}: {time.perf_counter() - start:.0f} s")
-    written = {found.name for found in tmp_path.iterdir()} - {"ipython"}
+    written = {found.name for found in tmp_path.iterdir()} - {"ipython", *(table.name for table in tables)}
     assert not written, "notebooks leave nothing behind"
     if path.stem in SAME:
         for old, new in zip(code_cells(stored), code_cells(executed), strict=True):
