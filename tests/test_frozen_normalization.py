@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpl_lightning import LatentPerceptualLoss, frozen_normalization
 from lpl_lightning.autoencoder import Autoencoder
+from lpl_lightning.execution import Execution
 from lpl_lightning.frozen_normalization import group_norm
 from lpl_lightning.frozen_operations import FrozenOperations
 
@@ -88,7 +89,7 @@ def test_kernels_of_gpus_are_given_what_they_take(last: str, monkeypatch: pytest
     with FrozenOperations():
         result = module(x.requires_grad_())
     monkeypatch.setattr(frozen_normalization, "_takes_channels_last", lambda device: False)
-    with AsOnGPU() as mode:
+    with AsOnGPU() as mode:  # type: ignore[no-untyped-call]
         (gradient,) = torch.autograd.grad(result, x, cotangent)
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
     assert mode.taken == 2
@@ -98,17 +99,18 @@ def test_kernels_of_gpus_are_given_what_they_take(last: str, monkeypatch: pytest
 def test_the_loss_runs_on_kernels_of_gpus(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it, on a decoder with attention: in its backward pass every normalization is made anew."""
     autoencoder = Autoencoder(tiny_kl().double())
-    loss = LatentPerceptualLoss(autoencoder, execution={"channels_last": channels_last})
+    loss = LatentPerceptualLoss(autoencoder, execution=Execution(channels_last=channels_last))
     z0, z0_hat = torch.randn(2, 2, 4, 8, 8, dtype=torch.float64)
 
     def gradient() -> Tensor:
         leaf = z0_hat.clone().requires_grad_()
+        found: Tensor
         (found,) = torch.autograd.grad(loss(leaf, z0, torch.full((2,), 0.1, dtype=torch.float64)).sum(), leaf)
         return found
 
     expected = gradient()
     monkeypatch.setattr(frozen_normalization, "_takes_channels_last", lambda device: False)
-    with AsOnGPU() as mode:
+    with AsOnGPU() as mode:  # type: ignore[no-untyped-call]
         found = gradient()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert mode.taken > 10
