@@ -356,7 +356,7 @@ def tasks(runs: Iterable[Run], scale: Scale, given: argparse.Namespace) -> Itera
             for split in given.against:
                 said = f"test-{run.name}-{step}-{setting.images}-{setting.ema}-{setting.num_steps}-{split}"
                 if (run.name, step, str(given.photos / split), setting) not in known:
-                    yield Task(said, partial(test, run, scale, given, split, setting), (f"fit-{run.name}", last))
+                    yield Task(said, partial(test, run, scale, given, split, setting), (last,))
                 last = said
         compared = (run.loss is not None or run.rival) and run.seed == SEEDS[0]
         if given.profile and compared and not (out / f"{run.name}.json").is_file():
