@@ -118,7 +118,7 @@ class Autoencoder(FrozenModule):
             at_least(1, downscale=downscale)
             space = replace(space, downscale=downscale)
         note_unknown_scale(model, space, scaling_factor)
-        self._space = space.rescaled(scaling_factor, shift_factor)
+        self.space = space.rescaled(scaling_factor, shift_factor)  # what its latents are
         for name in ("shift", "scale"):
             self.register_buffer(name, torch.empty(0))
         self._set_affine()
@@ -146,32 +146,32 @@ class Autoencoder(FrozenModule):
     @property
     def is_video(self) -> bool:
         """Whether latents are (B, C, T, h, w) with frames first."""
-        return self._space.frame_step is not None
+        return self.space.frame_step is not None
 
     @property
     def latent_channels(self) -> int:
         """Channels C of the latents; ValueError if the model does not say."""
-        if self._space.channels is None:
+        if self.space.channels is None:
             raise ValueError(
                 f"`latent_channels` is not known: {type(self.model).__name__} has no such config or attribute. Set "
                 "`model.latent_channels` before wrapping it."
             )
-        return self._space.channels
+        return self.space.channels
 
     @property
     def image_size(self) -> int | None:
         """The one side that images may have; None where that is free."""
-        return self._space.image_size
+        return self.space.image_size
 
     @property
     def downscale(self) -> int:
         """Side of an image over the side of its latent; ValueError if neither argument nor model says."""
-        if self._space.downscale is None:
+        if self.space.downscale is None:
             raise ValueError(
                 f"`downscale` is not known: the config of {type(self.model).__name__} does not say. Give `downscale`, "
                 "the side of an image over the side of its latent, to Autoencoder."
             )
-        return self._space.downscale
+        return self.space.downscale
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: Generators | None = None) -> Tensor:
@@ -188,7 +188,7 @@ class Autoencoder(FrozenModule):
         Raises:
             ValueError: Images of another shape or on another device, or a model that cannot encode.
         """
-        return self._space.checked(self._scaled(drawn(self._encoded(images), self.sample_posterior, generator)), images)
+        return self.space.checked(self._scaled(drawn(self._encoded(images), self.sample_posterior, generator)), images)
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -201,21 +201,21 @@ class Autoencoder(FrozenModule):
         if deviation is None:
             return self._scaled(mean), None
         _, scale = self._affine(mean.ndim)
-        return self._scaled(mean), self._space.pack(deviation).to(scale.dtype) * scale.abs()
+        return self._scaled(mean), self.space.pack(deviation).to(scale.dtype) * scale.abs()
 
     def _encoded(self, images: Tensor) -> Any:
         self._check_device("images", images)
-        self._space.check_images(images)
+        self.space.check_images(images)
         if not hasattr(self.model, "encode"):
             raise ValueError(
                 f"`model` must have `encode` to map images to latents; {type(self.model).__name__} has none."
             )
         with torch.autocast(images.device.type, enabled=False):
-            return self._halving("Encoder", self.model.encode, self._space.images_in(images).to(self.dtype), joined)
+            return self._halving("Encoder", self.model.encode, self.space.images_in(images).to(self.dtype), joined)
 
     def _scaled(self, z: Tensor) -> Tensor:
         shift, scale = self._affine(z.ndim)
-        return (self._space.pack(z).to(scale.dtype) - shift) * scale
+        return (self.space.pack(z).to(scale.dtype) - shift) * scale
 
     def decode(self, z: Tensor) -> Tensor:
         """Map scaled latents (B, C, h, w) to images (B, 3, h * downscale, w * downscale), about [-1, 1].
@@ -267,10 +267,10 @@ class Autoencoder(FrozenModule):
         self, z: Tensor, wanted: Collection[str], skip: Collection[str], runner: StageRunner | None = None
     ) -> list[Tensor]:
         self._check_device("z", z)
-        self._space.check_latents(z)
+        self.space.check_latents(z)
         with self._precision(z.device.type):
             shift, scale = self._affine(z.ndim)
-            current = self._space.unpack(z.to(scale.dtype) / scale + shift).to(self.dtype)
+            current = self.space.unpack(z.to(scale.dtype) / scale + shift).to(self.dtype)
             if runner is not None:
                 current = runner.prepare(current, self.model)
             if self._feature_modules is None:
@@ -279,7 +279,7 @@ class Autoencoder(FrozenModule):
                 with nullcontext() if runner is None else runner.operations(current.device):
                     outputs = run_to_modules(self.model, self._feature_modules, wanted, current, skip)
             if "image" in wanted:
-                outputs[-1] = self._space.images_out(outputs[-1])
+                outputs[-1] = self.space.images_out(outputs[-1])
         return outputs
 
     def _run_stages(
@@ -328,8 +328,8 @@ class Autoencoder(FrozenModule):
         dtype = torch.promote_types(self.dtype, torch.float32)
         # Those made in inference mode, as of a `to` in a validation, could take part in no graph later.
         with torch.inference_mode(False):
-            self.shift = torch.tensor(self._space.shift, dtype=dtype, device=self._device)
-            self.scale = torch.tensor(self._space.scale, dtype=dtype, device=self._device)
+            self.shift = torch.tensor(self.space.shift, dtype=dtype, device=self._device)
+            self.scale = torch.tensor(self.space.scale, dtype=dtype, device=self._device)
 
     def _floating(self) -> Iterator[Tensor]:
         return (tensor for tensor in chain(self.model.parameters(), self.model.buffers()) if tensor.is_floating_point())

@@ -17,7 +17,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import yaml
@@ -41,6 +41,7 @@ from lpl_lightning.callbacks import (
 )
 from lpl_lightning.captioning import caption_images
 from lpl_lightning.checkpoints import SafeCheckpointIO, check_checkpoint, check_settings, newest_checkpoint
+from lpl_lightning.command_texts import COMMANDS, TITLES
 from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
 from lpl_lightning.export import export_checkpoint
@@ -85,6 +86,12 @@ class LPLCLI(LightningCLI):
         own = ("profile", "sweep", "encode", "replay")
         return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in own}
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **{name: {"description": said} for name, said in COMMANDS.items()} | kwargs)
+        listed = cast(Any, parser)._subcommands_action._choices_actions
+        for command in listed:
+            command.help = COMMANDS.get(command.dest, command.help)
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in EVALUATIONS:
@@ -107,6 +114,8 @@ class LPLCLI(LightningCLI):
         parser.add_lightning_class_args(AccumulatedGradients, "accumulated_gradients")
         parser.add_lightning_class_args(UnfinishedValidation, "unfinished_validation")
         parser.add_lightning_class_args(Preemption, "preemption")
+        for name, title in TITLES.items():
+            cast(Any, parser).groups[name].title = title
         parser.set_defaults({"validation.stage": "validate", "validation.num_images": 64})
         parser.add_argument(
             "--stand_ins",
@@ -319,6 +328,7 @@ def _run(args: ArgsType) -> None:
         save_config_callback=SaveRunConfig,
         parser_kwargs={
             "exit_on_error": False,
+            "description": "Train latent diffusion and flow models with the Latent Perceptual Loss, and measure them.",
             "epilog": f"Without a trainer: lpl {' | '.join(WITHOUT_TRAINER)}; see lpl COMMAND --help. "
             f"{TRACEBACK}=1 in the environment shows where an error comes from.",
         },

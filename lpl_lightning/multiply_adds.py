@@ -56,7 +56,7 @@ class _Run(nn.Module):
 
 def of_encoder(autoencoder: Autoencoder, images: tuple[int, ...]) -> int | None:
     """Multiply-adds of encoding images of this shape (B, 3, H, W); None where they cannot be counted."""
-    space = autoencoder._space
+    space = autoencoder.space
     return _count(
         autoencoder.model, lambda x: autoencoder.model.encode(space.images_in(x)), _meta(images, autoencoder.dtype)
     )
@@ -72,7 +72,7 @@ def of_decoder(autoencoder: Autoencoder, latents: tuple[int, ...], wanted: Colle
     """
 
     def decode(z: Tensor) -> None:
-        current: Any = autoencoder._space.unpack(z)
+        current: Any = autoencoder.space.unpack(z)
         if not autoencoder.in_stages:
             run_to_modules(autoencoder.model, autoencoder.feature_names, wanted, current)
             return

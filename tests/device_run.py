@@ -286,7 +286,7 @@ def resumed(strategy: str, folder: Path, variant: str) -> dict[str, Any]:
     for half in (1, 2):
         built, lpl = module([])
         if variant == "auto":
-            lpl = LPLCallback(weight="auto", calibration_steps=3, loss=lpl._make_loss)
+            lpl = LPLCallback(weight="auto", calibration_steps=3, loss=lpl.make_loss)
         watch = Watch()
         torch.manual_seed(5 * (half - 1))
         options: dict[str, Any] = {"max_steps": STEPS * half // 2, "limit_val_batches": 0, "val_check_interval": None}

@@ -72,6 +72,7 @@ ORDER = [
     "stand_ins",
     "packaged_configs",
     "parser_errors",
+    "command_texts",
     "cli",
     "__main__",
 ]

@@ -128,7 +128,7 @@ def test_samples_that_pass_the_gate_are_decoded_and_each_way_has_its_passes(tmp_
 
 def test_the_trainer_and_the_module_are_left_as_they_were(tmp_path: Path) -> None:
     module, callback = Foreign(), LPLCallback(autoencoder=Autoencoder(tiny_kl()))
-    weight = cast(Autoencoder, callback._autoencoder).model.decoder.conv_in.weight
+    weight = cast(Autoencoder, callback.autoencoder).model.decoder.conv_in.weight
     trainer = ProfilingTrainer(default_root_dir=tmp_path, accelerator="cpu", max_steps=1, callbacks=[callback])
     before = {name: getattr(trainer, name) for name in ("callbacks", "loggers", "profiler", "limit_val_batches")}
     trainer.profile(module, Latents(), steps=1, warmup=0, output=str(tmp_path / "profile.json"))

@@ -77,15 +77,15 @@ class LPLCallback(Callback):
                 f"`budget` and `every_n_steps` both thin LPL out, got {budget} and {every_n_steps}. Leave one of them "
                 "out; for the same time the first has the smaller variance."
             )
-        self._budget = Budget(budget)
+        self.budget = Budget(budget)
         self.start_step = start_step
         self.ramp_steps = ramp_steps
         self.every_n_steps = every_n_steps
         self._weight = None if isinstance(weight, str) else weight
         self._calibration = WeightCalibration(target_share, calibration_steps)
         self._calibrated_at: int | None = None
-        self._make_loss = loss
-        self._autoencoder = autoencoder
+        self.make_loss = loss
+        self.autoencoder = autoencoder
         self._gradients = GradientRatio()
         self._loss: LatentPerceptualLoss | None = None
 
@@ -134,15 +134,15 @@ class LPLCallback(Callback):
                 f"LPLCallback needs a module with LPLMixin, got {type(pl_module).__name__}. Make it a subclass of "
                 "lpl_lightning.LPLMixin and add self.auxiliary_loss(z0_hat, z0, noise_to_signal) to its loss."
             )
-        autoencoder = self._autoencoder or getattr(pl_module, "autoencoder", None)
+        autoencoder = self.autoencoder or getattr(pl_module, "autoencoder", None)
         if not isinstance(autoencoder, Autoencoder):
             raise ValueError(
                 f"LPLCallback found no lpl_lightning.Autoencoder: {type(pl_module).__name__}.autoencoder is "
                 f"{type(autoencoder).__name__}. Give it one by `autoencoder`, such as Autoencoder(your_vae)."
             )
         _check_match(autoencoder, getattr(pl_module, "autoencoder", None))
-        self._loss = loss = self._make_loss(autoencoder)
-        self._budget.apply(loss)
+        self._loss = loss = self.make_loss(autoencoder)
+        self.budget.apply(loss)
         noise = getattr(pl_module, "noise", None)
         loss.ddpm = noise if isinstance(noise, DDPM) else None
         pl_module.add_loss_term("lpl", lambda *latents: self._term(trainer, pl_module, loss, *latents))
@@ -166,9 +166,9 @@ class LPLCallback(Callback):
         if loss.autoencoder.scale.device != z0.device:
             loss.autoencoder.to(z0.device)
         loss.train(training)
-        timing = training and not measuring and self._budget.measuring
+        timing = training and not measuring and self.budget.measuring
         if timing:
-            self._budget.start_term(z0.device)
+            self.budget.start_term(z0.device)
         diagnose = training and self._shows(trainer)
         prediction = pl_module.lpl_prediction if diagnose and not measuring else None
         if prediction is not None and prediction.requires_grad:
@@ -180,7 +180,7 @@ class LPLCallback(Callback):
             value = losses.sum() / max(1, losses.numel())  # none are left of a batch that fills up a process's share
         if timing:
             passed = None if noise_to_signal is None else loss.passes(noise_to_signal.detach(), z0)
-            self._budget.end_term(z0_hat, z0, passed)
+            self.budget.end_term(z0_hat, z0, passed)
         if training:
             means = {"loss_lpl": value}
             if noise_to_signal is not None:
@@ -213,8 +213,8 @@ class LPLCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the calibration see the loss of the batch, and the budget its time."""
-        if self._budget.measuring and not self.calibrating and self._loss is not None:
-            self._budget.end_batch(trainer, pl_module.device, self._loss)
+        if self.budget.measuring and not self.calibrating and self._loss is not None:
+            self.budget.end_batch(trainer, pl_module.device, self._loss)
         if self.calibrating:
             self._calibration.finish_batch(outputs, trainer)
             if not self.calibrating:
@@ -224,28 +224,28 @@ class LPLCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What ``auto`` and ``budget`` found; nothing without them."""
-        state: dict[str, Any] = {} if self._budget.share is None else {"budget": self._budget.state_dict()}
+        state: dict[str, Any] = {} if self.budget.share is None else {"budget": self.budget.state_dict()}
         if self._weight is None:
             state |= self._calibration.state_dict() | {"calibrated_at": self._calibrated_at}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what ``auto`` and ``budget`` had found."""
-        if self._budget.share is not None and "budget" in state_dict:
-            self._budget.load_state_dict(state_dict["budget"])
+        if self.budget.share is not None and "budget" in state_dict:
+            self.budget.load_state_dict(state_dict["budget"])
             if self._loss is not None:
-                self._budget.apply(self._loss)
+                self.budget.apply(self._loss)
         if self._weight is None and "calibrated_at" in state_dict:
             self._calibrated_at = state_dict["calibrated_at"]
             self._calibration.load_state_dict(state_dict)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave what comes between epochs, and between runs, out of the time."""
-        self._budget.interrupt()
+        self.budget.interrupt()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave validation out of the time."""
-        self._budget.interrupt()
+        self.budget.interrupt()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise what the loss of the last step was still to raise."""

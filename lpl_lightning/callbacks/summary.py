@@ -138,7 +138,7 @@ class RunSummary(Callback):
             own = noise.time_at(torch.tensor([tau])).item() if tau < float("inf") else float("inf")
             said.append(f"t of {type(noise).__name__} {own:.4g}")
         yield _line("threshold", ", ".join(said))
-        loss._announced = True  # which it would do with its first batch
+        loss.announced = True  # which it would do with its first batch
         share = 1.0 if ratios is None else loss.passes(ratios, z).float().mean().item()
         of = "training samples, as their times are drawn" if noise is not None else "the samples of the first batch"
         yield _line("past the gate", f"{share:.0%} of {of}")
@@ -161,7 +161,7 @@ class RunSummary(Callback):
         lpl = share * passes / callback.every_n_steps
         each = f"{_giga(passes)} for each sample past the gate, in three partial passes of the decoder"
         less = "" if loss.subset == Subset() else ", without `subset`"
-        less += "" if callback._budget.share is None else ", before `budget` has been looked at"
+        less += "" if callback.budget.share is None else ", before `budget` has been looked at"
         if module is None or self._denoiser is None:
             yield _line("estimated cost", f"LPL {_giga(lpl)} multiply-adds a sample{less}: {each}")
         else:

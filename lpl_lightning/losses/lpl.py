@@ -53,8 +53,8 @@ class LatentPerceptualLoss(nn.Module):
     """Distance between a clean latent and its estimate, seen by the autoencoder's decoder (eq. 3).
 
     It can serve any loop: ``loss + 3.0 * lpl(z0_hat, z0, noise_to_signal).mean()``. The decoder runs only for the
-    samples that pass the gate, and only as deep as asked. Options but the first two are the preset's unless given;
-    ``losses/README.md`` has the table of all, with their sources.
+    samples that pass the gate, and only as deep as asked. An option that is not given is the preset's; values named
+    below are of ``paper``. ``losses/README.md`` has the table of both, with their sources.
 
     Args:
         autoencoder: The frozen autoencoder whose decoder looks at the latents; a module that is none yet is made one,
@@ -63,37 +63,48 @@ class LatentPerceptualLoss(nn.Module):
             number. ``rgb``: mean squared error of decoded images, the paper's baseline for its ablation of depth.
         depth: How many of the decoder's feature maps are compared, shallow to deep, at most all there are (the paper's
             5 are a middle block and four others; 0 compares none and is zero), or the names of stages, among them
-            ``image``, the decoder's output.
-        threshold: tau, a noise-to-signal ratio sigma / alpha, or a ``Threshold`` in another unit, such as
-            ``{"log_snr": -2.2}`` in a config. Infinity gates nothing.
+            ``image``, the decoder's output. The paper's is 5.
+        threshold: tau: samples with more noise, relative to the signal, are not compared. A noise-to-signal ratio
+            sigma / alpha, or a ``Threshold`` in another unit, such as ``{"log_snr": -2.2}`` in a config. Infinity lets
+            all pass. The paper's is 3.0, of three to six.
         reference_side: Side of the latents, in positions, that ``threshold``, ``dilation`` and ``erosion`` are meant
             for. Those of other sides have all three scaled in proportion, as the paper does: with 32, 3 is 6 for
-            latents of 64 x 64. 0 turns it off.
-        gate_softness: See ``gate_weight``: 1 is the paper's hard gate.
-        normalization: ``standardize`` each channel over positions, or divide each position by its ``channel_norm``.
-        statistics: Whose statistics normalize; see ``standardize`` and ``channel_normalize``.
+            latents of 64 x 64. 0 turns it off. The paper's is 32.
+        gate_softness: s: the gate falls from 1 at tau / s to 0 at tau * s. The paper's is 1.0, a hard gate.
+        normalization: ``standardize``, the paper's, gives each channel zero mean and unit variance over positions;
+            ``channel_norm``, the public example's, divides each position's vector of channels by its length.
+        statistics: Whose means and variances, or lengths, serve for both maps: the estimate's as the gradient passes
+            through them (``predicted``, the paper's words taken literally) or as constants (``predicted_detached``),
+            those of the clean latent (``target``), each map its own (``separate``), or ``none``, no normalization.
         eps: Added to variances (by default 1e-5) or to norms (1e-10 for a map's own, 1e-6 for shared ones).
-        relative_eps: Added to variances, times their mean over the map's channels; see ``standardize``. By default 0.
-        distance: Of single values; see ``masked_distance``.
-        huber_delta: Where ``huber`` becomes linear.
-        depth_weights: See ``depth_weight``; or a list with a weight for each compared map.
-        mask_outliers: Whether outliers are left out.
-        mask_source: Whose outliers: the ``predicted`` map's or the ``target``'s.
-        mask_upscale: Only maps more than so many times finer than the first are masked.
-        quantile: See ``inlier_mask``.
-        widening: See ``inlier_mask``.
-        dilation: Window that dilates the map of inliers, in positions of a map 8 times as fine as a latent of
-            ``reference_side`` (or as the first map, if that is 0); others have windows in proportion to their side, to
-            the nearest odd number, which cover the same share of the image. A list gives each compared map's as it is.
-        erosion: Window that erodes it afterwards, likewise.
-        mask_before_normalization: Whether the clean map's outliers are set to zero before it is normalized.
-        position_reduction: ``mean`` over a channel's inliers, or ``sum``, as the norm of eq. 3 is printed.
-        depth_reduction: ``sum`` over maps, or ``mean``.
-        reduction: ``none`` gives (B,); ``mean`` and ``sum`` a scalar over the whole batch; ``mean_passed`` the mean
-            over the samples that passed, as the public example has it, whose weight then depends on how many did.
-        post_quant_conv: Whether the latents pass the decoder's ``post_quant_conv``, if it has one. The public example
-            leaves it out.
-        nonfinite: What to do where a value is not finite; see ``NonFiniteGuard``.
+        relative_eps: Added to variances, times their mean over the map's channels, for decoders that do not normalize
+            their features (0.1 is good for tiny autoencoders). The paper's is 0.0.
+        distance: Of single values: ``mse``, the paper's, ``l1`` or ``huber``.
+        huber_delta: Difference at which ``huber`` becomes linear, by default 1.0.
+        depth_weights: Weights of the maps by r_l / r_1, how many times finer they are than the first:
+            ``inverse_upscale``, the paper's, is r_1 / r_l, ``exponential`` 2^(-r_l / r_1), ``uniform`` 1; or a list
+            with a weight for each compared map.
+        mask_outliers: Whether outliers are left out, as in the paper.
+        mask_source: Whose outliers: those of the estimate's map (``predicted``, the paper's) or of the clean latent's
+            (``target``).
+        mask_upscale: Only maps more than so many times finer than the first are masked, by default 2.0.
+        quantile: Inliers lie between this quantile of a channel and the one as far from the top, both widened. By
+            default 0.02.
+        widening: By how many standard deviations of the channel the two quantiles are widened, by default 2.0.
+        dilation: Window that dilates the map of inliers, by default 3, in positions of a map 8 times as fine as a
+            latent of ``reference_side`` (or as the first map, if that is 0); others have windows in proportion to their
+            side, to the nearest odd number, which cover the same share of the image. A list gives each map's as it is.
+        erosion: Window that erodes it afterwards, likewise, by default 5.
+        mask_before_normalization: Whether the clean map's outliers are zero before it is normalized; by default not.
+        position_reduction: ``mean`` over a channel's inliers, the default, or ``sum``, as the norm of eq. 3 is printed.
+        depth_reduction: ``sum`` over maps, the paper's, or ``mean``.
+        reduction: ``none``, the default, gives (B,); ``mean`` and ``sum`` a scalar over the whole batch;
+            ``mean_passed`` the mean over the samples that passed, as the public example has it, whose weight then
+            depends on how many did.
+        post_quant_conv: Whether the latents pass the decoder's ``post_quant_conv``, if it has one; by default they do.
+            The public example leaves it out.
+        nonfinite: What to do where a value is not finite: ``raise`` an error that names stage and sample, the default,
+            ``skip`` the step's LPL, or ``zero`` it for those samples.
         execution: How it is computed, an ``Execution`` or its settings by name; the value is the same.
         subset: What part of it is computed at a time, in training mode: a ``Subset`` or its settings; by default all.
     """
@@ -152,7 +163,7 @@ class LatentPerceptualLoss(nn.Module):
         self._comparison = Comparison(self.options, self.compared, self.stages, self.autoencoder.is_video)
         self.guard = NonFiniteGuard(self.options.nonfinite)
         self._chunks: dict[object, int] = {}
-        self._announced = False
+        self.announced = False  # whether the log has said, or need not say, what is compared
 
     @property
     def comparison(self) -> Comparison:
@@ -179,9 +190,9 @@ class LatentPerceptualLoss(nn.Module):
         Args:
             z: Latents (B, C, *positions).
         """
-        if self._announced:
+        if self.announced:
             return
-        self._announced = True
+        self.announced = True
         units = ", ".join(f"{name} {value:.4g}" for name, value in equivalents(self.tau(z), self.ddpm).items())
         side = latent_side(z, self.autoencoder.is_video)
         scaled = f" ({self._scale(z):.4g} times that of side {self.options.reference_side})"
@@ -232,7 +243,7 @@ class LatentPerceptualLoss(nn.Module):
         weight, passed, kept_hat, kept = self._gate(z0_hat, z0, noise_to_signal)
         parts = self._parts(kept, z0, noise_to_signal)
         if not parts:
-            return self._reduce(losses, len(kept)), None
+            return self.options.reduce(losses, len(kept)), None
         ungated, found = self._compare(kept_hat, kept, parts, diagnose, len(z0))
         finite = found.finite
         if weight is not None:
@@ -249,7 +260,7 @@ class LatentPerceptualLoss(nn.Module):
             past = None if weight is None else weight > 0
             diagnostics = Diagnostics.of(self.compared, found, finite, past, relative_time)
         counted_passed = len(kept) if passed is not None or weight is None else (weight > 0).sum().clamp_min(1)
-        return self._reduce(losses, counted_passed), diagnostics
+        return self.options.reduce(losses, counted_passed), diagnostics
 
     def _compare(
         self, z0_hat: Tensor, z0: Tensor, parts: list[Part], diagnose: bool, batch: int
@@ -337,14 +348,3 @@ class LatentPerceptualLoss(nn.Module):
         """Side of the latents over the side that the options are meant for."""
         side = latent_side(z, self.autoencoder.is_video)
         return side / self.options.reference_side if self.options.reference_side else 1.0
-
-    def _reduce(self, losses: Tensor, passed: int | Tensor) -> Tensor:
-        match self.options.reduction:
-            case "none":
-                return losses
-            case "mean":
-                return losses.mean()
-            case "sum":
-                return losses.sum()
-            case "mean_passed":
-                return losses.sum() / (passed if isinstance(passed, Tensor) else max(1, passed))

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from lpl_lightning.arguments import at_least
 from lpl_lightning.losses.distance import DepthWeights, Distance, Normalization, Statistics
 from lpl_lightning.losses.gate import Threshold
@@ -164,6 +166,18 @@ class LossOptions:
             for size in sizes if isinstance(sizes, tuple) else (sizes,):
                 if size < 1 or size % 2 == 0:
                     raise ValueError(f"`{name}` must be an odd number of positions, or a list of them, got {sizes}.")
+
+    def reduce(self, losses: Tensor, passed: int | Tensor) -> Tensor:
+        """Losses (B,) as ``reduction`` says, given how many samples passed: (B,) or a scalar."""
+        match self.reduction:
+            case "none":
+                return losses
+            case "mean":
+                return losses.mean()
+            case "sum":
+                return losses.sum()
+            case "mean_passed":
+                return losses.sum() / (passed if isinstance(passed, Tensor) else max(1, passed))
 
     def of_map(self, name: str, index: int, count: int) -> Any:
         """The entry of an option that may be a list for the compared map ``index`` of ``count``.

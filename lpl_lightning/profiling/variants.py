@@ -51,11 +51,11 @@ class LPLVariants:
         callback = given or LPLCallback(WEIGHT)
         if not callback.weight:
             notes.append(f"The weight is {WEIGHT:g} here, which the config leaves open or sets to 0.")
-        if callback._budget.share is not None:
+        if callback.budget.share is not None:
             notes.append("LPL is exact here, as before the config's `budget` has been looked at.")
         return cls(
-            callback._make_loss,
-            callback._autoencoder,
+            callback.make_loss,
+            callback.autoencoder,
             callback.weight or WEIGHT,
             callback.every_n_steps,
             tuple(notes),
@@ -84,7 +84,7 @@ class LPLVariants:
     def _callback(self, make: Callable[[Autoencoder], LatentPerceptualLoss]) -> LPLCallback:
         def quiet(autoencoder: Autoencoder) -> LatentPerceptualLoss:
             loss = make(autoencoder)
-            loss._announced = True  # the table says what is compared
+            loss.announced = True  # the table says what is compared
             return loss
 
         return LPLCallback(self.weight, loss=quiet, autoencoder=self.autoencoder)
@@ -102,7 +102,7 @@ def loss_of(callback: LPLCallback, trainer: pl.Trainer, module: pl.LightningModu
         ValueError: The callback refuses the module or what it says of the loss.
     """
     callback.setup(trainer, module, "fit")
-    loss = cast(LatentPerceptualLoss, callback._loss)
+    loss = cast(LatentPerceptualLoss, callback.loss)
     callback.teardown(trainer, module, "fit")
     return loss
 

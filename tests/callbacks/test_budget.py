@@ -52,7 +52,7 @@ def test_a_loss_that_takes_too_long_is_thinned_out_to_its_share(
 
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         run(Counted(), tmp_path, callback, max_steps=60, num_batches=60)
-    keep = callback._budget.keep
+    keep = callback.budget.keep
     assert keep is not None
     # Time t with t = 0.25 (30 ms + t): 10 of 60 ms.
     mean_cost = (keep[0] + keep[1] + keep[2]) / 3
@@ -67,7 +67,7 @@ def test_a_loss_that_fits_stays_exact(tmp_path: Path, caplog: pytest.LogCaptureF
     callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=Autoencoder(tiny_kl()), budget=0.9)
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         run(Slow(), tmp_path, callback, max_steps=16, num_batches=16)
-    assert callback._budget.keep == [1.0] * 4
+    assert callback.budget.keep == [1.0] * 4
     assert any("LPL stays exact: it takes" in r.message for r in caplog.records)
 
 
@@ -81,15 +81,15 @@ def test_what_was_found_is_kept_in_checkpoints(tmp_path: Path) -> None:
     first = LPLCallback(weight=1.0, loss=make, autoencoder=slow_decoder(), budget=0.2)
     trainer = run(Slow(), tmp_path, first, max_steps=15, num_batches=15)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    keep = first._budget.keep
+    keep = first.budget.keep
     assert losses[0].subset == Subset(keep=keep)  # type: ignore[arg-type]
     second = LPLCallback(weight=1.0, loss=make, autoencoder=slow_decoder(), budget=0.2)
     run(Slow(), tmp_path, second, max_steps=17, num_batches=15, ckpt_path=tmp_path / "last.ckpt")
-    assert second._budget.keep == keep
+    assert second.budget.keep == keep
     assert losses[1].subset == Subset(keep=keep)  # type: ignore[arg-type]
     other = LPLCallback(weight=1.0, loss=make, autoencoder=slow_decoder(), budget=0.4)
     run(Slow(), tmp_path, other, max_steps=17, num_batches=15, ckpt_path=tmp_path / "last.ckpt")
-    assert other._budget.measuring, "what was found was for another share"
+    assert other.budget.measuring, "what was found was for another share"
     assert LPLCallback(weight=1.0).state_dict() == {}
 
 
@@ -101,16 +101,16 @@ def test_batches_without_samples_are_followed_by_others(tmp_path: Path, caplog: 
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         run(GivesRatios(), tmp_path, callback, max_steps=26, num_batches=27)
     assert sum("no sample passed the gate" in r.message for r in caplog.records) == 2
-    assert callback._budget.keep is None
+    assert callback.budget.keep is None
 
 
 def test_batches_before_its_start_are_not_timed(tmp_path: Path) -> None:
     callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=slow_decoder(), budget=0.25, start_step=16)
     run(Slow(), tmp_path, callback, max_steps=24, num_batches=40)
-    assert callback._budget.keep is None
+    assert callback.budget.keep is None
     run(Slow(), tmp_path, callback, max_steps=40, num_batches=40)
-    assert callback._budget.keep is not None
-    assert callback._budget.keep[0] < 1
+    assert callback.budget.keep is not None
+    assert callback.budget.keep[0] < 1
     # The same callback again: it has a loss with that subset.
     run(Slow(), tmp_path, callback, max_steps=1)
 

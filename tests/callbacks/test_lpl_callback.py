@@ -169,7 +169,7 @@ def test_auto_makes_lpl_the_share_that_is_asked_for(tmp_path: Path) -> None:
     assert graphs == [False, False] * 4 + [False, True] * 4, "a measurement keeps no graph"
     weight = callback.weight
     assert weight is not None
-    lpl = ungated(callback._autoencoder)  # type: ignore[arg-type]
+    lpl = ungated(callback.autoencoder)  # type: ignore[arg-type]
     measured = []
     for z_t, t, z0 in module.measured[:4]:
         prediction = module.net(z_t)  # moved by steps of 1e-4 since
@@ -272,7 +272,7 @@ def test_the_gradient_ratio_is_that_of_two_separate_backward_passes(tmp_path: Pa
     ((z_t, t, z0),) = module.measured
     noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
     prediction = before(z_t)
-    lpl = ungated(callback._autoencoder)  # type: ignore[arg-type]
+    lpl = ungated(callback.autoencoder)  # type: ignore[arg-type]
     term = 2.0 * lpl(z_t - t * prediction, z0, (t / (1 - t)).flatten()).mean()
     rest = nn.functional.mse_loss(prediction, noise - z0)
     gradients = [torch.autograd.grad(part, prediction, retain_graph=True)[0].norm() for part in (term, rest)]
@@ -303,7 +303,7 @@ class WriteWeight(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         (callback,) = [c for c in trainer.callbacks if isinstance(c, LPLCallback)]  # type: ignore[attr-defined]
         assert isinstance(pl_module, Latents)
-        lpl = ungated(callback._autoencoder)  # type: ignore[arg-type]
+        lpl = ungated(callback.autoencoder)  # type: ignore[arg-type]
         terms = [lpl(z_t - t * pl_module.before(z_t), z0).mean().item() for z_t, t, z0 in pl_module.measured[:2]]
         found = {"weight": callback.weight, "rest": sum(pl_module.rests[:2]) / 2, "term": sum(terms) / 2}
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(found))
@@ -361,7 +361,7 @@ def test_auto_leaves_out_batches_that_are_not_finite_and_refuses_a_negative_rest
     torch.manual_seed(6)
     odd, calibrated = Odd(), callback()
     run(odd, tmp_path, calibrated, max_steps=3)
-    lpl = ungated(calibrated._autoencoder)  # type: ignore[arg-type]
+    lpl = ungated(calibrated.autoencoder)  # type: ignore[arg-type]
     terms = [lpl(z_t - t * odd.before(z_t), z0).mean().item() for z_t, t, z0 in (odd.measured[0], odd.measured[2])]
     expected = 0.25 * (odd.rests[0] + odd.rests[2]) / sum(terms)
     assert calibrated.weight == pytest.approx(expected, rel=1e-2)
