@@ -131,7 +131,9 @@ class LPLCLI(LightningCLI):
         except ArgumentError as error:
             if os.environ.get(TRACEBACK, "0") != "0":
                 raise
-            print(f"lpl: error: {plain_error(str(error))}", file=sys.stderr)
+            of_all = [action for one in self._subcommand_parsers.values() for action in one._actions]
+            known = {name for action in of_all for name in action.option_strings}
+            print(f"lpl: error: {plain_error(str(error), sorted(known))}", file=sys.stderr)
             raise SystemExit(2) from None
 
     def _parse(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
+from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib import import_module
 
 from lpl_lightning.own_files import other_module
@@ -15,6 +17,9 @@ _KEY = re.compile(r'(?:^|.* )Parser key "([^"]+)":')
 _GIVEN = re.compile(r"Given value: (.*?)(?:\. Got value: .*)?$")
 _WANTED = re.compile(r"Expected an? <class '(?:\w+\.)*(\w+)'>(?:\. Got value: (.*))?$")
 _PATH = re.compile(r"(?:given class_path|but|Import path) '?([A-Za-z_]\w*(?:\.\w+)+)'?")
+_OPTION = re.compile(r"(?:Type .* expects a function or a callable class: )?(Option '([^']+)' is not accepted)")
+_CLASS = re.compile(r"class_path='([^']+)'")
+_UNKNOWN = re.compile(r"unrecognized arguments: (--[^ =]+)")
 _TRIED = (
     "Does not validate",
     "Subtypes:",
@@ -29,9 +34,10 @@ _TRIED = (
     "Expected a <class 'NoneType'>",
 )
 """How lines begin that say what was tried, and not what was wrong."""
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def plain_error(message: str) -> str:
+def plain_error(message: str, options: Iterable[str] = ()) -> str:
     """The part of a parser's message that says what was wrong.
 
     A parser of types says all that it tried, one nested in the other; what it came to where it went deepest is what a
@@ -39,6 +45,7 @@ def plain_error(message: str) -> str:
 
     Args:
         message: As jsonargparse makes it.
+        options: What the command line takes, such as ``--trainer.max_steps``, to name what was meant.
 
     Returns:
         One line, or the message as it is where nothing is found in it.
@@ -56,21 +63,29 @@ def plain_error(message: str) -> str:
         if value := _GIVEN.match(text):
             given = given or value[1]  # the first comes after what was tried where it went deepest
         elif text and not text.startswith(_TRIED):
-            text = f"{path}: {text}" if text.startswith("Option") and path else text
+            if refused := _OPTION.match(text):
+                of = _CLASS.search(text)  # of a class that makes something later, the message itself says which
+                path = of[1] if of else path
+                text = f"{path}: {refused[1]}" if path else refused[1]
             found.append((indent, ".".join(name for _, name in where), text))
     if not found or not where:
-        return message
+        unknown = _UNKNOWN.search(message)
+        return message + (_nearest(unknown[1], options) if unknown else "")
     _, key_path, text = max(found, key=lambda item: item[0])
     if wanted := _WANTED.match(text):
         given = wanted[2] or given
         text = f"expected a value of type {wanted[1]}, got {given}"
         text += f"; in YAML it is written .{given}" if given in ("inf", "nan") and wanted[1] == "float" else ""
-    return f"`{key_path}`: {text.rstrip('.')}{_more(path, text)}."
+    said = f"`{key_path}`: {text.rstrip('.')}{_more(path, text)}"
+    return said if said.endswith("?") else f"{said}."
 
 
 def _more(path: str, text: str) -> str:
     """What the parser knows, or could know, of a class and does not say."""
     module, _, name = path.rpartition(".")
+    if (refused := _OPTION.search(text)) and module:
+        taken = _options(getattr(import_module(module), name, None))
+        return _nearest(refused[2], taken) or (f". It takes {', '.join(taken)}" if taken else "")
     if text.startswith("No module named"):
         return f". `{path}` is to lie in {module.replace('.', '/')}.py, in the working directory or beside a config"
     if "has no attribute" in text and (origin := other_module(module.split(".")[0])) is not None:
@@ -81,6 +96,25 @@ def _more(path: str, text: str) -> str:
     if "does not correspond to a subclass" in text and not inspect.isclass(getattr(import_module(module), name, None)):
         return ": it is no class"
     return ""
+
+
+def _options(part: object) -> list[str]:
+    """Names of what a class is built with, those that it hands on to its bases by ``**kwargs`` too."""
+    found: dict[str, None] = {}
+    for one in inspect.getmro(part) if inspect.isclass(part) else ():
+        if "__init__" not in vars(one) or one is object:
+            continue
+        kinds = {name: option.kind for name, option in inspect.signature(vars(one)["__init__"]).parameters.items()}
+        found |= {name: None for name, kind in [*kinds.items()][1:] if kind not in _REST}
+        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+            break
+    return [*found]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The question whether another name was meant, where one is near."""
+    near = get_close_matches(name, [*known], n=1, cutoff=0.75)
+    return f". Did you mean {near[0]}?" if near else ""
 
 
 def said_of_mistake(error: BaseException) -> str:
