@@ -8,6 +8,9 @@ import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
+from pkgutil import resolve_name
+
+from jsonargparse import ArgumentParser
 
 from lpl_lightning.own_files import other_module
 
@@ -34,7 +37,6 @@ _TRIED = (
     "Expected a <class 'NoneType'>",
 )
 """How lines begin that say what was tried, and not what was wrong."""
-_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def plain_error(message: str, options: Iterable[str] = ()) -> str:
@@ -84,7 +86,7 @@ def _more(path: str, text: str) -> str:
     """What the parser knows, or could know, of a class and does not say."""
     module, _, name = path.rpartition(".")
     if (refused := _OPTION.search(text)) and module:
-        taken = _options(getattr(import_module(module), name, None))
+        taken = _options(path)
         return _nearest(refused[2], taken) or (f". It takes {', '.join(taken)}" if taken else "")
     if text.startswith("No module named"):
         return f". `{path}` is to lie in {module.replace('.', '/')}.py, in the working directory or beside a config"
@@ -98,17 +100,13 @@ def _more(path: str, text: str) -> str:
     return ""
 
 
-def _options(part: object) -> list[str]:
+def _options(path: str) -> list[str]:
     """Names of what a class is built with, those that it hands on to its bases by ``**kwargs`` too."""
-    found: dict[str, None] = {}
-    for one in inspect.getmro(part) if inspect.isclass(part) else ():
-        if "__init__" not in vars(one) or one is object:
-            continue
-        kinds = {name: option.kind for name, option in inspect.signature(vars(one)["__init__"]).parameters.items()}
-        found |= {name: None for name, kind in [*kinds.items()][1:] if kind not in _REST}
-        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
-            break
-    return [*found]
+    try:
+        found: list[str] = ArgumentParser().add_class_arguments(resolve_name(path), fail_untyped=False)
+        return found
+    except (ValueError, ImportError, AttributeError):  # such as of a function that makes a part
+        return []
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -25,14 +25,9 @@ def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-@pytest.fixture
-def classes() -> list[type]:
-    """What a config may name: all public classes that are built with arguments."""
-    found = [getattr(lpl_lightning, name) for name in lpl_lightning.__all__]
-    return [one for one in found if inspect.isclass(one) and not issubclass(one, BaseException)]
-
-
-def test_every_key_of_every_public_class_says_what_it_is(classes: list[type]) -> None:
+def test_every_key_of_every_public_class_says_what_it_is() -> None:
+    public = [getattr(lpl_lightning, name) for name in lpl_lightning.__all__]
+    classes = [one for one in public if inspect.isclass(one) and not issubclass(one, BaseException)]
     assert {Callback, LightningModule, LightningDataModule} <= {base for one in classes for base in one.__mro__}
     for one in [*classes, Evaluation]:
         parser = jsonargparse.ArgumentParser(exit_on_error=False)

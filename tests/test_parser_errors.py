@@ -70,7 +70,8 @@ class Base:
 
 
 class Passing(Base):
-    def __init__(self, name: str, *rest: int, **options: int) -> None: ...
+    def __init__(self, name: str, **options: int) -> None:
+        super().__init__(**options)
 
 
 class Closed(Base):
