@@ -318,7 +318,7 @@ def _run(args: ArgsType) -> None:
         with _plain_refusals():
             auto_cli(WITHOUT_TRAINER[name], args=_named(name, rest), as_positional=False, prog=f"lpl {name}")
         return
-    # Lightning warns of every module in eval mode, which a frozen autoencoder is on purpose, and of its own use of torch.
+    # Lightning warns of every module in eval mode, which a frozen autoencoder is on purpose, and of a call of its own.
     for message in (r".*module\(s\) in eval mode at the start of training", r".*LeafSpec.*is deprecated"):
         warnings.filterwarnings("ignore", message=message)
     LPLCLI(

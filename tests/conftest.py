@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -30,6 +31,9 @@ from lpl_lightning import (
 
 # Lightning 2.6 calls what jsonargparse 4.49 calls deprecated.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+# Lightning's logs stay with it where nothing listened when it was imported, which depends on pytest's version.
+logging.getLogger("lightning.pytorch").propagate = True
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
