@@ -67,16 +67,7 @@ def find_model(model: str, revision: str | None) -> Path:
                 f"`revision`={revision!r} is of a hub id, but `model`={model!r} is a folder. Leave it out."
             )
     else:
-        hub = optional("huggingface_hub")
-        try:
-            found = Path(
-                hub.snapshot_download(found, revision=revision, allow_patterns=_WANTED, ignore_patterns=_LEFT_OUT)
-            )
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"`model`={model!r} cannot be had from the Hugging Face hub. Without network: download it elsewhere "
-                f"and give its folder. ({error})"
-            ) from error
+        found = _downloaded(found, revision)
     if not (found / "config.json").is_file() or not list(found.glob("*.safetensors")):
         raise FileNotFoundError(
             f"`model`={model!r} must hold config.json and .safetensors weights as save_pretrained writes them, but "
@@ -85,6 +76,22 @@ def find_model(model: str, revision: str | None) -> Path:
         )
     check_indices(found)
     return found
+
+
+def _downloaded(model: str, revision: str | None) -> Path:
+    """The folder of a hub id's files."""
+    hub = optional("huggingface_hub")
+    options = {"revision": revision, "allow_patterns": _WANTED, "ignore_patterns": _LEFT_OUT}
+    try:
+        return Path(hub.snapshot_download(model, **options))
+    except Exception as error:  # also what httpx raises
+        try:  # some of its releases ask the network for a commit, also where it is in the cache
+            return Path(hub.snapshot_download(model, **options, local_files_only=True))
+        except (OSError, ValueError):
+            raise FileNotFoundError(
+                f"`model`={model!r} cannot be had from the Hugging Face hub. Without network: download it elsewhere "
+                f"and give its folder. ({error})"
+            ) from error
 
 
 def load_processor(folder: Path, model: str) -> Any:
@@ -196,7 +203,11 @@ def probe(prompt: Prompt, model: str) -> None:
         ValueError: It does not.
     """
     try:
-        prompt([Image.new("RGB", (64, 48), "grey")] * 2)
+        inputs = prompt([Image.new("RGB", (64, 48), "grey")] * 2)
+        # Some releases of transformers let images pass that no mark of the prompt stands for.
+        mark = getattr(prompt.processor, "image_token_id", None)
+        if mark is not None and "input_ids" in inputs and not bool((inputs["input_ids"] == mark).any(dim=1).all()):
+            raise ValueError("it has no mark for the image")
     except Exception as error:
         raise ValueError(
             f"`prompt`={prompt.asked!r} cannot be given to `model`={model!r} with an image ({reason(error)}). A "

@@ -215,3 +215,20 @@ def test_hub_ids_are_found_where_they_were_downloaded_to(tmp_path: Path, monkeyp
         assert find_model("someone/captions", revision) == repository / "snapshots" / commit
     with pytest.raises(FileNotFoundError, match=r"`model`='someone/else' cannot be had from the Hugging Face hub"):
         find_model("someone/else", None)
+
+
+def test_a_commit_that_is_there_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in huggingface_hub 1.33: it asks for a commit's list of files, and what httpx raises is no OSError."""
+    florence(tmp_path)
+
+    def download(model: str, *, local_files_only: bool = False, **_: object) -> str:
+        if not local_files_only:
+            raise RuntimeError("Name or service not known")
+        if model != "someone/captions":
+            raise FileNotFoundError("not in the cache")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_model("someone/captions", "0123456789abcdef0123456789abcdef01234567") == tmp_path
+    with pytest.raises(FileNotFoundError, match=r"`model`='someone/else' cannot be had .*Name or service not known"):
+        find_model("someone/else", None)
