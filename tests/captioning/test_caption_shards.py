@@ -528,10 +528,13 @@ def test_shards_that_are_added_are_captioned(shards: Path, tiny: Path, tmp_path:
     assert files_of(tmp_path / "out") == files_of(tmp_path / "once")
 
 
-def test_a_full_disk_is_one_error_and_it_goes_on_later(shards: Path, tiny: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_error_and_it_goes_on_later(
+    shards: Path, tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     caption(shards, tiny, tmp_path / "once")
     for size, file in ((20, r"captions-record\.json"), (1500, r"out/00000\.tar")):
+        capfd.readouterr()  # what is printed goes to a file too
         with full_disk(size), pytest.raises(ValueError, match=rf"{file} cannot be written \(.*call the same command"):
             caption(shards, tiny, out)
         assert not list(out.glob("*.tar"))
