@@ -23,6 +23,7 @@ import lightning.pytorch as pl
 import yaml
 from jsonargparse import Namespace, auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -153,7 +154,13 @@ class LPLCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Build the trainer, with checkpoints that are whole and run no code."""
+        """Build the trainer, with checkpoints that are whole and run no code, and one summary."""
+        given, summary = (self._get(self.config_init, key) for key in ("trainer", "summary"))
+        asked = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
+        if not any(isinstance(callback, ModelSummary) for callback in asked):
+            if summary.start is None:  # Lightning's table would say less of the same
+                summary.start = given.enable_model_summary is not False
+            kwargs.setdefault("enable_model_summary", False)
         trainer: pl.Trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO()

@@ -90,6 +90,29 @@ def test_quickstart_trains_with_lpl_and_draws(tmp_path: Path, caplog: pytest.Log
     assert f"Samples: {grid}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("options", "said", "table"),
+    [
+        ([], True, False),
+        (["--trainer.enable_model_summary=true"], True, False),
+        (["--trainer.enable_model_summary=false"], False, False),
+        (["--summary.start=false"], False, False),
+        (["--trainer.callbacks+=lightning.pytorch.callbacks.ModelSummary"], True, True),
+    ],
+)
+def test_a_run_says_once_what_is_trained(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    said: bool,
+    table: bool,
+) -> None:
+    main(["fit", "-c", str(CONFIGS / "autoencoder_shapes.yaml"), *SHORT, *in_folder(tmp_path), *options])
+    assert ("trainable parameters " in caplog.text) == said
+    assert ("Trainable params" in caplog.text + capsys.readouterr().out) == table
+
+
 def test_autoencoder_shapes(tmp_path: Path) -> None:
     main(["fit", "-c", str(CONFIGS / "autoencoder_shapes.yaml"), *SHORT, *in_folder(tmp_path)])
     assert (last_run(tmp_path) / "autoencoder" / "config.json").is_file()
