@@ -56,6 +56,7 @@ def test_several_loggers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             log(self, data, *args, **kwargs)
 
         monkeypatch.setattr(run_of_wandb, "log", listened)
+        (tmp_path / "wandb").mkdir()  # wandb 0.19 takes another folder where there is none
         loggers.append(logger("WandbLogger", tmp_path / "wandb", ", offline: true"))
     fit(tmp_path, f"[{', '.join(loggers)}]")
     run = tmp_path / "csv" / "run" / "version_0"
