@@ -326,7 +326,10 @@ def _run(args: ArgsType) -> None:
             auto_cli(WITHOUT_TRAINER[name], args=_named(name, rest), as_positional=False, prog=f"lpl {name}")
         return
     # Lightning warns of every module in eval mode, which a frozen autoencoder is on purpose, and of a call of its own.
-    for message in (r".*module\(s\) in eval mode at the start of training", r".*LeafSpec.*is deprecated"):
+    silent = [r".*module\(s\) in eval mode at the start of training", r".*LeafSpec.*is deprecated"]
+    if isinstance(given, list) and given[:1] != ["fit"]:  # and of scores that only further training reads
+        silent.append("The dirpath has changed")
+    for message in silent:
         warnings.filterwarnings("ignore", message=message)
     LPLCLI(
         pl.LightningModule,

@@ -142,7 +142,9 @@ def test_folder_with_and_without_the_overlay(photos: Path, tmp_path: Path, overl
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_post_training_validation_and_prediction_from_a_checkpoint(photos: Path, tmp_path: Path) -> None:
+def test_post_training_validation_and_prediction_from_a_checkpoint(
+    photos: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     base = ["-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *folder_args(photos), *in_folder(tmp_path)]
     main(["fit", *base, *SHORT])
     checkpoint = last_run(tmp_path) / "checkpoints" / "last.ckpt"
@@ -159,6 +161,7 @@ def test_post_training_validation_and_prediction_from_a_checkpoint(photos: Path,
         "0000/000002.png",
         "0001/000001.png",
     ]
+    assert not [said for said in recwarn if "dirpath" in str(said.message)]
 
 
 def test_a_run_saves_the_config_that_makes_it_again(tmp_path: Path) -> None:
