@@ -385,16 +385,18 @@ def ceilings(given: argparse.Namespace) -> Iterator[Task]:
 
 
 def comparisons(out: Path) -> Iterator[Task]:
-    """What compares each run with LPL with that of its seed without."""
+    """What compares each run with LPL with that of its seed without, where that has not been done."""
     found = {}
     for name, report, folder in reports(out):
         process, _, rest = name.partition("-")
         kind, _, seed = rest.rpartition("-")
         if (made := report["generation"]) and kind in ("none", "lpl"):
-            setting = [made["global_step"], made["ema"], made["num_steps"], Path(report["reference"]["name"]).name]
+            setting = [made["global_step"], report["images"]["count"], made["ema"] or "trained", made["num_steps"]]
+            setting.append(Path(report["reference"]["name"]).name)
             found[kind, "-".join(map(str, [process, seed, *setting]))] = folder
     for (kind, name), folder in found.items():
-        if kind == "lpl" and ("none", name) in found:
+        done = (out / "comparisons" / name / "comparison.json").is_file()
+        if kind == "lpl" and ("none", name) in found and not done:
             words = [
                 "lpl",
                 "compare",
@@ -476,7 +478,7 @@ def collect(out: Path) -> None:
         rows += [[*setting, *against, value, found["value"]] for value, found in report["values"].items()]
         if against[1] == "val" and (folder / "spectra.csv").is_file() and made["num_steps"]:
             heads, *by_frequency = csv.reader((folder / "spectra.csv").read_text().splitlines())
-            spectra += [[*setting, *values] for values in by_frequency]
+            spectra += [[*setting, against[0], *values] for values in by_frequency]
     for path in sorted((out / "reconstructed").glob("*.json")):
         for value, number in json.loads(path.read_text()).items():
             rows.append([f"ceiling-{path.stem}", *[None] * 5, "val", None, f"reconstruction_{value}", number])
@@ -494,7 +496,7 @@ def collect(out: Path) -> None:
                     of_value = [cell["difference"], interval["low"], interval["high"], cell["verdict"]]
                     compared.append([path.parent.name, value, *of_value])
     tables = [(RESULTS, [*of, "images", "against", "photos", "value", "is"], rows)]
-    tables += [(SPECTRA, [*of, *heads], spectra)] if spectra else []
+    tables += [(SPECTRA, [*of, "images", *heads], spectra)] if spectra else []
     heads = ["comparison", "value", "difference", "low", "high", "verdict"]
     tables += [(DIFFERENCES, heads, compared)] if compared else []
     for path, head, body in tables:

@@ -98,20 +98,24 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     """What was measured of two runs, and what ``lpl compare`` found of them; pairs are of one seed and setting."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
     study = import_module("study")
-    for name, step in (("flow-none-1", 5), ("flow-lpl-1", 5), ("flow-lpl-2", 5), ("flow-none-2", 9), ("flow-rgb-1", 5)):
-        folder = tmp_path / name / "version_0" / "evaluation" / "step" / "images"
+    runs = [("flow-none-1", 5, 7), ("flow-lpl-1", 5, 7), ("flow-lpl-1", 5, 9)]
+    runs += [("flow-lpl-2", 5, 7), ("flow-none-2", 9, 7), ("flow-rgb-1", 5, 7)]
+    for name, step, count in runs:
+        folder = tmp_path / name / "version_0" / "evaluation" / "step" / f"{count}-images"
         folder.mkdir(parents=True)
-        report = {"values": {"fd": {"value": step}}, "images": {"count": 7}, "reference": {"name": "a/val", "count": 3}}
+        report = {"values": {"fd": {"value": step}}, "images": {"count": count}}
+        report["reference"] = {"name": "a/val", "count": 3}
         report["generation"] = {"global_step": step, "ema": 0.9, "num_steps": 4, "guidance_scale": 2.0}
         (folder / "report.json").write_text(json.dumps(report))
     (task,) = study.comparisons(tmp_path)
     assert [name in str(task.words()) for name in ("none-1", "lpl-1")] == [True, True]
+    assert str(task.words()).count("7-images") == 2
     assert not any(name in str(task.words()) for name in ("none-2", "lpl-2", "rgb"))
     cells = {
         "none": {"difference": None},
         "lpl": {"difference": -1, "difference_interval": {"low": -2, "high": 0}, "verdict": None},
     }
-    folder = tmp_path / "comparisons" / "flow-1"
+    folder = tmp_path / "comparisons" / "flow-1-5-7-0.9-4-val"
     folder.mkdir(parents=True)
     (folder / "comparison.json").write_text(json.dumps({"rows": {"fd": {"cells": cells}}}))
     for table in ("RESULTS", "SPECTRA", "DIFFERENCES"):
@@ -119,8 +123,9 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     study.collect(tmp_path)
     rows = (tmp_path / "RESULTS.csv").read_text().splitlines()
     assert "flow-lpl-1,5,0.9,4,2.0,7,val,3,fd,5" in rows
-    assert len(rows) == 6
-    assert (tmp_path / "DIFFERENCES.csv").read_text().splitlines()[1:] == ["flow-1,fd,-1,-2,0,"]
+    assert len(rows) == 7
+    assert (tmp_path / "DIFFERENCES.csv").read_text().splitlines()[1:] == ["flow-1-5-7-0.9-4-val,fd,-1,-2,0,"]
+    assert not list(study.comparisons(tmp_path)), "what has been compared is not compared again"
 
 
 def test_tasks_wait_for_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
