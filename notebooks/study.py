@@ -38,6 +38,8 @@ BASE = "configs/study/mmdit.yaml"
 SIDE = 64
 """Pixels."""
 SEEDS = (1, 2, 3)
+LOGGED = ("loss_diffusion", "gate_share", "lpl_weight", "lpl_gradient_ratio", "lpl_variance_ratio")
+"""Beginnings of names of what is collected from the trainings' logs, too."""
 PRELOADED = ["lightning.pytorch", "torchvision", "diffusers", "lpl_lightning.cli"]
 PROCESSES = ("flow", "ddpm_v", "ddpm_epsilon")
 OTHERS = {
@@ -468,8 +470,24 @@ def execute(words: list[str], log: Path) -> None:
     lpl()
 
 
+def logged(out: Path) -> Iterator[tuple[str, int, str, float]]:
+    """Run, last step, name and mean over the second half of post-training of each value of ``LOGGED``."""
+    for folder in sorted({path.parent.parent for path in out.glob("*/version_*/metrics.csv")}):
+        if folder.name.startswith("pretrain-") or folder.name.count("-") < 2:
+            continue
+        values: dict[str, dict[int, float]] = {}
+        for path in sorted(folder.glob("version_*/metrics.csv")):  # later ones go on, and may repeat steps
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    for name in filter(lambda name: name.startswith(LOGGED) and row[name], row):
+                        values.setdefault(name, {})[int(row["step"])] = float(row[name])
+        for name, by_step in sorted(values.items()):
+            half = [value for step, value in by_step.items() if 2 * step >= max(by_step)]
+            yield folder.name, max(by_step), f"log_{name}", sum(half) / len(half)
+
+
 def collect(out: Path) -> None:
-    """Write all reports as two tables: a row a value, costs of steps too, and a row a frequency of a spectrum."""
+    """Write reports, logs and costs as tables: a row a value, and a row a frequency of a spectrum."""
     rows, spectra = [], []
     for name, report, folder in reports(out):
         made = report["generation"] or dict.fromkeys(("global_step", "ema", "num_steps", "guidance_scale"))
@@ -486,6 +504,7 @@ def collect(out: Path) -> None:
         found = json.loads(path.read_text())
         ratio = found["average_step_s"] / found["blocks"][0]["step_s"]
         rows.append([path.stem, *[None] * 7, "step_time_over_none", ratio])
+    rows += [[name, step, *[None] * 6, value, number] for name, step, value, number in logged(out)]
     of = ["run", "step", "ema", "num_steps", "guidance"]
     compared = []
     for path in sorted((out / "comparisons").glob("*/comparison.json")):

@@ -115,6 +115,11 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         "none": {"difference": None},
         "lpl": {"difference": -1, "difference_interval": {"low": -2, "high": 0}, "verdict": None},
     }
+    # A training that was stopped after step 3 and went on from step 2 in another folder.
+    for version, logs in enumerate(("1,8\n3,9\n", "2,\n3,4\n4,6\n")):
+        folder = tmp_path / "flow-lpl-1" / f"version_{version}"
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.csv").write_text("step,lpl_weight\n" + logs)
     folder = tmp_path / "comparisons" / "flow-1-5-7-0.9-4-val"
     folder.mkdir(parents=True)
     (folder / "comparison.json").write_text(json.dumps({"rows": {"fd": {"cells": cells}}}))
@@ -123,7 +128,8 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     study.collect(tmp_path)
     rows = (tmp_path / "RESULTS.csv").read_text().splitlines()
     assert "flow-lpl-1,5,0.9,4,2.0,7,val,3,fd,5" in rows
-    assert len(rows) == 7
+    assert "flow-lpl-1,4,,,,,,,log_lpl_weight,5.0" in rows
+    assert len(rows) == 8
     assert (tmp_path / "DIFFERENCES.csv").read_text().splitlines()[1:] == ["flow-1-5-7-0.9-4-val,fd,-1,-2,0,"]
     assert not list(study.comparisons(tmp_path)), "what has been compared is not compared again"
 
