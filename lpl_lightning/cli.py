@@ -157,10 +157,10 @@ class LPLCLI(LightningCLI):
         """Build the trainer, with checkpoints that are whole and run no code, and one summary."""
         given, summary = (self._get(self.config_init, key) for key in ("trainer", "summary"))
         asked = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
-        if not any(isinstance(callback, ModelSummary) for callback in asked):
-            if summary.start is None:  # Lightning's table would say less of the same
-                summary.start = given.enable_model_summary is not False
-            kwargs.setdefault("enable_model_summary", False)
+        if summary.start is None:
+            summary.start = given.enable_model_summary is not False
+        if summary.start and not any(isinstance(callback, ModelSummary) for callback in asked):
+            kwargs.setdefault("enable_model_summary", False)  # Lightning's table would say less of the same
         trainer: pl.Trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO()

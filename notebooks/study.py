@@ -38,7 +38,7 @@ BASE = "configs/study/mmdit.yaml"
 SIDE = 64
 """Pixels."""
 SEEDS = (1, 2, 3)
-LOGGED = ("loss_diffusion", "gate_share", "lpl_weight", "lpl_gradient_ratio", "lpl_variance_ratio")
+LOGGED = ("loss_diffusion", "gate_share", "lpl_weight", "lpl_gradient_ratio", "lpl_variance_ratio", "lpl_masked")
 """Beginnings of names of what is collected from the trainings' logs, too."""
 PRELOADED = ["lightning.pytorch", "torchvision", "diffusers", "lpl_lightning.cli"]
 PROCESSES = ("flow", "ddpm_v", "ddpm_epsilon")
@@ -473,7 +473,7 @@ def execute(words: list[str], log: Path) -> None:
 def logged(out: Path) -> Iterator[tuple[str, int, str, float]]:
     """Run, last step, name and mean over the second half of post-training of each value of ``LOGGED``."""
     for folder in sorted({path.parent.parent for path in out.glob("*/version_*/metrics.csv")}):
-        if folder.name.startswith("pretrain-") or folder.name.count("-") < 2:
+        if folder.name.count("-") < 2:  # of pre-training, or of the autoencoder
             continue
         values: dict[str, dict[int, float]] = {}
         for path in sorted(folder.glob("version_*/metrics.csv")):  # later ones go on, and may repeat steps

@@ -8,6 +8,7 @@ such as BLIP, by the prompt as it is, or by none. Captions are what a model adds
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -82,16 +83,19 @@ def _downloaded(model: str, revision: str | None) -> Path:
     """The folder of a hub id's files."""
     hub = optional("huggingface_hub")
     options = {"revision": revision, "allow_patterns": _WANTED, "ignore_patterns": _LEFT_OUT}
+    # Looked for before: what a download that breaks off leaves must not pass for the whole.
+    there: str | None = None
+    with suppress(OSError, ValueError):
+        there = hub.snapshot_download(model, **options, local_files_only=True)
     try:
         return Path(hub.snapshot_download(model, **options))
     except Exception as error:  # also what httpx raises
-        try:  # some of its releases ask the network for a commit, also where it is in the cache
-            return Path(hub.snapshot_download(model, **options, local_files_only=True))
-        except (OSError, ValueError):
-            raise FileNotFoundError(
-                f"`model`={model!r} cannot be had from the Hugging Face hub. Without network: download it elsewhere "
-                f"and give its folder. ({error})"
-            ) from error
+        if there is not None:  # some releases ask the network for a commit, also where it is in the cache
+            return Path(there)
+        raise FileNotFoundError(
+            f"`model`={model!r} cannot be had from the Hugging Face hub. Without network: download it elsewhere "
+            f"and give its folder. ({error})"
+        ) from error
 
 
 def load_processor(folder: Path, model: str) -> Any:
