@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import reduce
 from importlib import import_module
@@ -20,7 +21,7 @@ from typing import Any, Self, get_type_hints
 import diffusers
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.conditioning import Conditioner
@@ -55,8 +56,12 @@ _PACKAGES = ("lpl_lightning", "diffusers", "torch.optim")
 _PATH = re.compile(r"([A-Za-z_]\w*)(\.[A-Za-z_]\w*)+")
 
 
-class RebuiltModule(pl.LightningModule):
+class RebuiltModule(pl.LightningModule, ABC):
     """A LightningModule that runs nothing that a checkpoint's config names, when it is made of one."""
+
+    @abstractmethod
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One step of training."""
 
     @classmethod
     def load_from_checkpoint(

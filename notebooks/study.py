@@ -8,10 +8,11 @@
     python notebooks/study.py collect                          # what has been measured so far, as notebooks/*.csv
     python notebooks/study.py table                            # with LPL against without, over seeds
 
-PHOTOS has ``train`` and ``val``, each with a folder a class. ``run`` makes what is missing and nothing twice: stopped
-and called again, it goes on, also within a training. ``--scale gpu`` lays ``configs/study/gpu.yaml`` over all models,
-``--jobs 8`` runs so many commands at a time, as many small models as it takes to fill a GPU, and ``--minutes 9`` begins
-none later. Commands run in the repository's folder, with ``PYTHONPATH=notebooks``.
+PHOTOS has ``train`` and ``val``, each with a folder a class. The autoencoder is the one that lies beside this file,
+unless ``--anew`` asks for one of your own. ``run`` makes what is missing and nothing twice: stopped and called again,
+it goes on, also within a training. ``--scale gpu`` lays ``configs/study/gpu.yaml`` over all models, ``--jobs 8`` runs
+so many commands at a time, as many small models as it takes to fill a GPU, and ``--minutes 9`` begins none later.
+Commands run in the repository's folder, with ``PYTHONPATH=notebooks``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, SPECTRA, DIFFERENCES = (ROOT / "notebooks" / f"{name}.csv" for name in ("results", "spectra", "differences"))
+AUTOENCODER = ROOT / "notebooks" / "autoencoder"
 BASE = "configs/study/mmdit.yaml"
 SIDE = 64
 """Pixels."""
@@ -73,6 +75,7 @@ class Scale:
         steps: Of post-training.
         short: Of post-training where one choice is compared with others.
         setting: How images are made, unless that is what is compared.
+        choice: How they are made where one choice is compared with others.
         overlay: Config that is laid over the models'.
     """
 
@@ -80,12 +83,13 @@ class Scale:
     steps: int
     short: int
     setting: Setting
+    choice: Setting
     overlay: str | None = None
 
 
 SCALES = {
-    "cpu": Scale(4000, 500, 500, Setting(5000, "0.995", 10)),
-    "gpu": Scale(10000, 3000, 1500, Setting(10000, "0.995", 20), "configs/study/gpu.yaml"),
+    "cpu": Scale(4000, 500, 250, Setting(5000, "0.995", 10), Setting(2000, "0.99", 10)),
+    "gpu": Scale(10000, 3000, 1500, *2 * [Setting(10000, "0.995", 20)], "configs/study/gpu.yaml"),
 }
 
 
@@ -133,77 +137,80 @@ def post(scale: Scale, name: str, process: str = "flow", seed: int = 1, **option
 
 def experiments(scale: Scale) -> dict[str, list[Run]]:
     """All of them, by name; runs of the same name are one."""
-    without = post(scale, "none")
-    with_lpl = post(scale, "lpl", loss={})
     few = replace(scale.setting, images=2000)
+    losses = {"none": None, "lpl": {}}
+    pair = [post(scale, name, loss=loss) for name, loss in losses.items()]
+
+    def short(name: str, process: str = "flow", seed: int = 1, **options: Any) -> Run:
+        """A post-training where one choice is compared with others."""
+        found = post(scale, name, process, seed, **({"steps": scale.short} | options))
+        return replace(found, settings=(scale.choice,))
+
+    def briefly(process: str = "flow", seed: int = 1) -> list[Run]:
+        """What choices are compared with."""
+        return [short(f"{name}-short", process, seed, loss=loss) for name, loss in losses.items()]
 
     def variants(values: dict[str, dict[str, Any]]) -> list[Run]:
-        found = [post(scale, name, steps=scale.short, **({"loss": {}} | given)) for name, given in values.items()]
-        return [*(replace(one, at=scale.short) for one in (without, with_lpl)), *found]
+        return [*briefly(), *(short(name, **({"loss": {}} | given)) for name, given in values.items())]
 
-    def settings(*several: Setting) -> list[Run]:
-        return [replace(one, settings=several) for one in (without, with_lpl)]
-
-    def losses(name: str, key: str, values: list[Any]) -> dict[str, dict[str, Any]]:
+    def choose(name: str, key: str, values: list[Any]) -> dict[str, dict[str, Any]]:
         return {f"{name}-{value}": {"loss": {key: value}} for value in values}
 
-    modes = losses("statistics", "statistics", ["predicted_detached", "target", "separate", "none"])
-    weights = losses("depth-weights", "depth_weights", ["exponential", "uniform"])
+    modes = choose("statistics", "statistics", ["predicted_detached", "target", "separate", "none"])
+    weights = choose("depth-weights", "depth_weights", ["exponential", "uniform"])
     shares = {f"share-{share}": {"callback": {"target_share": share}} for share in (0.05, 0.1, 0.4, 0.6)}
     thin = {
         "keep-0.25": {"callback": {"loss": {"subset": {"keep": 0.25}}}},
         "every-4": {"callback": {"every_n_steps": 4}},
         "budget-0.15": {"callback": {"budget": 0.15}},
     }
-
-    def pairs(process: str) -> list[Run]:
-        losses = {"none": None, "lpl": {}}
-        return [post(scale, name, process, seed, loss=loss) for seed in SEEDS for name, loss in losses.items()]
+    steps = tuple(replace(scale.choice, num_steps=count) for count in (5, 10, 20, 50))
+    decays = tuple(replace(few, ema=decay) for decay in ("trained", "0.99", "0.995", "0.998", "0.999"))
+    early = scale.pretrain // 4
+    start = replace(pretrained("flow", scale), at=early, settings=(scale.choice,))
 
     found = {
-        "main": [run for process in PROCESSES for run in pairs(process)],
-        "dit": pairs("dit"),
-        "taesd3": pairs("taesd3"),
+        "main": [
+            post(scale, name, process, seed, loss=loss)
+            for process in PROCESSES
+            for seed in SEEDS
+            for name, loss in losses.items()
+        ],
+        "dit": briefly("dit"),
+        "taesd3": briefly("taesd3"),
         "statistics": variants(modes),
-        "depth": variants(losses("depth", "depth", [1, 2, 3])),
+        "depth": variants(choose("depth", "depth", [1, 2, 3])),
         "depth_weights": variants(weights),
-        "threshold": variants(losses("threshold", "threshold", [0.5, 1.0, 6.0, 20.0, 1e6])),
+        "threshold": variants(choose("threshold", "threshold", [0.5, 1.0, 6.0, 20.0, 1e6])),
         "weight": variants(shares),
-        "mask": variants(losses("mask", "mask_outliers", [False])),
+        "mask": variants(choose("mask", "mask_outliers", [False])),
         "rivals": [
             *variants({"rgb": {"loss": {"preset": "rgb"}}}),
-            *(post(scale, name, rival=name, steps=scale.short) for name in ("decoded", "denoiser")),
+            *(short(name, rival=name) for name in ("decoded", "denoiser")),
         ],
         "thin": variants(thin),
         "start": [
-            *variants({}),
+            *briefly(),
             *(
-                post(scale, f"{name}-from-{start}", loss=loss, start=start, steps=scale.short)
-                for start in (scale.pretrain // 4, scale.pretrain // 2)
-                for name, loss in (("none", None), ("lpl", {}))
+                short(f"{name}-from-{begin}", loss=loss, start=begin)
+                for begin in (early, 2 * early)
+                for name, loss in losses.items()
             ),
         ],
-        "sampling": settings(*(replace(few, num_steps=count) for count in (5, 10, 20, 50))),
-        "averages": settings(*(replace(few, ema=decay) for decay in ("trained", "0.99", "0.995", "0.998", "0.999"))),
-        "scratch": [replace(pretrained("flow", scale), name="flow-lpl-scratch", loss={})],
+        "sampling": [replace(one, settings=steps) for one in briefly()],
+        "averages": [replace(one, settings=decays) for one in pair],
+        "scratch": [start, replace(start, name="flow-lpl-scratch", loss={}, steps=early)],
         "longer": [
-            without,
-            with_lpl,
-            *(
-                replace(post(scale, "none-longer", steps=3 * scale.steps), at=at)
-                for at in (2 * scale.steps, 3 * scale.steps)
-            ),
+            run
+            for seed in SEEDS
+            for run in (
+                *briefly(seed=seed),
+                *(replace(short("none-longer", seed=seed, steps=3 * scale.short), at=n * scale.short) for n in (2, 3)),
+            )
         ],
         "min_snr": [
-            post(
-                scale,
-                f"min-snr-{name}",
-                "ddpm_v",
-                loss=loss,
-                steps=scale.short,
-                options=("--model.noise.min_snr_gamma=5",),
-            )
-            for name, loss in (("none", None), ("lpl", {}))
+            short(f"min-snr-{name}", "ddpm_v", loss=loss, options=("--model.noise.min_snr_gamma=5",))
+            for name, loss in losses.items()
         ],
     }
     return found
@@ -242,9 +249,13 @@ def fit(run: Run, scale: Scale, given: argparse.Namespace) -> list[str]:
 def checkpoint(run: Run, out: Path, step: int | None = None) -> Path:
     """What a run has left at a step, by default the one that is measured. A run goes on in another folder."""
     name = f"checkpoints/step={step or run.at or run.steps}.ckpt"
-    folders = sorted((out / run.name).glob("version_*"))
-    found = [folder / name for folder in folders if (folder / name).is_file()]
+    found = [folder / name for folder in versions(out / run.name) if (folder / name).is_file()]
     return found[-1] if found else out / run.name / "version_0" / name
+
+
+def versions(folder: Path) -> list[Path]:
+    """What a run has left each time that it was begun or went on, in this order."""
+    return sorted(folder.glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
 
 
 def autoencoder(photos: Path, out: Path) -> list[str]:
@@ -272,8 +283,11 @@ def decoder(given: argparse.Namespace, process: str = "") -> Path:
     """Folder of the autoencoder."""
     if process == "taesd3":
         return given.taesd3
-    found = sorted((given.out / "autoencoder").glob("version_*/autoencoder"))
-    return found[-1] if found else given.out / "autoencoder" / "version_0" / "autoencoder"
+    if not given.anew:
+        return AUTOENCODER
+    found = [folder / "autoencoder" for folder in versions(given.out / "autoencoder")]
+    ended = [folder for folder in found if folder.is_dir()]
+    return ended[-1] if ended else given.out / "autoencoder" / "version_0" / "autoencoder"
 
 
 def test(run: Run, scale: Scale, given: argparse.Namespace, split: str, setting: Setting) -> list[str]:
@@ -386,26 +400,33 @@ def ceilings(given: argparse.Namespace) -> Iterator[Task]:
             yield Task(f"evaluate-{name}", partial(lambda found: found()[1], found), (f"reconstruct-{name}",))
 
 
+def other(name: str) -> str:
+    """The run that one with LPL, or with a choice of its own, is compared with."""
+    process, *kind, seed = name.split("-")
+    if "lpl" in kind:
+        return f"pretrain-{process}" if seed == "scratch" else name.replace("-lpl", "-none")
+    return f"{process}-lpl-short-{seed}"
+
+
 def comparisons(out: Path) -> Iterator[Task]:
-    """What compares each run with LPL with that of its seed without, where that has not been done."""
-    found = {}
+    """What compares each run with its other one, made and measured alike, where that has not been done.
+
+    After as many steps; one that went on for longer than there is of the other, with the last of it.
+    """
+    found: dict[tuple[str, str], dict[int, Path]] = {}
     for name, report, folder in reports(out):
-        process, _, rest = name.partition("-")
-        kind, _, seed = rest.rpartition("-")
-        if (made := report["generation"]) and kind in ("none", "lpl"):
-            setting = [made["global_step"], report["images"]["count"], made["ema"] or "trained", made["num_steps"]]
+        if made := report["generation"]:
+            setting = [report["images"]["count"], made["ema"] or "trained", made["num_steps"]]
             setting.append(Path(report["reference"]["name"]).name)
-            found[kind, "-".join(map(str, [process, seed, *setting]))] = folder
-    for (kind, name), folder in found.items():
-        done = (out / "comparisons" / name / "comparison.json").is_file()
-        if kind == "lpl" and ("none", name) in found and not done:
-            words = [
-                "lpl",
-                "compare",
-                f"--runs=[{found['none', name]},{folder}]",
-                f"--out={out / 'comparisons' / name}",
-            ]
-            yield Task(f"compare-{name}", partial(list, words))
+            found.setdefault((name, "-".join(map(str, setting))), {})[made["global_step"]] = folder
+    for (name, setting), folders in found.items():
+        against = found.get((other(name), setting), {})
+        for step, folder in folders.items():
+            said = f"{name}-{step}-{setting}"
+            baseline = against.get(step, against[max(against)] if against and "longer" in name else None)
+            if baseline and not (out / "comparisons" / said / "comparison.json").is_file():
+                words = ["lpl", "compare", f"--runs=[{baseline},{folder}]", f"--out={out / 'comparisons' / said}"]
+                yield Task(f"compare-{said}", partial(list, words))
 
 
 def work(todo: list[Task], out: Path, jobs: int, minutes: float) -> None:
@@ -476,8 +497,10 @@ def logged(out: Path) -> Iterator[tuple[str, int, str, float]]:
         if folder.name.count("-") < 2:  # of pre-training, or of the autoencoder
             continue
         values: dict[str, dict[int, float]] = {}
-        for path in sorted(folder.glob("version_*/metrics.csv")):  # later ones go on, and may repeat steps
-            with path.open(newline="") as file:
+        for version in versions(folder):  # later ones go on, and may repeat steps
+            if not (version / "metrics.csv").is_file():
+                continue
+            with (version / "metrics.csv").open(newline="") as file:
                 for row in csv.DictReader(file):
                     for name in filter(lambda name: name.startswith(LOGGED) and row[name], row):
                         values.setdefault(name, {})[int(row["step"])] = float(row[name])
@@ -487,7 +510,10 @@ def logged(out: Path) -> Iterator[tuple[str, int, str, float]]:
 
 
 def collect(out: Path) -> None:
-    """Write reports, logs and costs as tables: a row a value, and a row a frequency of a spectrum."""
+    """Write reports, logs and costs as tables: a row a value, and a row a frequency of a spectrum.
+
+    Rows of other folders, with an autoencoder and models of their own, stay in the tables.
+    """
     rows, spectra = [], []
     for name, report, folder in reports(out):
         made = report["generation"] or dict.fromkeys(("global_step", "ema", "num_steps", "guidance_scale"))
@@ -519,10 +545,15 @@ def collect(out: Path) -> None:
     heads = ["comparison", "value", "difference", "low", "high", "verdict"]
     tables += [(DIFFERENCES, heads, compared)] if compared else []
     for path, head, body in tables:
+        kept: list[list[str]] = []
+        if path.is_file():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.reader(file) if row[0] not in ("folder", out.name)]
         with path.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(head)
-            writer.writerows(body)
+            writer.writerow(["folder", *head])
+            writer.writerows(kept)
+            writer.writerows([out.name, *row] for row in body)
 
 
 def table(path: Path, first: str = "none", second: str = "lpl") -> str:
@@ -539,10 +570,10 @@ def table(path: Path, first: str = "none", second: str = "lpl") -> str:
     for row in rows:
         process, name, seed = row["run"].rsplit("-", 2) if row["run"].count("-") == 2 else ("", "", "")
         if process in PROCESSES and name in (first, second):
-            kind = (process, row["against"], row["ema"], row["num_steps"], row["images"], row["value"])
+            kind = (row["folder"], process, *(row[key] for key in ("against", "ema", "num_steps", "images", "value")))
             found.setdefault(kind, {})[f"{name} {seed}"] = float(row["is"])
-    lines = [f"| process | against | value | seeds | {first} | {second} | difference | |", "|---" * 8 + "|"]
-    for (process, against, *_, value), of_runs in sorted(found.items()):
+    lines = [f"| folder | process | against | value | seeds | {first} | {second} | difference | |", "|---" * 9 + "|"]
+    for (folder, process, against, *_, value), of_runs in sorted(found.items()):
         seeds = sorted(
             seed for name, seed in map(str.split, of_runs) if name == first and f"{second} {seed}" in of_runs
         )
@@ -556,7 +587,7 @@ def table(path: Path, first: str = "none", second: str = "lpl") -> str:
             said = f"[{interval.low:.4g}, {interval.high:.4g}]"
         numbers = f"{means[0]:.4g} | {means[1]:.4g} | {means[1] - means[0]:+.4g} {said}"
         share = f"{100 * (means[1] / means[0] - 1):+.1f} %" if means[0] else ""
-        lines.append(f"| {process} | {against} | {value} | {len(seeds)} | {numbers} | {share} |")
+        lines.append(f"| {folder} | {process} | {against} | {value} | {len(seeds)} | {numbers} | {share} |")
     return "\n".join(lines)
 
 
@@ -571,6 +602,7 @@ def main() -> None:
     parser.add_argument("--squeezenet", type=Path, default=Path("squeezenet1_0.pth"))
     parser.add_argument("--taesd3", type=Path, default=Path("taesd3"), help="folder, for the experiment of that name")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--anew", action="store_true", help="with an autoencoder of your own, which is trained first")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no command begins")
     parser.add_argument(

@@ -47,6 +47,16 @@ def test_every_command_and_group_of_options_has_a_title(command: str, capsys: py
     assert not silent
 
 
+def test_models_that_are_offered_can_be_made(capsys: pytest.CaptureFixture[str]) -> None:
+    """And not what they derive from."""
+    said = "".join(help_of(["fit", "--help"], capsys).split())
+    offered = re.search(r"LightningModule\]?,default:null,knownsubclasses:(.*?)\)", said)
+    assert offered
+    names = offered[1].split(",")
+    assert {"lpl_lightning.LatentDiffusionModule", "lpl_lightning.AutoencoderModule"} <= set(names)
+    assert not [name for name in names if name.startswith(("lpl_lightning.rebuilding", "lpl_lightning.generation"))]
+
+
 def test_the_command_says_what_it_and_its_commands_are_for(capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(help_of(["--help"], capsys).split())
     assert "Latent Perceptual Loss" in said

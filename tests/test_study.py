@@ -19,7 +19,17 @@ SCRIPT = ROOT / "notebooks" / "study.py"
 
 
 def planned(folder: Path, experiment: str, scale: str) -> list[list[str]]:
-    script = [sys.executable, str(SCRIPT), "plan", experiment, "--scale", scale, "--out", str(folder / "runs")]
+    script = [
+        sys.executable,
+        str(SCRIPT),
+        "plan",
+        experiment,
+        "--scale",
+        scale,
+        "--out",
+        str(folder / "runs"),
+        "--anew",
+    ]
     script += ["--profile"] if experiment == "thin" else []
     script += (
         ["--autoencoder", str(SHARED / "weights" / "taesd")] if experiment == "ceilings" and SHARED.is_dir() else []
@@ -82,56 +92,75 @@ def test_each_run_has_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_differences_over_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Paired by seed, a run whose other is missing left out; the interval by its formula."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    lines = ["run,step,ema,num_steps,guidance,images,against,photos,value,is"]
+    lines = ["folder,run,step,ema,num_steps,guidance,images,against,photos,value,is"]
     values = {"none": (10.0, 20.0, 30.0, 99.0), "lpl": (8.0, 19.0, 27.0)}
     for name, found in values.items():
-        lines += [f"flow-{name}-{seed},5,0.9,50,2.0,100,val,10,fd,{x}" for seed, x in enumerate(found, start=1)]
-    lines += ["flow-lpl-scratch,5,0.9,50,2.0,100,val,10,fd,1.0", "ddpm_v-none-1,5,0.9,50,2.0,100,val,10,fd,1.0"]
+        lines += [f"study,flow-{name}-{seed},5,0.9,50,2.0,100,val,10,fd,{x}" for seed, x in enumerate(found, start=1)]
+    alone = ("study,flow-lpl-scratch", "study,ddpm_v-none-1", "another,flow-none-1")
+    lines += [f"{run},5,0.9,50,2.0,100,val,10,fd,1.0" for run in alone]
     (tmp_path / "results.csv").write_text("\n".join(lines) + "\n")
     said = import_module("study").table(tmp_path / "results.csv").splitlines()
     # Differences -2, -1, -3: mean -2, standard error 1 / sqrt(3), and 4.302653 deviations of two degrees of freedom.
     half = 4.302653 / 3**0.5
-    assert said[2:] == [f"| flow | val | fd | 3 | 20 | 18 | -2 [{-2 - half:.4g}, {-2 + half:.4g}] | -10.0 % |"]
+    assert said[2:] == [f"| study | flow | val | fd | 3 | 20 | 18 | -2 [{-2 - half:.4g}, {-2 + half:.4g}] | -10.0 % |"]
 
 
 def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What was measured of two runs, and what ``lpl compare`` found of them; pairs are of one seed and setting."""
+    """What was measured, and what ``lpl compare`` found, in pairs of one seed and setting; other folders' rows stay."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
     study = import_module("study")
-    runs = [("flow-none-1", 5, 7), ("flow-lpl-1", 5, 7), ("flow-lpl-1", 5, 9)]
-    runs += [("flow-lpl-2", 5, 7), ("flow-none-2", 9, 7), ("flow-rgb-1", 5, 7)]
+    out = tmp_path / "mine"
+    runs = [
+        ("flow-none-1", 5, 7),
+        ("flow-lpl-1", 5, 7),
+        ("flow-lpl-1", 5, 9),
+        ("flow-lpl-2", 5, 7),
+        ("flow-none-2", 9, 7),
+    ]
+    runs += [("flow-lpl-short-1", 5, 6), ("flow-rgb-1", 5, 6), ("flow-none-longer-1", 8, 6), ("flow-rgb-1", 8, 6)]
+    runs += [("pretrain-flow", 5, 6), ("flow-lpl-scratch", 5, 6)]
     for name, step, count in runs:
-        folder = tmp_path / name / "version_0" / "evaluation" / "step" / f"{count}-images"
+        folder = out / name / "version_0" / "evaluation" / f"step={step}" / f"{count}-images"
         folder.mkdir(parents=True)
         report = {"values": {"fd": {"value": step}}, "images": {"count": count}}
         report["reference"] = {"name": "a/val", "count": 3}
         report["generation"] = {"global_step": step, "ema": 0.9, "num_steps": 4, "guidance_scale": 2.0}
         (folder / "report.json").write_text(json.dumps(report))
-    (task,) = study.comparisons(tmp_path)
-    assert [name in str(task.words()) for name in ("none-1", "lpl-1")] == [True, True]
-    assert str(task.words()).count("7-images") == 2
-    assert not any(name in str(task.words()) for name in ("none-2", "lpl-2", "rgb"))
+    pairs = {
+        tuple(path.relative_to(out).parts[0] for path in map(Path, words[2].removeprefix("--runs=[")[:-1].split(",")))
+        for words in (task.words() for task in study.comparisons(out))
+    }
+    assert pairs == {
+        ("flow-none-1", "flow-lpl-1"),
+        ("flow-lpl-short-1", "flow-rgb-1"),
+        ("flow-lpl-short-1", "flow-none-longer-1"),
+        ("pretrain-flow", "flow-lpl-scratch"),
+    }
     cells = {
         "none": {"difference": None},
         "lpl": {"difference": -1, "difference_interval": {"low": -2, "high": 0}, "verdict": None},
     }
-    # A training that was stopped after step 3 and went on from step 2 in another folder.
-    for version, logs in enumerate(("1,8\n3,9\n", "2,\n3,4\n4,6\n")):
-        folder = tmp_path / "flow-lpl-1" / f"version_{version}"
+    # A training that was stopped after step 3 and went on from step 2 in another folder, the eleventh.
+    for version, logs in ((0, "1,8\n"), (2, "3,9\n"), (10, "2,\n3,4\n4,6\n")):
+        folder = out / "flow-lpl-1" / f"version_{version}"
         folder.mkdir(exist_ok=True)
         (folder / "metrics.csv").write_text("step,lpl_weight\n" + logs)
-    folder = tmp_path / "comparisons" / "flow-1-5-7-0.9-4-val"
+    folder = out / "comparisons" / "flow-lpl-1-5-7-0.9-4-val"
     folder.mkdir(parents=True)
     (folder / "comparison.json").write_text(json.dumps({"rows": {"fd": {"cells": cells}}}))
     for table in ("RESULTS", "SPECTRA", "DIFFERENCES"):
         monkeypatch.setattr(study, table, tmp_path / f"{table}.csv")
-    study.collect(tmp_path)
+    (tmp_path / "RESULTS.csv").write_text("folder,run\nyours,flow-lpl-1\nmine,flow-lpl-1\n")
+    study.collect(out)
     rows = (tmp_path / "RESULTS.csv").read_text().splitlines()
-    assert "flow-lpl-1,5,0.9,4,2.0,7,val,3,fd,5" in rows
-    assert "flow-lpl-1,4,,,,,,,log_lpl_weight,5.0" in rows
-    assert len(rows) == 8
-    assert (tmp_path / "DIFFERENCES.csv").read_text().splitlines()[1:] == ["flow-1-5-7-0.9-4-val,fd,-1,-2,0,"]
-    assert not list(study.comparisons(tmp_path)), "what has been compared is not compared again"
+    assert rows[0].startswith("folder,run,step,")
+    assert "yours,flow-lpl-1" in rows
+    assert "mine,flow-lpl-1" not in rows
+    assert "mine,flow-lpl-1,5,0.9,4,2.0,7,val,3,fd,5" in rows
+    assert "mine,flow-lpl-1,4,,,,,,,log_lpl_weight,5.0" in rows
+    assert len(rows) == 1 + 1 + len(runs) + 1
+    assert (tmp_path / "DIFFERENCES.csv").read_text().splitlines()[1:] == ["mine,flow-lpl-1-5-7-0.9-4-val,fd,-1,-2,0,"]
+    assert "flow-lpl-1" not in str([task.name for task in study.comparisons(out)]), "what has been done is not again"
 
 
 def test_tasks_wait_for_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
