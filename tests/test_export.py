@@ -989,7 +989,10 @@ def test_models_of_the_configs_may_be_rebuilt(config: str) -> None:
     if not model or "class_path" not in model:
         pytest.skip("an overlay")
     parameters = {"_class_path": model["class_path"], "_instantiator": INSTANTIATORS[0], **model["init_args"]}
-    modules = {"LatentDiffusionModule": LatentDiffusionModule, "AutoencoderModule": AutoencoderModule}
+    modules: dict[str, type[torch.nn.Module]] = {
+        "LatentDiffusionModule": LatentDiffusionModule,
+        "AutoencoderModule": AutoencoderModule,
+    }
     check_config(parameters, modules[model["class_path"].split(".")[-1]], config)
 
 
