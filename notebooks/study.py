@@ -89,7 +89,7 @@ class Scale:
 
 SCALES = {
     "cpu": Scale(4000, 500, 250, Setting(5000, "0.995", 10), Setting(2000, "0.99", 10)),
-    "gpu": Scale(10000, 3000, 1500, *2 * [Setting(10000, "0.995", 20)], "configs/study/gpu.yaml"),
+    "gpu": Scale(10000, 3000, 1500, Setting(10000, "0.995", 20), Setting(10000, "0.995", 20), "configs/study/gpu.yaml"),
 }
 
 

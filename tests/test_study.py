@@ -11,25 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, SHARED
 
+from lpl_lightning import Autoencoder
 from lpl_lightning.cli import main
 
 SCRIPT = ROOT / "notebooks" / "study.py"
 
 
 def planned(folder: Path, experiment: str, scale: str) -> list[list[str]]:
-    script = [
-        sys.executable,
-        str(SCRIPT),
-        "plan",
-        experiment,
-        "--scale",
-        scale,
-        "--out",
-        str(folder / "runs"),
-        "--anew",
-    ]
+    script = [sys.executable, str(SCRIPT), "plan", experiment, "--scale", scale]
+    script += ["--anew", "--out", str(folder / "runs")]
     script += ["--profile"] if experiment == "thin" else []
     script += (
         ["--autoencoder", str(SHARED / "weights" / "taesd")] if experiment == "ceilings" and SHARED.is_dir() else []
@@ -77,6 +70,23 @@ def test_commands_are_understood(
     assert len(seen) == kinds
     of_ceilings = {"evaluate", "notebooks/reconstruct.py"} if "ceilings" in experiments else set()
     assert {kind[0] for kind in seen} == {"fit", "encode", "test", "profile"} | of_ceilings
+
+
+def test_it_begins_with_the_autoencoder_that_lies_beside_it(tmp_path: Path) -> None:
+    """Which loads, at f = 4 and with the four maps that LPL compares."""
+    script = [sys.executable, str(SCRIPT), "plan", "main", "--out", str(tmp_path / "runs")]
+    said = subprocess.run(script, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
+    assert not [line for line in said if "study/autoencoder.yaml" in line]
+    assert said[0].startswith("lpl encode")
+    (folder,) = {
+        word.removeprefix("--model.autoencoder.model=")
+        for line in said
+        for word in shlex.split(line)
+        if word.startswith("--model.autoencoder.model=")
+    }
+    autoencoder = Autoencoder(folder)
+    assert autoencoder.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 4, 16, 16)
+    assert autoencoder.feature_names == ("mid", "up_0", "up_1", "up_2")
 
 
 def test_each_run_has_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
