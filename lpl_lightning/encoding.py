@@ -33,7 +33,7 @@ from lpl_lightning.data.latent_cache import FORMAT, MANIFEST
 from lpl_lightning.data.latent_shards import UNFINISHED
 from lpl_lightning.data.listing import some
 from lpl_lightning.data.streams import StreamDataset
-from lpl_lightning.encoder import Encoder, Task, Variants, said_of, tasks
+from lpl_lightning.encoding_tasks import Task, Variants, said_of, tasks
 from lpl_lightning.evaluation.report import write_whole
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.sweep import SweepingTrainer
@@ -164,6 +164,8 @@ class EncodingTrainer(SweepingTrainer):
         variants = Variants(sets, buckets, datamodule.faults, crops, both, seed)
         stored: torch.dtype = getattr(torch, dtype)
         size, workers = datamodule.batch_size, datamodule.num_workers
+        from lpl_lightning.encoder import Encoder  # at the top, it would be offered as a model to train
+
         encoder = Encoder(model, captions, variants, todo, folder, stored, std, size, workers)
         # Bars alone: other callbacks are for models, and they and loggers write into folders of runs.
         trainer = cast(Any, self)

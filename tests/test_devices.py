@@ -286,7 +286,6 @@ def by_slurm(command: list[str]) -> None:
     assert "GLOBAL_RANK: 1, MEMBER: 2/2" in said[1]
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_the_command_line_trains_by_fsdp2_and_predicts_with_the_average_asked_for(tmp_path: Path) -> None:
     source = by_command(tmp_path, "fsdp2", by_torchrun)
     configs = [

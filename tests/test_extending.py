@@ -153,7 +153,6 @@ def lpl(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_all_parts_by_the_command_and_what_it_left_by_others(folder: Path) -> None:
     """Beside the config, which lies elsewhere than the working directory; then the commands of the page."""
     written(*CHECKS)

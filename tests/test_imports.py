@@ -67,6 +67,7 @@ ORDER = [
     "profiling",
     "replay",
     "sweep",
+    "encoding_tasks",
     "encoder",
     "encoding",
     "stand_ins",

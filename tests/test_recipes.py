@@ -76,7 +76,6 @@ def test_every_config_takes_two_steps_and_draws(stack: list[str], tmp_path: Path
         assert metrics["lpl_weight"][-1] > 0
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("stack", [["imagenet256", "flow", "lpl"], ["cc12m256", "ddpm_v"]], ids="+".join)
 def test_what_was_trained_is_evaluated(stack: list[str], tmp_path: Path) -> None:
     """By ``lpl test`` into the run's folder, by labels and by captions; and quickly by ``lpl validate``."""
@@ -316,7 +315,6 @@ def test_what_does_not_fit_is_one_error_before_data_are_read(
 BUCKETS = ["-c", str(CONFIGS / "data" / "buckets.yaml")]
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_buckets_are_laid_over_a_recipe(tmp_path: Path) -> None:
     """Trained, validated and tested on photos of several shapes; the log says which."""
     photos = tmp_path / "photos"

@@ -137,7 +137,7 @@ def test_a_module_of_anyones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert not module.loss_terms
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Experiment logs directory")
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
 @pytest.mark.slow
 def test_the_commands_of_the_end_run(
     make_module: Callable[..., LatentDiffusionModule],
