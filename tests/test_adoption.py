@@ -6,6 +6,7 @@ lines stand here as they stand there.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from compvis import CompVisKL, frozen_as_they_do
 from conftest import ROOT, tiny_kl
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -238,18 +239,56 @@ def test_a_loop_with_a_model_that_learns_its_variance(autocast: bool, tmp_path: 
     torch.testing.assert_close(true, x, rtol=1e-4, atol=1e-4)
 
 
+# In the way of diffusers' train_dreambooth_sd3.py: noise added by hand, at the shifted times of a scheduler's copy, and
+# a prediction cut in two.
+
+
+def test_a_loop_of_flow_matching_with_prior_preservation(tmp_path: Path) -> None:
+    noise_scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    noise_scheduler_copy = copy.deepcopy(noise_scheduler)
+
+    def train(on: bool) -> Run:
+        def step(model_input: Tensor, transformer: Any, lpl: LatentPerceptualLoss) -> Tensor:
+            noise, indices = torch.randn_like(model_input), torch.randint(0, 1000, (len(model_input),))
+            timesteps = noise_scheduler_copy.timesteps[indices]
+            sigmas = noise_scheduler_copy.sigmas[indices].view(-1, 1, 1, 1)
+            noisy_model_input = (1.0 - sigmas) * model_input + sigmas * noise
+            model_pred = transformer(noisy_model_input, timesteps)
+            if on:
+                z0_hat, noise_to_signal = estimate_z0(noise_scheduler, model_pred, noisy_model_input, timesteps)
+                perceptual = lpl(z0_hat, model_input, noise_to_signal).mean()
+                torch.testing.assert_close(noise_to_signal, (sigmas / (1 - sigmas)).flatten(), rtol=1e-4, atol=1e-5)
+            model_pred = model_pred * (-sigmas) + noisy_model_input
+            if on:
+                torch.testing.assert_close(z0_hat, model_pred)
+            (model_pred, model_pred_prior), (target, target_prior) = model_pred.chunk(2), model_input.chunk(2)
+            loss = F.mse_loss(model_pred, target) + F.mse_loss(model_pred_prior, target_prior)
+            if on:
+                loss = loss + 3.0 * perceptual
+            return loss
+
+        torch.manual_seed(4)
+        return bare_loop(tmp_path, Net(4), step, steps=4)
+
+    check(train(True), train(False))
+
+
 # A bare loop in the way of SiT's: a velocity, and data at t = 1.
 
 
-def expand_t_like_x(t: Tensor, x: Tensor) -> Tensor:
-    return t.view(-1, *[1] * (x.ndim - 1))
+class path:
+    """As it imports the module where this function lies."""
+
+    @staticmethod
+    def expand_t_like_x(t: Tensor, x: Tensor) -> Tensor:
+        return t.view(-1, *[1] * (x.ndim - 1))
 
 
 def transport_losses(model: Any, x1: Tensor, t: Tensor, x0: Tensor) -> dict[str, Tensor]:
     terms: dict[str, Tensor] = {}
-    xt = expand_t_like_x(t, x1) * x1 + (1 - expand_t_like_x(t, x1)) * x0
+    xt = path.expand_t_like_x(t, x1) * x1 + (1 - path.expand_t_like_x(t, x1)) * x0
     model_output = model(xt, t)
-    terms["x1_hat"], terms["nsr"] = xt + (1 - expand_t_like_x(t, xt)) * model_output, (1 - t) / t
+    terms["x1_hat"], terms["nsr"] = xt + (1 - path.expand_t_like_x(t, xt)) * model_output, (1 - t) / t
     terms["loss"] = (model_output - (x1 - x0)).square().flatten(1).mean(1)
     return terms
 
