@@ -374,7 +374,8 @@ def tasks(runs: Iterable[Run], scale: Scale, given: argparse.Namespace) -> Itera
                 if (run.name, step, str(given.photos / split), setting) not in known:
                     yield Task(said, partial(test, run, scale, given, split, setting), (last,))
                 last = said
-        compared = (run.loss is not None or run.rival) and run.seed == SEEDS[0]
+        # A budget asks for its cost, and a profile is of what LPL costs before one is applied.
+        compared = (run.loss is not None or run.rival) and run.seed == SEEDS[0] and "budget" not in run.callback
         if given.profile and compared and not (out / f"{run.name}.json").is_file():
             yield Task(f"profile-{run.name}", partial(profile, run, scale, given), made, alone=True)
 
