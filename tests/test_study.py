@@ -89,6 +89,17 @@ def test_it_begins_with_the_autoencoder_that_lies_beside_it(tmp_path: Path) -> N
     assert autoencoder.feature_names == ("mid", "up_0", "up_1", "up_2")
 
 
+def test_a_budget_is_not_profiled(tmp_path: Path) -> None:
+    """A profile is of LPL before the budget has been looked at."""
+    words = planned(tmp_path, "thin", "cpu")
+    profiled = [str(options) for _, command, *options in words if command == "profile"]
+    assert [any(f'"{name}":' in options for options in profiled) for name in ("keep", "every_n_steps", "budget")] == [
+        1,
+        1,
+        0,
+    ]
+
+
 def test_each_run_has_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else one of two would be taken for the other, which had been trained before."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
