@@ -2,11 +2,15 @@
 
 The first steps, which train with the exact loss, are timed; then what each compared map costs and how much its gradient
 varies is measured on samples of the last one (``losses/measurement.py``), and the probabilities with the least variance
-for the time allowed are kept to the end of the run, checkpoints included.
+for the time allowed are found. Few samples take more than their share of the time of many, so steps with these
+probabilities are timed too, and they are corrected, up to twice. The last are kept to the end of the run, checkpoints
+included.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,33 +32,67 @@ from lpl_lightning.losses.measurement import (
 __all__ = ["Budget"]
 
 
+@dataclass(frozen=True)
+class Found:
+    """What probabilities are corrected by.
+
+    Attributes:
+        costs: Of the maps.
+        exact: Seconds of the exact loss of a batch.
+        part: The part of the loss, by ``costs``, that the probabilities ask for.
+        corrections: How many may follow.
+    """
+
+    costs: MapCosts
+    exact: float
+    part: float
+    corrections: int
+
+
 class Budget:
     """Finds the probabilities of a ``Subset`` for a share of time.
 
     Args:
         share: Time of the loss over time of the whole step, above 0 and below 1; None keeps the loss exact.
-        warmup: Steps before the first that is timed.
-        steps: Steps that are timed.
+        warmup: Steps before the first that is timed, each time.
+        steps: Steps that are timed with the exact loss.
+        thinned: Steps that are timed with a random part of it before each correction and after it: so many at a time,
+            until the mean time of the loss has a standard error of a tenth of it.
+        most: Steps that are timed so at most.
+        corrections: How many there are at most; a time within a tenth of the share ends them.
     """
 
-    def __init__(self, share: float | None, warmup: int = 3, steps: int = 10) -> None:
+    def __init__(
+        self,
+        share: float | None,
+        warmup: int = 3,
+        steps: int = 10,
+        thinned: int = 40,
+        most: int = 400,
+        corrections: int = 2,
+    ) -> None:
         if share is not None and (isinstance(share, bool | str) or not 0 < share < 1):
             raise ValueError(f"`budget` must lie between 0 and 1, a share of the time of a step, got {share}.")
-        at_least(1, steps=steps)
+        at_least(1, steps=steps, thinned=thinned, most=most)
+        at_least(0, warmup=warmup, corrections=corrections)
         self.share = share
         self.warmup = warmup
         self.steps = steps
+        self.thinned = thinned
+        self.most = most
+        self.corrections = corrections
         self.keep: list[float] | None = None
+        self._found: Found | None = None
         self._batches = 0
-        self._sums = [0.0, 0.0]  # seconds of the loss, and of all of the steps
+        self._sums = [0.0, 0.0, 0.0]  # seconds of the loss, their squares, and seconds of all of the steps
         self._term: float | None = None
         self._last: float | None = None
         self._latents: tuple[Tensor, Tensor] | None = None
 
     @property
     def measuring(self) -> bool:
-        """Whether the probabilities are still to be found."""
-        return self.share is not None and self.keep is None
+        """Whether the probabilities are still to be found, or corrected."""
+        return self.share is not None and (self.keep is None or self._found is not None)
 
     def apply(self, loss: LatentPerceptualLoss) -> None:
         """Give a loss what was found.
@@ -69,7 +107,7 @@ class Budget:
         if self.share is not None and not loss.execution.streamed:
             raise ValueError("`budget` times the loss with its gradient, which needs `execution` with streamed: true.")
         if self.keep is not None and len(self.keep) != len(loss.compared):
-            self.keep = None  # of another loss: measured anew
+            self.keep, self._found = None, None  # of another loss: measured anew
         if self.keep is not None:
             loss.subset = Subset(keep=self.keep)
 
@@ -87,6 +125,8 @@ class Budget:
         """
         assert self._term is not None
         self._term = synchronize(z0.device) - self._term
+        if self._found is not None:
+            return
         if passed is not None:
             rows = passed.to(z0.device)
             z0_hat, z0 = z0_hat[rows], z0[rows]
@@ -98,7 +138,7 @@ class Budget:
         self._last = None
 
     def end_batch(self, trainer: pl.Trainer, device: torch.device, loss: LatentPerceptualLoss) -> None:
-        """A batch was trained on; after the last that is timed, find the probabilities.
+        """A batch was trained on; after the last that is timed, find or correct the probabilities.
 
         Args:
             trainer: Averages over its processes.
@@ -114,11 +154,17 @@ class Budget:
         self._batches += 1
         if self._batches <= self.warmup:
             return
-        self._sums[0] += term
-        self._sums[1] += now - last
-        if self._batches == self.warmup + self.steps:
+        timed = self._batches - self.warmup
+        self._sums = [old + new for old, new in zip(self._sums, (term, term**2, now - last), strict=True)]
+        if self._found is not None:
+            done = self._correct(trainer, loss, self._found, timed)
+        elif done := timed == self.steps:
             self._find(trainer, loss)
-            self._latents = None
+        if not done:
+            return
+        self._latents = None
+        self._batches, self._sums = self.warmup if self.keep is None else 0, [0.0, 0.0, 0.0]
+        self.interrupt()  # what was just computed took time, too
 
     def _find(self, trainer: pl.Trainer, loss: LatentPerceptualLoss) -> None:
         assert self.share is not None
@@ -129,22 +175,64 @@ class Budget:
         numbers = torch.tensor([*self._sums, *measured], device=trainer.strategy.root_device)
         total = trainer.strategy.reduce(numbers, reduce_op="sum")
         assert isinstance(total, Tensor)
-        seconds, whole, found, *of_maps = total.tolist()
+        seconds, _, whole, found, *of_maps = total.tolist()
         if not found or not seconds:
             rank_zero_info(
                 f"LPL is still exact: in the {self.steps} batches timed for `budget` no sample passed the gate; the "
                 "next ones are timed."
             )
-            self._batches, self._sums = self.warmup, [0.0, 0.0]
             return
         costs = MapCosts(tuple(of_maps[:maps]), tuple(of_maps[maps:]))
         if not sum(costs.moments):  # no gradient to tell maps apart by
             costs = MapCosts(costs.seconds, costs.seconds)
-        # Time t of the loss with t = share (rest + t).
-        allowed = self.share / (1 - self.share) * (whole - seconds) / seconds
+        allowed = self._allowed(seconds, whole) / seconds
         self.keep = best_probabilities(costs, allowed)
         loss.subset = Subset(keep=self.keep)
+        if allowed < 1:
+            batches = self.steps * trainer.world_size
+            self._found = Found(costs, seconds / batches, max(LEAST, allowed), self.corrections)
         self._say(costs, seconds / whole, allowed)
+
+    def _allowed(self, seconds: float, whole: float) -> float:
+        """Time t of the loss with t = share (rest + t)."""
+        assert self.share is not None
+        return self.share / (1 - self.share) * (whole - seconds)
+
+    def _correct(self, trainer: pl.Trainer, loss: LatentPerceptualLoss, found: Found, timed: int) -> bool:
+        """Correct the probabilities, or say that they stay, unless more steps have to be timed."""
+        assert self.share is not None
+        if timed % self.thinned and timed != self.most:
+            return False
+        numbers = torch.tensor(self._sums, device=trainer.strategy.root_device)
+        total = trainer.strategy.reduce(numbers, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        batches = timed * trainer.world_size
+        seconds, squares, whole = (total / batches).tolist()
+        error = math.sqrt(max(0.0, squares - seconds**2) / batches)
+        if timed < self.most and (not seconds or error > 0.1 * seconds):
+            return False
+        taken = f"With these LPL took {seconds / whole:.0%} of a step, and may take {self.share:.0%}"
+        if not found.corrections or abs(seconds / whole - self.share) <= 0.1 * self.share:
+            self._found = None
+            rank_zero_info(f"{taken}: they stay.")
+            return True
+        # Time lies on a line through what this part took and what all of it took, if that was more, else through zero.
+        slope = (found.exact - seconds) / (1 - found.part)
+        slope = slope if slope > 0 else seconds / found.part
+        part = found.part + (self._allowed(seconds, whole) - seconds) / slope
+        part = min((1 + found.part) / 2, max(found.part / 2, part))
+        self.keep = best_probabilities(found.costs, part)
+        loss.subset = Subset(keep=self.keep)
+        self._found = replace(found, part=part, corrections=found.corrections - 1)
+        rank_zero_info(
+            f"{taken}: from now on its maps are computed for {self._said()}. The second moment of its gradient is "
+            f"{second_moment(found.costs, self.keep):.3g} times the exact one's."
+        )
+        return True
+
+    def _said(self) -> str:
+        assert self.keep is not None
+        return f"a random {', '.join(f'{q:.0%}' for q in self.keep)} of the samples past the gate"
 
     def _say(self, costs: MapCosts, share: float, allowed: float) -> None:
         assert self.keep is not None
@@ -154,17 +242,18 @@ class Budget:
         less = 1 / max(LEAST, allowed)
         rank_zero_info(
             f"LPL takes {share:.0%} of a step and may take {self.share:.0%}: from now on its maps are computed, "
-            f"shallow to deep, for a random {', '.join(f'{q:.0%}' for q in self.keep)} of the samples past the gate. "
-            f"The second moment of its gradient is {second_moment(costs, self.keep):.3g} times the exact one's; with "
-            f"all maps for a random {1 / less:.0%} of the samples, or at one step in {less:.3g}, it would be "
-            f"{less:.3g} times."
+            f"shallow to deep, for {self._said()}. The second moment of its gradient is "
+            f"{second_moment(costs, self.keep):.3g} times the exact one's; with all maps for a random {1 / less:.0%} "
+            f"of the samples, or at one step in {less:.3g}, it would be {less:.3g} times. Next, these are timed."
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found."""
-        return {"keep": self.keep, "share": self.share}
+        """What was found, and what its correction goes by."""
+        return {"keep": self.keep, "share": self.share, "found": self._found and asdict(self._found)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what was found, if it was for the same share; else it is found anew."""
         if state["share"] == self.share:
             self.keep = state["keep"]
+            found = state.get("found")
+            self._found = found and Found(**{**found, "costs": MapCosts(**found["costs"])})

@@ -50,8 +50,9 @@ class LPLCallback(Callback):
         calibration_steps: Batches that ``auto`` measures.
         budget: Share of the time of a training step that LPL may take, loading included, above 0 and below 1. Some
             fourteen batches with LPL train with the exact loss and are timed; if it takes more, each of its maps is
-            then computed for a random part of the samples only, with the expectation of the loss kept (``Subset``),
-            and the log says which. None: no limit.
+            then computed for a random part of the samples only, with the expectation of the loss kept (``Subset``).
+            What that takes is timed over the next 40 to 400 batches, and the part corrected, twice if need be; the log
+            says what was found. None: no limit.
     """
 
     def __init__(

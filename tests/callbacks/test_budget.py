@@ -12,7 +12,8 @@ from test_lpl_callback import Latents, run, ungated
 from torch import Tensor
 
 from lpl_lightning import Autoencoder, LatentPerceptualLoss, LPLCallback
-from lpl_lightning.losses import Subset
+from lpl_lightning.callbacks import budget
+from lpl_lightning.losses import Subset, measurement
 
 
 class Slow(Latents):
@@ -23,14 +24,18 @@ class Slow(Latents):
         return super().training_step(*args)
 
 
-def slow_decoder(passes: list[int] | None = None) -> Autoencoder:
-    """A decoder of which LPL takes 60 ms, 10 for each pass through each of the first three maps, which it counts."""
-    model: Any = tiny_kl()
-    count = [0] if passes is None else passes
+def slow_decoder(passes: list[float] | None = None) -> Autoencoder:
+    """A decoder of which LPL takes 60 ms, 10 for each pass through each of the first three maps, which it counts.
 
-    def wait(*_: Any) -> None:
-        count[0] += 1
-        time.sleep(0.01)
+    A pass of fewer than the four samples of a batch counts and takes a part of that.
+    """
+    model: Any = tiny_kl()
+    count = [0.0] if passes is None else passes
+
+    def wait(block: Any, given: tuple[Tensor, ...], out: Any) -> None:
+        part = len(given[0]) / 4
+        count[0] += part
+        time.sleep(0.01 * part)
 
     for block in (model.decoder.mid_block, *model.decoder.up_blocks[:2]):
         block.register_forward_hook(wait)
@@ -40,7 +45,7 @@ def slow_decoder(passes: list[int] | None = None) -> Autoencoder:
 def test_a_loss_that_takes_too_long_is_thinned_out_to_its_share(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    passes, terms = [0], list[int]()
+    passes, terms = [0.0], list[float]()
     callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=slow_decoder(passes), budget=0.25)
 
     class Counted(Slow):
@@ -61,6 +66,48 @@ def test_a_loss_that_takes_too_long_is_thinned_out_to_its_share(
     (message,) = [r.message for r in caplog.records if "may take" in r.message]
     assert "may take 25%" in message
     assert f"random {keep[0]:.0%}, {keep[1]:.0%}" in message
+
+
+def test_few_samples_that_take_the_time_of_many_are_taken_more_rarely(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock of its own: 30 ms for the rest of a step, and 10 for a pass, of however many samples it is."""
+    now, terms = [0.0], list[tuple[float, float]]()
+    for module in (budget, measurement):
+        monkeypatch.setattr(module, "synchronize", lambda device: now[0])
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    class Timed(Latents):
+        def training_step(self, *args: Any) -> Tensor:
+            wait(0.03)
+            return super().training_step(*args)
+
+        def auxiliary_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            start = now[0]
+            value = super().auxiliary_loss(*args, **kwargs)
+            terms.append((start, now[0] - start))
+            return value
+
+    model: Any = tiny_kl()
+    for block in (model.decoder.mid_block, *model.decoder.up_blocks[:2]):
+        block.register_forward_hook(lambda *_: wait(0.01))
+    callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=Autoencoder(model), budget=0.25)
+    callback.budget.most = 200
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        run(Timed(), tmp_path, callback, max_steps=1200, num_batches=1200)
+
+    def share(first: int, last: int) -> float:
+        return sum(taken for _, taken in terms[first:last]) / (terms[last][0] - terms[first][0])
+
+    found, *corrected = [r.message for r in caplog.records if "may take" in r.message]
+    assert "from now on" in found
+    assert "With these LPL took" in corrected[0]
+    assert "they stay" in corrected[-1]
+    assert not callback.budget.measuring
+    assert share(20, 60) > 0.4, "what is found first is not enough"
+    assert share(700, 1199) == pytest.approx(0.25, rel=0.2)
 
 
 def test_a_loss_that_fits_stays_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -86,6 +133,8 @@ def test_what_was_found_is_kept_in_checkpoints(tmp_path: Path) -> None:
     second = LPLCallback(weight=1.0, loss=make, autoencoder=slow_decoder(), budget=0.2)
     run(Slow(), tmp_path, second, max_steps=17, num_batches=15, ckpt_path=tmp_path / "last.ckpt")
     assert second.budget.keep == keep
+    assert second.budget.measuring, "it is still corrected"
+    assert second.budget.state_dict() == first.budget.state_dict()
     assert losses[1].subset == Subset(keep=keep)  # type: ignore[arg-type]
     other = LPLCallback(weight=1.0, loss=make, autoencoder=slow_decoder(), budget=0.4)
     run(Slow(), tmp_path, other, max_steps=17, num_batches=15, ckpt_path=tmp_path / "last.ckpt")
@@ -129,9 +178,9 @@ def test_every_nth_step_has_the_same_mean_weight() -> None:
 
 
 def test_bad_settings_are_named(tmp_path: Path) -> None:
-    for budget in (0.0, 1.0, -0.2, "0.15", True):
+    for share in (0.0, 1.0, -0.2, "0.15", True):
         with pytest.raises(ValueError, match="`budget` must lie between 0 and 1, a share of the time of a step"):
-            LPLCallback(budget=budget)  # type: ignore[arg-type]
+            LPLCallback(budget=share)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`budget` and `every_n_steps` both thin LPL out, got 0.1 and 4"):
         LPLCallback(budget=0.1, every_n_steps=4)
 
