@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import tiny_kl
@@ -140,6 +142,36 @@ def test_what_was_found_is_kept_in_checkpoints(tmp_path: Path) -> None:
     run(Slow(), tmp_path, other, max_steps=17, num_batches=15, ckpt_path=tmp_path / "last.ckpt")
     assert other.budget.measuring, "what was found was for another share"
     assert LPLCallback(weight=1.0).state_dict() == {}
+
+
+class Uneven(Latents):
+    """One process takes longer than the other."""
+
+    def training_step(self, *args: Any) -> Tensor:
+        time.sleep(0.01 * self.global_rank)
+        return super().training_step(*args)
+
+
+class WriteBudget(pl.Callback):
+    """Leaves what each process found in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        (callback,) = [c for c in trainer.callbacks if isinstance(c, LPLCallback)]  # type: ignore[attr-defined]
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(callback.budget.state_dict()))
+
+
+def test_two_processes_find_and_correct_the_same(tmp_path: Path) -> None:
+    callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=Autoencoder(tiny_kl()), budget=0.05)
+    callback.budget.most = 40
+    options: dict[str, Any] = {"strategy": "ddp_spawn", "devices": 2}
+    run(Uneven(), tmp_path, callback, WriteBudget(tmp_path), max_steps=61, num_batches=122, **options)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert found[0]["keep"][0] < 1
+    assert found[0]["found"] is None or found[0]["found"]["corrections"] == 1, "the first time has been looked at"
 
 
 def test_batches_without_samples_are_followed_by_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
