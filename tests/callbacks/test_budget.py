@@ -144,11 +144,22 @@ def test_what_was_found_is_kept_in_checkpoints(tmp_path: Path) -> None:
     assert LPLCallback(weight=1.0).state_dict() == {}
 
 
+NOW = [0.0]
+
+
+def pass_by_clock(block: Any, given: tuple[Tensor, ...], out: Any) -> None:
+    """A pass takes 10 ms by ``NOW`` for all four samples of a batch, and a part of that for fewer."""
+    NOW[0] += 0.01 * len(given[0]) / 4
+
+
 class Uneven(Latents):
-    """One process takes longer than the other."""
+    """By a clock of each process: the rest of a step takes the second one three times as long as the first."""
+
+    def on_train_start(self) -> None:
+        budget.synchronize = measurement.synchronize = lambda device: NOW[0]  # type: ignore[attr-defined]
 
     def training_step(self, *args: Any) -> Tensor:
-        time.sleep(0.01 * self.global_rank)
+        NOW[0] += 0.03 * (1 + 2 * self.global_rank)
         return super().training_step(*args)
 
 
@@ -164,7 +175,10 @@ class WriteBudget(pl.Callback):
 
 
 def test_two_processes_find_and_correct_the_same(tmp_path: Path) -> None:
-    callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=Autoencoder(tiny_kl()), budget=0.05)
+    model: Any = tiny_kl()
+    for block in (model.decoder.mid_block, *model.decoder.up_blocks[:2]):
+        block.register_forward_hook(pass_by_clock)
+    callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=Autoencoder(model), budget=0.25)
     callback.budget.most = 40
     options: dict[str, Any] = {"strategy": "ddp_spawn", "devices": 2}
     run(Uneven(), tmp_path, callback, WriteBudget(tmp_path), max_steps=61, num_batches=122, **options)
