@@ -197,7 +197,11 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
                 for name, loss in losses.items()
             ),
         ],
-        "sampling": [replace(one, settings=steps) for one in briefly()],
+        "sampling": [
+            replace(one, settings=steps if seed == SEEDS[0] else steps[-1:])
+            for seed in SEEDS
+            for one in briefly(seed=seed)
+        ],
         "averages": [replace(one, settings=decays) for one in pair],
         "scratch": [start, replace(start, name="flow-lpl-scratch", loss={}, steps=early)],
         "longer": [
