@@ -201,7 +201,8 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
             replace(one, settings=steps if seed == SEEDS[0] else steps[-1:])
             for seed in SEEDS
             for one in briefly(seed=seed)
-        ],
+        ]
+        + [replace(short("none-longer", seed=seed, steps=3 * scale.short), settings=steps[-1:]) for seed in SEEDS],
         "averages": [replace(one, settings=decays) for one in pair],
         "scratch": [start, replace(start, name="flow-lpl-scratch", loss={}, steps=early)],
         "longer": [
