@@ -89,7 +89,7 @@ class Scale:
 
 SCALES = {
     "cpu": Scale(4000, 500, 250, Setting(5000, "0.995", 10), Setting(2000, "0.99", 10)),
-    "gpu": Scale(10000, 3000, 1500, Setting(10000, "0.995", 20), Setting(10000, "0.995", 20), "configs/study/gpu.yaml"),
+    "gpu": Scale(10000, 3000, 1500, Setting(10000, "0.995", 50), Setting(10000, "0.995", 50), "configs/study/gpu.yaml"),
 }
 
 
@@ -158,7 +158,7 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
 
     modes = choose("statistics", "statistics", ["predicted_detached", "target", "separate", "none"])
     weights = choose("depth-weights", "depth_weights", ["exponential", "uniform"])
-    shares = {f"share-{share}": {"callback": {"target_share": share}} for share in (0.05, 0.1, 0.4, 0.6)}
+    shares = {f"share-{share}": {"loss": {}, "callback": {"target_share": share}} for share in (0.05, 0.1, 0.4, 0.6)}
     thin = {
         "keep-0.25": {"callback": {"loss": {"subset": {"keep": 0.25}}}},
         "every-4": {"callback": {"every_n_steps": 4}},
@@ -202,7 +202,8 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
             for seed in SEEDS
             for one in briefly(seed=seed)
         ]
-        + [replace(short("none-longer", seed=seed, steps=3 * scale.short), settings=steps[-1:]) for seed in SEEDS],
+        + [replace(short("none-longer", seed=seed, steps=3 * scale.short), settings=steps[-1:]) for seed in SEEDS]
+        + [replace(short(name, **given), settings=steps[-1:]) for name, given in (modes | shares).items()],
         "averages": [replace(one, settings=decays) for one in pair],
         "scratch": [start, replace(start, name="flow-lpl-scratch", loss={}, steps=early)],
         "longer": [
