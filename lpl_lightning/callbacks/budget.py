@@ -172,10 +172,7 @@ class Budget:
         costs = None if self._latents is None else measure_maps(loss, *self._latents)
         # One row of numbers from each process: its times, whether it had samples, and what it measured on them.
         measured = [0.0] * (2 * maps + 1) if costs is None else [1.0, *costs.seconds, *costs.moments]
-        numbers = torch.tensor([*self._sums, *measured], device=trainer.strategy.root_device)
-        total = trainer.strategy.reduce(numbers, reduce_op="sum")
-        assert isinstance(total, Tensor)
-        seconds, _, whole, found, *of_maps = total.tolist()
+        seconds, _, whole, found, *of_maps = _total(trainer, [*self._sums, *measured])
         if not found or not seconds:
             rank_zero_info(
                 f"LPL is still exact: in the {self.steps} batches timed for `budget` no sample passed the gate; the "
@@ -203,11 +200,8 @@ class Budget:
         assert self.share is not None
         if timed % self.thinned and timed != self.most:
             return False
-        numbers = torch.tensor(self._sums, device=trainer.strategy.root_device)
-        total = trainer.strategy.reduce(numbers, reduce_op="sum")
-        assert isinstance(total, Tensor)
         batches = timed * trainer.world_size
-        seconds, squares, whole = (total / batches).tolist()
+        seconds, squares, whole = (total / batches for total in _total(trainer, self._sums))
         error = math.sqrt(max(0.0, squares - seconds**2) / batches)
         if timed < self.most and (not seconds or error > 0.1 * seconds):
             return False
@@ -257,3 +251,10 @@ class Budget:
             self.keep = state["keep"]
             found = state.get("found")
             self._found = found and Found(**{**found, "costs": MapCosts(**found["costs"])})
+
+
+def _total(trainer: pl.Trainer, numbers: list[float]) -> list[float]:
+    """Sums over processes."""
+    total = trainer.strategy.reduce(torch.tensor(numbers, device=trainer.strategy.root_device), reduce_op="sum")
+    assert isinstance(total, Tensor)
+    return total.tolist()

@@ -44,10 +44,10 @@ def slow_decoder(passes: list[float] | None = None) -> Autoencoder:
     return Autoencoder(model)
 
 
-def test_a_loss_that_takes_too_long_is_thinned_out_to_its_share(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]  # by a clock that only sleeping moves
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that a budget goes by, in seconds, which only sleeping moves."""
+    now = [0.0]
 
     def sleep(seconds: float) -> None:
         now[0] += seconds
@@ -55,6 +55,12 @@ def test_a_loss_that_takes_too_long_is_thinned_out_to_its_share(
     monkeypatch.setattr(time, "sleep", sleep)
     for module in (budget, measurement):
         monkeypatch.setattr(module, "synchronize", lambda device: now[0])
+    return now
+
+
+def test_a_loss_that_takes_too_long_is_thinned_out_to_its_share(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, clock: list[float]
+) -> None:
     passes, terms = [0.0], list[float]()
     callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=slow_decoder(passes), budget=0.25)
 
@@ -79,30 +85,21 @@ def test_a_loss_that_takes_too_long_is_thinned_out_to_its_share(
 
 
 def test_few_samples_that_take_the_time_of_many_are_taken_more_rarely(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, clock: list[float]
 ) -> None:
-    """By a clock of its own: 30 ms for the rest of a step, and 10 for a pass, of however many samples it is."""
-    now, terms = [0.0], list[tuple[float, float]]()
-    for module in (budget, measurement):
-        monkeypatch.setattr(module, "synchronize", lambda device: now[0])
+    """A pass takes 10 ms, of however many samples it is."""
+    terms = list[tuple[float, float]]()
 
-    def wait(seconds: float) -> None:
-        now[0] += seconds
-
-    class Timed(Latents):
-        def training_step(self, *args: Any) -> Tensor:
-            wait(0.03)
-            return super().training_step(*args)
-
+    class Timed(Slow):
         def auxiliary_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-            start = now[0]
+            start = clock[0]
             value = super().auxiliary_loss(*args, **kwargs)
-            terms.append((start, now[0] - start))
+            terms.append((start, clock[0] - start))
             return value
 
     model: Any = tiny_kl()
     for block in (model.decoder.mid_block, *model.decoder.up_blocks[:2]):
-        block.register_forward_hook(lambda *_: wait(0.01))
+        block.register_forward_hook(lambda *_: time.sleep(0.01))
     callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=Autoencoder(model), budget=0.25)
     callback.budget.most = 200
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
