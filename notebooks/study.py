@@ -285,6 +285,12 @@ def latents(out: Path, process: str) -> Path:
     return out / ("latents-taesd3" if process == "taesd3" else "latents")
 
 
+def encoded(folder: Path) -> bool:
+    """Whether all latents are there: the manifest is, from the first of them on."""
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and json.loads(manifest.read_text())["finished"] is True
+
+
 def decoder(given: argparse.Namespace, process: str = "") -> Path:
     """Folder of the autoencoder."""
     if process == "taesd3":
@@ -390,7 +396,7 @@ def prepare(process: str, given: argparse.Namespace) -> Iterator[Task]:
     """What is missing of the autoencoder and the latents."""
     if not decoder(given, process).is_dir():
         yield Task("autoencoder", partial(autoencoder, given.photos, given.out))
-    if not (latents(given.out, process) / "manifest.json").is_file():
+    if not encoded(latents(given.out, process)):
         name = latents(given.out, process).name.replace("latents", "encode")
         yield Task(name, partial(encode, process, given), ("autoencoder",))
 

@@ -89,6 +89,17 @@ def test_it_begins_with_the_autoencoder_that_lies_beside_it(tmp_path: Path) -> N
     assert autoencoder.feature_names == ("mid", "up_0", "up_1", "up_2")
 
 
+def test_latents_that_were_begun_go_on(tmp_path: Path) -> None:
+    """``lpl encode`` writes its manifest before the first of them."""
+    folder = tmp_path / "runs" / "latents"
+    for finished in (None, False, True):
+        if finished is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "manifest.json").write_text(json.dumps({"finished": finished}))
+        commands = [words[1] for words in planned(tmp_path, "main", "cpu")]
+        assert ("encode" in commands) == (finished is not True)
+
+
 def test_a_budget_is_not_profiled(tmp_path: Path) -> None:
     """A profile is of LPL before the budget has been looked at."""
     words = planned(tmp_path, "thin", "cpu")
