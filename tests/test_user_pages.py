@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +12,8 @@ from conftest import ROOT
 from lpl_lightning.cli import main
 
 PAGE = ROOT / "configs" / "troubleshooting.md"
+PAGES = sorted(path for folder in ("configs", "lpl_lightning") for path in (ROOT / folder).rglob("*.md"))
+PAGES += sorted(ROOT.glob("*.md"))
 
 
 def said_by_the_code() -> str:
@@ -28,17 +31,33 @@ def test_quoted_messages_are_those_of_the_code() -> None:
             assert part.strip() in said, part
 
 
-def test_links_lead_to_headings() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", PAGE.read_text()):
-        name, _, heading = target.partition("#")
-        path = (PAGE.parent / name).resolve() if name else PAGE
-        assert path.is_file(), target
+def links(page: Path) -> set[tuple[Path, str]]:
+    """Files of the project that a page links to, each with its heading; without what stands in code."""
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    found = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    parted = [target.partition("#") for target in found]
+    return {((page.parent / name).resolve() if name else page, heading) for name, _, heading in parted}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_headings(page: Path) -> None:
+    for path, heading in links(page):
+        assert path.exists(), path
         headings = {
             re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
-            for line in path.read_text().splitlines()
+            for line in (path.read_text().splitlines() if heading else [])
             if line.startswith("#")
         }
-        assert not heading or heading in headings, target
+        assert not heading or heading in headings, (path, heading)
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    found: set[Path] = set()
+    ahead = {ROOT / "README.md"}
+    while ahead:
+        found |= ahead
+        ahead = {path for page in ahead for path, _ in links(page) if path.suffix == ".md"} - found
+    assert not set(PAGES) - found
 
 
 def test_options_for_flags_of_the_public_example(capsys: pytest.CaptureFixture[str]) -> None:
