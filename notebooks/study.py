@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import runpy
 import shlex
@@ -488,7 +489,7 @@ def work(todo: list[Task], out: Path, jobs: int, minutes: float) -> None:
 
 def execute(words: list[str], log: Path) -> None:
     """Run a command in this process; what it says goes to a file."""
-    log.parent.mkdir(exist_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -505,7 +506,7 @@ def execute(words: list[str], log: Path) -> None:
 
 
 def logged(out: Path) -> Iterator[tuple[str, int, str, float]]:
-    """Run, last step, name and mean over the second half of post-training of each value of ``LOGGED``."""
+    """Run, last step, name and mean over the second half of post-training of each value of ``LOGGED`` there is."""
     for folder in sorted({path.parent.parent for path in out.glob("*/version_*/metrics.csv")}):
         if folder.name.count("-") < 2:  # of pre-training, or of the autoencoder
             continue
@@ -519,7 +520,9 @@ def logged(out: Path) -> Iterator[tuple[str, int, str, float]]:
                         values.setdefault(name, {})[int(row["step"])] = float(row[name])
         for name, by_step in sorted(values.items()):
             half = [value for step, value in by_step.items() if 2 * step >= max(by_step)]
-            yield folder.name, max(by_step), f"log_{name}", sum(half) / len(half)
+            # What was not drawn between two log entries is not a number.
+            if drawn := [value for value in half if math.isfinite(value)]:
+                yield folder.name, max(by_step), f"log_{name}", sum(drawn) / len(drawn)
 
 
 def collect(out: Path) -> None:
@@ -604,6 +607,12 @@ def table(path: Path, first: str = "none", second: str = "lpl") -> str:
     return "\n".join(lines)
 
 
+def rooted(given: str) -> Path:
+    """A path of the command line, as it is called from the repository's folder."""
+    path = Path(os.path.abspath(given))
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
 def main() -> None:
     """Plan, run, collect or show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -611,22 +620,23 @@ def main() -> None:
     parser.add_argument("action", choices=("plan", "run", "compare", "collect", "table"))
     parser.add_argument("experiments", nargs="*", metavar="experiment", help=f"of {', '.join(names)}, ceilings")
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
-    parser.add_argument("--photos", type=Path, default=Path("photos"))
-    parser.add_argument("--squeezenet", type=Path, default=Path("squeezenet1_0.pth"))
-    parser.add_argument("--taesd3", type=Path, default=Path("taesd3"), help="folder, for the experiment of that name")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--photos", type=rooted, default=Path("photos"))
+    parser.add_argument("--squeezenet", type=rooted, default=Path("squeezenet1_0.pth"))
+    parser.add_argument("--taesd3", type=rooted, default=Path("taesd3"), help="folder, for the experiment of that name")
+    parser.add_argument("--out", type=rooted, default=Path("runs/study"))
     parser.add_argument("--anew", action="store_true", help="with an autoencoder of your own, which is trained first")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no command begins")
     parser.add_argument(
-        "--autoencoder", type=Path, action="append", default=[], help="folder, for ceilings; repeatable"
+        "--autoencoder", type=rooted, action="append", default=[], help="folder, for ceilings; repeatable"
     )
     parser.add_argument("--profile", action="store_true", help="measure what steps cost too, on a quiet machine")
     parser.add_argument("--against", nargs="*", choices=("val", "train"), default=["val", "train"], help="photos")
     parser.add_argument("--only", default="", help="runs whose names hold this")
     given = parser.parse_args()
+    os.chdir(ROOT)
     if given.action == "collect":
-        collect(ROOT / given.out)
+        collect(given.out)
         return
     if given.action == "compare":
         work(list(comparisons(given.out)), given.out, given.jobs, given.minutes)
@@ -642,10 +652,11 @@ def main() -> None:
         runs = [run for run in experiments(scale).get(name, []) if given.only in run.name]
         for task in ceilings(given) if name == "ceilings" else tasks(runs, scale, given):
             asked.setdefault(task.name, task)
-    (given.out / "reconstructed").mkdir(parents=True, exist_ok=True)
-    suite = (ROOT / "configs/study/metrics.yaml").read_text()
-    suite = suite.replace("weights: squeezenet1_0.pth", f"weights: {given.squeezenet.absolute()}")
-    (given.out / "reconstructed" / "metrics.yaml").write_text(suite)  # `lpl evaluate` has no stand-ins
+    if "ceilings" in given.experiments:  # also of a plan, whose commands read it
+        (given.out / "reconstructed").mkdir(parents=True, exist_ok=True)
+        suite = (ROOT / "configs/study/metrics.yaml").read_text()
+        suite = suite.replace("weights: squeezenet1_0.pth", f"weights: {given.squeezenet.absolute()}")
+        (given.out / "reconstructed" / "metrics.yaml").write_text(suite)  # `lpl evaluate` has no stand-ins
     if given.action == "plan":
         print(*(shlex.join(task.words()) for task in asked.values()), sep="\n")
         return

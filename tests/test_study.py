@@ -100,6 +100,18 @@ def test_latents_that_were_begun_go_on(tmp_path: Path) -> None:
         assert ("encode" in commands) == (finished is not True)
 
 
+def test_paths_are_of_where_one_stands(tmp_path: Path) -> None:
+    """Commands run in the repository's folder, from wherever they are planned."""
+    (tmp_path / "seen" / "latents").mkdir(parents=True)
+    (tmp_path / "seen" / "latents" / "manifest.json").write_text('{"finished": true}')
+    script = [sys.executable, str(SCRIPT), "plan", "main", "--photos", str(ROOT / "mine")]
+    for out, cwd, expected in (("seen", tmp_path, f"{tmp_path}/seen"), ("../seen", ROOT / "tests", "seen")):
+        said = subprocess.run([*script, "--out", out], capture_output=True, text=True, check=True, cwd=cwd).stdout
+        assert f"save_dir={expected} " in said
+        assert ("lpl encode" in said) == (cwd != tmp_path)
+    assert "--data.root=mine/train" in said
+
+
 def test_a_budget_is_not_profiled(tmp_path: Path) -> None:
     """A profile is of LPL before the budget has been looked at."""
     words = planned(tmp_path, "thin", "cpu")
@@ -173,7 +185,7 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         "lpl": {"difference": -1, "difference_interval": {"low": -2, "high": 0}, "verdict": None},
     }
     # A training that was stopped after step 3 and went on from step 2 in another folder, the eleventh.
-    for version, logs in ((0, "1,8\n"), (2, "3,9\n"), (10, "2,\n3,4\n4,6\n")):
+    for version, logs in ((0, "1,8\n"), (2, "3,9\n"), (10, "1,\n2,nan\n3,4\n4,6\n")):
         folder = out / "flow-lpl-1" / f"version_{version}"
         folder.mkdir(exist_ok=True)
         (folder / "metrics.csv").write_text("step,lpl_weight\n" + logs)

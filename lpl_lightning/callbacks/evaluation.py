@@ -196,11 +196,17 @@ class Evaluation(Callback):
         dataset, _, _, _ = self._real(trainer, side)
         model = module.autoencoder.model
         self._autoencoder = weights_hash(model)
-        autoencoder = f"{type(model).__name__} {self._autoencoder}" if self.reconstruct else None
+        autoencoder = self._reconstructing(trainer, module) if self.reconstruct else None
         if self.dirname is not None:
             check_folder(Path(self.dirname).expanduser(), "dirname")
         self._sets = Sets(side, len(dataset), len(requests), goes_by_captions(module), autoencoder)
         self.suite.check(self._sets)
+
+    def _reconstructing(self, trainer: pl.Trainer, module: LatentDiffusionModule) -> str:
+        """All that what an autoencoder gives back depends on."""
+        made = module.autoencoder
+        around = f", autocast of {trainer.precision}" if made.autocast else ""
+        return f"{type(made.model).__name__} {self._autoencoder} in {made.dtype}{around}"
 
     def _requests(self, trainer: pl.Trainer, module: LatentDiffusionModule) -> SampleRequests:
         num_classes = getattr(module.conditioner, "num_classes", None)

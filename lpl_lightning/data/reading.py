@@ -51,7 +51,9 @@ def load_rgb(source: str | bytes) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
             values = np.asarray(image).astype(np.float64)
-            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            # A TIFF of 32 bits may hold 8 bits or 16 where no value is above 255.
+            either = image.mode == "I" and image.format == "TIFF" and values.max() < 256
+            if image.mode == "F" or either or values.min() < 0 or values.max() > 65535:
                 raise ValueError("the range of its values is not known; save it with 8 or 16 bits a channel")
             return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
         if image.has_transparency_data:

@@ -53,7 +53,8 @@ class FeatureMetrics(Measure):
     ``coverage_NAME``.
 
     FID is ``metrics.frechet_distance``, which stays exact with fewer images than features and in trainers of less
-    precision; on the same features torchmetrics gives the same. KID, Inception Score and MiFID are torchmetrics'.
+    precision; on the same features torchmetrics gives the same. KID, Inception Score and MiFID are torchmetrics',
+    the last with the two sets exchanged, so that its distance is a mean over generated images.
 
     Args:
         extractor: The network.
@@ -261,8 +262,10 @@ class FeatureMetrics(Measure):
             if self.memorization:
                 passing = _Passing(self.extractor.dim)
                 memorized = MemorizationInformedFrechetInceptionDistance(passing, sync_on_compute=False)
-                memorized.update(real, real=True)
-                memorized.update(generated, real=False)
+                # Its distance to the nearest is a mean over what it is told is real, that of Bai et al. (2021) one over
+                # generated images. The Frechet distance is the same either way.
+                memorized.update(generated, real=True)
+                memorized.update(real, real=False)
                 # Both the distance and the nearest real image are nearer where there are more.
                 value = self._value(memorized.compute(), "lower", counts, biased_by=("generated", "real"))
                 values[self._named("mifid", "memorization")] = value

@@ -56,8 +56,8 @@ def evaluate_folder(
 
     Raises:
         FileNotFoundError: A folder does not exist.
-        ValueError: Images are not as they must be, there are too few, or the folder holds another report or lies among
-            the images.
+        ValueError: Images are not as they must be, there are too few, one of the two folders of images lies in the
+            other, or the report's folder holds another report or lies among the images.
     """
     at_least(1, batch_size=batch_size)
     at_least(0, num_workers=num_workers)
@@ -69,6 +69,7 @@ def evaluate_folder(
     generated = ImageFiles(images, "images", image_size, convert, captions)
     real = ImageFiles(reference, "reference", image_size, convert)
     where = Path(os.path.abspath(generated.folder))  # without "..", which has no name
+    _check_nested(where, real.folder)
     folder = where.with_name(f"{where.name}-evaluation") if out is None else Path(out).expanduser()
     _check_out(folder, where, real.folder)
     about, about_real = generated.provenance(), real.provenance()
@@ -94,9 +95,23 @@ def _place(device: str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise RuntimeError("it computes nothing")
+        return found
     except (RuntimeError, AssertionError) as error:  # torch says the latter where it was built without
         raise ValueError(f"`device`={device!r} cannot be used: {error}. Give 'cpu', or leave it out.") from error
+
+
+def _check_nested(images: Path, reference: Path) -> None:
+    """Refuse a folder within the other, whose images would be on both sides."""
+    one, other = (Path(os.path.realpath(folder)) for folder in (images, reference))
+    for inner, outer, argument in ((one, other, "reference"), (other, one, "images")):
+        if outer in inner.parents:
+            raise ValueError(
+                f"{inner} lies in `{argument}`, {outer}, of which its images are a part, too. Give folders of which "
+                "none holds the other."
+            )
 
 
 def _check_out(folder: Path, images: Path, reference: Path) -> None:

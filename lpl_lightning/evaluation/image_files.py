@@ -232,7 +232,7 @@ def loader(
     """Batches of one process's share of a set, without the repeats that ``DistributedSampler`` fills up with.
 
     Args:
-        dataset: A map-style dataset whose items are dictionaries; those without an ``index`` are given their position.
+        dataset: A map-style dataset whose items are dictionaries; each gets its position as ``index``.
         batch_size: Images per batch.
         num_workers: Loader processes; 0 loads in this one.
         rank: Number of this process. It gets the positions ``rank``, ``rank + world_size``, and so on.
@@ -275,7 +275,7 @@ class _Share(Dataset[dict[str, Any]]):
         item = self.dataset[position]
         if not isinstance(item, Mapping):
             raise ValueError(f"`dataset` must have dictionaries for items, got {type(item).__name__}.")
-        return {"index": position, **item}
+        return {**item, "index": position}
 
 
 class _Header(NamedTuple):

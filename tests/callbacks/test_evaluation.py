@@ -346,6 +346,26 @@ def test_a_folder_as_reference_and_the_cache(
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 3
 
 
+def test_what_an_autoencoder_gives_back_is_kept_by_its_precision(
+    module: LatentDiffusionModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that either holds are the same weights."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    real = str(photographed(tmp_path / "real"))
+    model = module.autoencoder.model.bfloat16()
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        cached, anew = (
+            values(measured(module, tmp_path, Evaluation(24, reference=real, suite=Suite(suite), cache=cache)))
+            for cache in (True, False)
+            for suite in [[SpectrumMetrics(), ReconstructionMetrics()]]
+        )
+        assert cached == anew
+        found.append(cached["reconstruction_psnr"])
+    assert found[0] != found[1]
+
+
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     script = Path(__file__).with_name("evaluation_ranks.py")
     reports = []

@@ -15,8 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from lpl_lightning.data.base import Split
+from lpl_lightning.data.faults import Unreadable
 from lpl_lightning.data.folder import ImageFolderDataModule, ImageFolderDataset
 from lpl_lightning.data.listing import path_hash
+from lpl_lightning.data.reading import read_rgb
 
 RGB = tuple[int, int, int]
 
@@ -80,6 +82,7 @@ MODES: dict[str, tuple[str, Callable[[], Image.Image], RGB]] = {
     "16-bit white": ("x.png", lambda: Image.fromarray(np.full((8, 8), 65535, np.uint16)), (255,) * 3),
     "16-bit tiff": ("x.tif", lambda: Image.fromarray(np.full((8, 8), 7 * 257, np.uint16)), (7,) * 3),
     "32-bit tiff": ("x.tif", lambda: Image.fromarray(np.full((8, 8), 7 * 257, np.int32)), (7,) * 3),
+    "dark 16-bit tiff": ("x.tif", lambda: Image.fromarray(np.full((8, 8), 250, np.uint16)), (1,) * 3),
     "rgba": ("x.png", lambda: grey("RGBA", 200, 100, 0, 51), (244, 224, 204)),
     "transparent": ("x.webp", lambda: grey("RGBA", 200, 100, 0, 0), (255, 255, 255)),
     "opaque": ("x.png", lambda: grey("RGBA", 200, 100, 0, 255), (200, 100, 0)),
@@ -97,6 +100,12 @@ def test_every_kind_of_image_becomes_the_rgb_that_a_viewer_shows(tmp_path: Path,
     name, make, expected = MODES[case]
     make().save(tmp_path / name)
     np.testing.assert_allclose(read(tmp_path / name), np.broadcast_to(expected, (8, 8, 3)), atol=1e-3)
+
+
+def test_integers_of_32_bits_that_may_be_of_8_or_16_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 250, np.int32)).save(tmp_path / "x.tif")
+    with pytest.raises(Unreadable, match="the range of its values is not known"):
+        read_rgb(str(tmp_path / "x.tif"))
 
 
 def test_cmyk_jpeg(tmp_path: Path) -> None:

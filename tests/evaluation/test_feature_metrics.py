@@ -140,17 +140,24 @@ def test_the_kernel_distance_is_torchmetrics_and_a_naive_one() -> None:
     assert math.isfinite(fewer.value)
 
 
-def test_the_memorization_distance_is_torchmetrics_and_the_formulas() -> None:
+def test_the_memorization_distance_is_the_formulas_and_torchmetrics_of_exchanged_sets() -> None:
     extractor = ModuleFeatures(Projection())
     found = values(of(extractor, memorization=True))["memorization_x"]
     metric = MemorizationInformedFrechetInceptionDistance(feature=OfBytes(extractor))
-    assert found.value == pytest.approx(float(theirs(metric)), rel=1e-4)
+    assert found.value == pytest.approx(float(theirs(metric, GENERATED, REAL)), rel=1e-4)
     x, y = (nn.functional.normalize(extractor(images).double()) for images in (REAL, GENERATED))
-    # Bai et al., 2021, eq. 2 and 3: cosine distances above the threshold 0.1 count as 1.
-    distance = float((1 - (x @ y.T).abs()).min(dim=1).values.mean())
+    # Bai et al., 2021, eq. 2 and 3: of each generated image to the nearest real one, and a mean above 0.1 counts as 1.
+    distance = float((1 - (y @ x.T).abs()).min(dim=1).values.mean())
     frechet = by_scipy(extractor(REAL), extractor(GENERATED))
     assert found.value == pytest.approx(frechet / (distance if distance < 0.1 else 1.0), rel=1e-4)
     assert found.provenance == extractor.provenance() | {"generated": 45, "real": 61}
+
+
+def test_copies_of_a_few_real_images_are_memorized() -> None:
+    """Whatever the other real images are: the nearest of each copy is no distance away."""
+    measure = of(ModuleFeatures(Projection()), memorization=True)
+    copies = values(measure, generated=REAL[:6].repeat(8, 1, 1, 1))
+    assert copies["memorization_x"].value > 1e3 * copies["frechet_x"].value
 
 
 def test_precision_and_its_kin_are_those_of_a_naive_loop() -> None:

@@ -115,6 +115,18 @@ def test_a_folder_against_itself(folders: list[str], tmp_path: Path) -> None:
 # What is refused
 
 
+@pytest.mark.parametrize("outer", ["images", "reference"])
+def test_a_folder_within_the_other(tmp_path: Path, outer: str) -> None:
+    images = {name: tmp_path / name for name in ("images", "reference")}
+    write(images[outer], 50, 1)
+    inner = next(name for name in images if name != outer)
+    images[inner] = write(images[outer] / "deeper" / "inner", 60, 2)
+    out = ["--out", str(tmp_path / "out"), "--cache=false"]
+    said = refusal(["evaluate", str(images["images"]), "--reference", str(images["reference"]), *out])
+    assert said.startswith(f"{images[inner]} lies in `{outer}`, {images[outer]}, of which its images are a part")
+    assert not (tmp_path / "out").exists()
+
+
 def put(folder: Path, kind: str) -> None:
     """One more image, which is not like the others."""
     path = folder / "odd.png"
@@ -193,6 +205,7 @@ def test_folders_and_arguments_that_cannot_be(folders: list[str], tmp_path: Path
         ([images, "--reference", few], "48 images or more, got 1 real"),
         ([images, "--reference", real, "--batch_size=0"], "`batch_size` must be 1 or more, got 0"),
         ([images, "--reference", real, "--device=nowhere"], "`device`='nowhere' cannot be used"),
+        ([images, "--reference", real, "--device=meta"], "`device`='meta' cannot be used: it computes nothing"),
         ([images, "--reference", real, "--image_size=0"], "`image_size` must be 1 or more, got 0"),
     ):
         assert message in refusal(["evaluate", *args, "--cache=false"])

@@ -466,11 +466,12 @@ def indices(items: list[Any]) -> list[int]:
     return [item["index"] for item in items]
 
 
-def test_loaders_leave_indices_and_random_numbers_alone() -> None:
-    dataset = Plain([{"index": 7 - i} for i in range(4)])
+def test_an_index_is_the_position_and_random_numbers_are_left_alone() -> None:
+    """An item's own may be of a larger set, which a subset is of, or a name: features are put where it says."""
+    dataset = Plain([{"index": own} for own in (7, 1006, 5, "a")])
     before = torch.get_rng_state()
     batches = list(loader(dataset, 3, num_workers=1, collate_fn=indices))
-    assert batches == [[7, 6, 5], [4]]
+    assert batches == [[0, 1, 2], [3]]
     assert torch.equal(before, torch.get_rng_state())
 
 
