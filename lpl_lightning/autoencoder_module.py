@@ -20,6 +20,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from lpl_lightning.arguments import check_divides, check_sizes
 from lpl_lightning.optimization import build_optimizers
 from lpl_lightning.pretrained import check_fit
+from lpl_lightning.processes import counted
 from lpl_lightning.rebuilding import RebuiltModule
 
 __all__ = ["AutoencoderModule", "autoencoder_kl"]
@@ -139,10 +140,12 @@ class AutoencoderModule(RebuiltModule):
             logs["perceptual"] = perceptual.to(images.device)(reconstruction, images).mean()
             loss = loss + self.perceptual_weight * logs["perceptual"]
         prefix = "" if stage == "train" else f"{stage}_"
-        self.log(f"{prefix}loss", loss, prog_bar=True, batch_size=len(images))
+        training = stage == "train"
+        counts: dict[str, Any] = {"batch_size": counted(len(images)), "sync_dist": not training}
+        self.log(f"{prefix}loss", loss, prog_bar=True, **counts)
         for name, value in logs.items():
-            self.log(f"{prefix}loss_{name}", value, prog_bar=stage == "train", batch_size=len(images))
-        if stage != "train":
+            self.log(f"{prefix}loss_{name}", value, prog_bar=training, **counts)
+        if not training:
             self.psnr(reconstruction, images)
             self.log(f"{stage}_psnr", self.psnr, prog_bar=True, batch_size=len(images))
             self.latent_mean.update(latents)

@@ -64,7 +64,8 @@ def estimate_z0(scheduler: Any, prediction: Tensor, z_t: Tensor, t: Tensor) -> t
     p, z_t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (prediction, z_t))
     if hasattr(scheduler, "precondition_outputs"):  # of EDM, whose networks predict what c_out makes the rest of
         return cast(Tensor, scheduler.precondition_outputs(z_t, p, sigma)), noise_to_signal
-    kind = scheduler.config.get("prediction_type", "flow_prediction")
+    flow = "flow_prediction" if hasattr(scheduler, "scale_noise") else None
+    kind = scheduler.config.get("prediction_type", flow)
     match kind:
         case "epsilon":
             return (z_t - sigma * p) / alpha, noise_to_signal

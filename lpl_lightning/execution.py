@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from lpl_lightning.arguments import at_least, read_settings
@@ -134,8 +135,11 @@ class StageRunner:
         if self.execution.compile:
             # Kept by name: a stage is another function each time it is listed, and would be compiled each time.
             if stage.name not in self._compiled:
-                with torch.no_grad():
-                    self._frozen(stage, z.device)(current)  # folds weights, which compiled code would be made anew for
+                # Folds weights, which compiled code would be made anew for; on copies, since what is of inference mode
+                # does not say how often it was written to, nor could what is made of it be in a graph.
+                with torch.inference_mode(False), torch.no_grad():
+                    copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, current)
+                    self._frozen(stage, z.device)(copied)
                 shapes = False if self.execution.static_shapes else None
                 self._compiled[stage.name] = torch.compile(_own_code(self._frozen(stage, z.device)), dynamic=shapes)
             run = self._compiled[stage.name]

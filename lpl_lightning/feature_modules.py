@@ -140,7 +140,9 @@ def run_to_modules(
                     f"`feature_modules` must be in the order they run: expected {expected!r} next, but {name!r} ran "
                     f"first. Put it further ahead, or leave {expected!r} out if it does not run."
                 )
-            outputs[name] = _map(_tensor(output, f"module {name!r}"), z)
+            found = _map(_tensor(output, f"module {name!r}"), z)
+            # A copy: an activation that runs next may write over it.
+            outputs[name] = found.clone() if name in wanted and name != last else found
             if len(outputs[name]) != len(z):
                 raise ValueError(
                     f"`feature_modules`: {name!r} put out {len(outputs[name])} samples for {len(z)} latents. Does the "

@@ -54,7 +54,7 @@ class LPLMixin:
             ValueError: There is one of that name.
         """
         if name in self.loss_terms:
-            raise ValueError(f"There is a loss term {name!r} already; give the callbacks different names.")
+            raise ValueError(f"There is a loss term {name!r} already: remove it first, or give the other another name.")
         self.loss_terms[name] = fn
 
     def remove_loss_term(self, name: str) -> None:

@@ -54,6 +54,19 @@ def test_psnr_and_latent_statistics_in_closed_form(tmp_path: Path) -> None:
     assert std == pytest.approx(latents.std(correction=0).item(), rel=1e-3)
 
 
+def test_losses_of_processes_are_brought_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = small()
+    logged: dict[str, bool] = {}
+    monkeypatch.setattr(module, "log", lambda name, value, sync_dist=False, **_: logged.update({name: sync_dist}))
+    batch = {"image": torch.zeros(1, 3, 16, 16)}
+    module.training_step(batch, 0)
+    assert set(logged.values()) == {False}
+    logged.clear()
+    module.validation_step(batch, 0)
+    # A metric of torchmetrics is brought together by itself.
+    assert logged == {"val_loss": True, "val_loss_l1": True, "val_loss_kl": True, "val_psnr": False}
+
+
 def test_kl_is_in_nats_per_latent_element(monkeypatch: pytest.MonkeyPatch) -> None:
     module = small()
     logged: dict[str, Tensor] = {}

@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -117,6 +118,7 @@ def test_what_it_cannot_read_is_named() -> None:
         ((scheduler, z, z, t[:1]), r"one timestep for each of the 3 samples, got shape \(1,\)"),
         ((IPNDMScheduler(), z, z, t), "one of diffusers with add_noise or scale_noise, got IPNDMScheduler"),
         ((odd, z, z, t), "prediction_type 'score'; known are 'epsilon'"),
+        ((DDPMWuerstchenScheduler(), z, z, t / 10), "prediction_type None; known are 'epsilon'"),
     ]
     for arguments, message in calls:
         with pytest.raises(ValueError, match=message):

@@ -120,6 +120,21 @@ def test_another_model_in_the_same_place_is_run_as_itself(monkeypatch: pytest.Mo
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
+def test_stages_compiled_in_inference_mode_can_be_used_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of channels so many that convolutions of enlarged maps are folded."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(tiny_kl(block_out_channels=(128,) * 3))
+    runner = StageRunner(Execution(compile=True))
+    z = torch.randn(1, 4, 2, 2)
+    with torch.inference_mode():
+        autoencoder.features(z.clone(), runner=runner)
+    for found, expected in zip(gradient(autoencoder, z, runner), gradient(autoencoder, z, None), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert runner._folded._made
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_stages_are_the_stages(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More stages than torch.compile keeps versions of one function, with a gradient and without."""

@@ -90,6 +90,17 @@ def test_a_plain_decoder_is_called_itself() -> None:
         autoencoder.encode(torch.randn(2, 1, 5))
 
 
+def test_maps_are_as_their_modules_gave_them_out() -> None:
+    """However deep the decoder runs: an activation in place writes over the output before it."""
+    model = nn.Sequential(*(part for _ in range(3) for part in (nn.Conv2d(2, 2, 1), nn.ReLU(inplace=True))))
+    autoencoder = Autoencoder(model, feature_modules=["0", "2"])
+    z = torch.randn(2, 2, 3, 3)
+    expected = [model[0](z), model[:3](z)]
+    assert expected[0].min() < 0
+    for wanted in (["0"], ["0", "2"], ["0", "2", "image"]):
+        torch.testing.assert_close(autoencoder.features(z, wanted)[:2], expected[: len(wanted)])
+
+
 def test_it_stops_after_the_deepest_module_and_leaves_no_hook() -> None:
     ran: list[int] = []
     model = nn.Sequential(*(nn.Conv2d(2, 2, 1) for _ in range(4)))

@@ -34,6 +34,10 @@ class WeightCalibration:
         at_least(1, calibration_steps=steps)
         self.target_share = target_share
         self.steps = steps
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
         self.weight: float | None = None
         self._sums: Tensor | None = None  # of the term, of all else, and of the batches counted
         self._batches = 0
@@ -96,10 +100,13 @@ class WeightCalibration:
     def state_dict(self) -> dict[str, Any]:
         """The weight, or what has been measured so far."""
         sums = None if self._sums is None else self._sums.tolist()
-        return {"weight": self.weight, "sums": sums, "batches": self._batches}
+        return {"weight": self.weight, "sums": sums, "batches": self._batches, "target_share": self.target_share}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint; a weight for another share becomes the one for this."""
         self.weight = state["weight"]
+        other = state.get("target_share", self.target_share)
+        if self.weight is not None and other != self.target_share:
+            self.weight *= self.target_share / (1 - self.target_share) / (other / (1 - other))
         self._sums = None if state["sums"] is None else torch.tensor(state["sums"], dtype=torch.float64)
         self._batches = state["batches"]

@@ -130,6 +130,10 @@ class LPLCallback(Callback):
         """Attach the term."""
         if stage == "predict":
             return
+        if stage == "fit" and not trainer.global_step:
+            # Another training than the one before, if there was one; a checkpoint's state comes after this.
+            self._calibration.forget()
+            self._calibrated_at = None
         if not isinstance(pl_module, LPLMixin):
             raise ValueError(
                 f"LPLCallback needs a module with LPLMixin, got {type(pl_module).__name__}. Make it a subclass of "
@@ -178,7 +182,9 @@ class LPLCallback(Callback):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not measuring):
             losses, diagnostics = loss.evaluate(z0_hat, z0, noise_to_signal, diagnose)
             loss.draws = None
-            value = losses.sum() / max(1, losses.numel())  # none are left of a batch that fills up a process's share
+            value: Tensor = losses.sum() / max(
+                1, losses.numel()
+            )  # none are left of a batch that fills up a process's share
         if timing:
             passed = None if noise_to_signal is None else loss.passes(noise_to_signal.detach(), z0)
             self.budget.end_term(z0_hat, z0, passed)

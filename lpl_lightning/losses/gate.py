@@ -102,8 +102,9 @@ class Threshold:
         step = int(self.ddpm_timestep or 0)
         if step >= len(ratios):
             raise ValueError(f"`threshold` in ddpm_timestep must be below the chain's {len(ratios)} steps, got {step}.")
-        # In the float32 that the chain's own ratios are in, so that the step itself passes.
-        return ratios[step].item()
+        # A hair above the ratio, so that the step itself passes however a loop has rounded its own; neighbouring steps
+        # are hundreds of times as far apart.
+        return ratios[step].item() * (1 + 1e-5)
 
 
 @functools.lru_cache(maxsize=8)
@@ -145,7 +146,7 @@ def gate_weight(noise_to_signal: Tensor, threshold: float, softness: float = 1.0
     Returns:
         (B,) weights in the dtype of ``noise_to_signal``; a ratio that is not a number gets 0.
     """
-    if softness == 1:
+    if softness == 1 or math.isinf(threshold):
         return (noise_to_signal <= threshold).to(noise_to_signal.dtype)
     phase = ((noise_to_signal.clamp_min(0) / threshold).log() / math.log(softness)).clamp(-1, 1)
     weight = 0.5 * (1 - torch.sin(0.5 * math.pi * phase))

@@ -219,8 +219,11 @@ class LatentPerceptualLoss(nn.Module):
             (B,), or a scalar if ``reduction`` says so; zero where gated, always connected to ``z0_hat``; in the
             decoder's precision but at least float32.
         """
-        return self.evaluate(z0_hat, z0, noise_to_signal)[0]
+        losses: Tensor = self.evaluate(z0_hat, z0, noise_to_signal)[0]
+        return losses
 
+    # In a step that is compiled: `execution` compiles the decoder, and all else is much to trace for nothing.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def evaluate(
         self, z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None = None, diagnose: bool = False
     ) -> tuple[Tensor, Diagnostics | None]:

@@ -61,7 +61,8 @@ def outliers(features: Tensor, quantile: float, widening: float, dilation: int, 
         found.reshape(*features.shape[:2], *[1] * (features.ndim - 2)) for found in _statistics(features, low, high)
     )
     inlier = (features > lower - widening * std) & (features < upper + widening * std)
-    inlier |= std == 0
+    # Where there is no spread, and where it is no number: what is not finite must not leave itself out.
+    inlier |= ~(std > 0)
     return _dilate(_dilate(inlier, dilation).logical_not_(), erosion)
 
 

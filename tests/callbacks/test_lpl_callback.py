@@ -216,6 +216,29 @@ def test_auto_goes_on_from_a_checkpoint(tmp_path: Path, stopped_at: int) -> None
     assert resumed.weight_at(6) == pytest.approx(whole.weight_at(6), rel=1e-6)
 
 
+def test_auto_goes_on_with_another_share(tmp_path: Path) -> None:
+    autoencoder = Autoencoder(tiny_kl())
+    given: dict[str, Any] = {"weight": "auto", "calibration_steps": 1, "loss": ungated, "autoencoder": autoencoder}
+    first, second = LPLCallback(target_share=0.2, **given), LPLCallback(target_share=0.5, **given)
+    run(Latents(), tmp_path, first, max_steps=2).save_checkpoint(tmp_path / "stopped.ckpt")
+    run(Latents(), tmp_path, second, max_steps=3, ckpt_path=tmp_path / "stopped.ckpt")
+    assert first.weight is not None
+    # Of the same two means, 1 / 1 of the rest rather than 1 / 4.
+    assert second.weight == pytest.approx(4 * first.weight)
+
+
+def test_auto_measures_anew_in_another_training(tmp_path: Path) -> None:
+    """As where a cell of a notebook makes the module and the trainer anew, and not the callback."""
+    callback = LPLCallback(weight="auto", calibration_steps=2, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    weights = []
+    for _ in range(2):
+        module = Latents()
+        run(module, tmp_path, callback, max_steps=4)
+        assert [bool(term) for term in module.terms] == [False] * 2 + [True] * 2
+        weights.append(callback.weight)
+    assert weights[0] != weights[1]
+
+
 def test_auto_says_what_it_cannot_do(tmp_path: Path) -> None:
     class Manual(Latents):
         def training_step(self, z0: Tensor, batch_idx: int) -> None:  # type: ignore[override]

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lpl_lightning import DDPM
+from lpl_lightning import DDPM, estimate_z0
 from lpl_lightning.losses.gate import Threshold, equivalents, gate_weight, latent_side
 
 
@@ -48,6 +48,26 @@ def test_a_timestep_passes_itself_and_all_before_it() -> None:
         passed = gate_weight(sigma / alpha, Threshold(ddpm_timestep=step).to_nsr()).nonzero().flatten()
         assert passed.tolist() == list(range(step + 1))
         assert equivalents(Threshold(ddpm_timestep=step).to_nsr())["ddpm_timestep"] == step
+
+
+@pytest.mark.parametrize("softness", [1.0, 2.0])
+def test_an_infinite_threshold_lets_pure_noise_pass(softness: float) -> None:
+    ratios = torch.tensor([0.0, 3.0, math.inf, math.nan])
+    assert gate_weight(ratios, math.inf, softness).tolist() == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerDiscreteScheduler])
+def test_a_timestep_passes_itself_in_any_loop(scheduler: Any) -> None:
+    """Which may round the same ratio up."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    steps = torch.arange(1000)
+    zeros = torch.zeros(1000, 1, 1, 1)
+    _, single = estimate_z0(scheduler(**betas), zeros, zeros, steps)
+    cumulative = DDPMScheduler(**betas).alphas_cumprod.double()
+    for ratios in (single.double(), ((1 - cumulative) / cumulative).sqrt()):
+        for step in range(1000):
+            threshold = Threshold(ddpm_timestep=step).to_nsr()
+            assert int((ratios <= threshold).sum()) == step + 1
 
 
 def test_a_timestep_counts_in_the_chain_it_is_given() -> None:

@@ -10,6 +10,7 @@ from conftest import tiny_kl
 from torch import Tensor
 
 from lpl_lightning import Autoencoder, LatentPerceptualLoss
+from lpl_lightning.losses import Execution
 
 
 def overflowing(stage: str, sample: int = 1) -> Autoencoder:
@@ -45,6 +46,25 @@ def test_raise_names_no_stage_that_it_did_not_look_at() -> None:
         LatentPerceptualLoss(overflowing("mid"), depth=["up_2"])(*z)
     with pytest.raises(FloatingPointError, match="arose in the decoder's stages after 'mid', up to 'up_2'"):
         LatentPerceptualLoss(overflowing("up_1"), depth=["up_2"])(*z)
+
+
+@pytest.mark.parametrize("statistics", ["predicted", "target", "separate", "none"])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_the_outlier_mask_hides_nothing(statistics: Any, streamed: bool) -> None:
+    """A value that is no number makes the spread of its channel none, and may make all of it outliers."""
+    model: Any = tiny_kl()
+
+    def overflow(_module: object, _inputs: object, features: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # of the estimates
+            features = features.clone()
+            features[:, 0, 0, 0] = math.inf
+        return features
+
+    model.decoder.up_blocks[2].register_forward_hook(overflow)
+    execution = Execution(streamed=streamed)
+    lpl = LatentPerceptualLoss(Autoencoder(model), statistics=statistics, mask_upscale=1.0, execution=execution)
+    with pytest.raises(FloatingPointError, match="arose in the decoder's stage 'up_2'"):
+        lpl(*pair())
 
 
 @pytest.mark.parametrize("which", [0, 1])
