@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from lpl_lightning.arguments import check_divides, check_sizes
-from lpl_lightning.optimization import build_optimizers
+from lpl_lightning.optimization import Maker, build_optimizers, check_optimizer
 from lpl_lightning.pretrained import check_fit
 from lpl_lightning.processes import counted
 from lpl_lightning.rebuilding import RebuiltModule
@@ -97,8 +97,8 @@ class AutoencoderModule(RebuiltModule):
         if "_instantiator" in self.hparams:
             self.save_hyperparameters()
         self.autoencoder = autoencoder
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimizer: OptimizerCallable = Maker(optimizer)
+        self.lr_scheduler: LRSchedulerCallable | None = None if lr_scheduler is None else Maker(lr_scheduler)
         self.kl_weight = kl_weight
         self.perceptual_weight = perceptual_weight
         # In a tuple, so that it is neither saved, trained nor counted as part of this module.
@@ -122,6 +122,8 @@ class AutoencoderModule(RebuiltModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model in one sentence."""
         check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            check_optimizer(self.configure_optimizers(), checkpoint)
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstruct images from the mean of their posterior: (B, 3, H, W) in [-1, 1] in and out."""

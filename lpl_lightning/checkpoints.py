@@ -25,7 +25,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 __all__ = [
     "SafeCheckpointIO",
@@ -285,13 +285,11 @@ def newest_checkpoint(trainer: pl.Trainer) -> Path | None:
 
     Those that are not are named in a warning.
     """
-    folders = checkpoint_folders(trainer)
-    for path in sorted(_files(folders), key=_written, reverse=True):
+    for path in sorted(_files(checkpoint_folders(trainer)), key=_written, reverse=True):
         why = fault_of(path)
         if why is None:
             return path
         rank_zero_warn(f"{path} is passed over for an older checkpoint: {why}.")
-    rank_zero_info(f"No checkpoint in {', '.join(map(str, folders)) or 'any folder'}: training starts anew.")
     return None
 
 

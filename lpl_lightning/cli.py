@@ -9,12 +9,11 @@ What the package refuses is one line on the terminal; with ``LPL_TRACEBACK=1`` i
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +27,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 
 from lpl_lightning.arguments import NotFiniteError, raised_in, refusal, refused_by_loader
+from lpl_lightning.autoencoder_module import AutoencoderModule
 from lpl_lightning.callbacks import (
     EMA,
     AccumulatedGradients,
@@ -35,13 +35,21 @@ from lpl_lightning.callbacks import (
     ImagesPerSecond,
     ImageWriter,
     LossByNoise,
+    LPLCallback,
     Preemption,
     RunSummary,
     SaveRunConfig,
     UnfinishedValidation,
 )
 from lpl_lightning.captioning import caption_images
-from lpl_lightning.checkpoints import SafeCheckpointIO, check_checkpoint, check_settings, newest_checkpoint
+from lpl_lightning.checkpoints import (
+    SafeCheckpointIO,
+    check_checkpoint,
+    check_settings,
+    checkpoint_folders,
+    newest_checkpoint,
+)
+from lpl_lightning.command_arguments import check_suites, named
 from lpl_lightning.command_texts import COMMANDS, TITLES
 from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
@@ -61,9 +69,6 @@ WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
     "caption": caption_images,
 }
 """Commands that need no trainer, by name."""
-
-OF_A_FOLDER = {"evaluate": "one folder, that of the images", "caption": "one folder or, in quotes, pattern of shards"}
-"""Those that take images without a name, and what is to be given."""
 
 EVALUATIONS = ("validate", "test", "predict")
 """Commands that look at a checkpoint."""
@@ -157,6 +162,11 @@ class LPLCLI(LightningCLI):
         """Build the trainer, with checkpoints that are whole and run no code, and one summary."""
         given, summary = (self._get(self.config_init, key) for key in ("trainer", "summary"))
         asked = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
+        if sum(isinstance(callback, LPLCallback) for callback in asked) > 1:
+            raise ValueError(
+                "There are two LPLCallbacks among `trainer.callbacks`: the config turns LPL on by itself. Leave "
+                "configs/lpl.yaml out."
+            )
         if summary.start is None:
             summary.start = given.enable_model_summary is not False
         if summary.start and not any(isinstance(callback, ModelSummary) for callback in asked):
@@ -167,39 +177,57 @@ class LPLCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Look at hyperparameters, and find what ``last`` means: the newest whole checkpoint of this configuration."""
+        """Look at hyperparameters, and at the checkpoint to go on from."""
         check_settings(self.model, "model")
         check_settings(self.datamodule, "data")
-        self._check_folder("fit")
-        if self.config.fit.ckpt_path == "last":
-            found = newest_checkpoint(self.trainer)
-            self.config.fit.ckpt_path = None if found is None else str(found)
-            self.config_init.fit.ckpt_path = self.config.fit.ckpt_path
+        self._find_checkpoint("fit")
 
     def before_validate(self) -> None:
         """Choose the average that is asked for."""
-        self._check_folder("validate")
+        self._find_checkpoint("validate")
         self._choose_average("validate")
 
     def before_predict(self) -> None:
-        """Refuse to generate from a model that nothing has trained."""
+        """Refuse to generate from a model that nothing has trained, or that generates nothing."""
+        if isinstance(self.model, AutoencoderModule):
+            raise ValueError(
+                "`lpl predict` generates images, which an AutoencoderModule does not: `lpl test` reconstructs the test "
+                "images and measures what comes back."
+            )
+        self._find_checkpoint("predict")
         self._choose_average("predict")
         self._refuse_untrained("predict")
 
     def before_test(self) -> None:
         """The same, unless only the loss is asked for."""
-        self._check_folder("test")
+        self._find_checkpoint("test")
         self._choose_average("test")
         if self.config.test.evaluation.num_images:
             self._refuse_untrained("test", " For the loss alone, set `--evaluation.num_images 0`.")
 
     def before_sweep(self) -> None:
         """The same."""
+        self._find_checkpoint("sweep")
         self._refuse_untrained("sweep")
 
-    def _check_folder(self, command: str) -> None:
-        """Look through a distributed checkpoint before Lightning reads its index, a pickle."""
+    def _find_checkpoint(self, command: str) -> None:
+        """Find what ``last`` means, the newest whole checkpoint of this configuration, and look through a folder.
+
+        Lightning would read a distributed checkpoint's index, a pickle, and go on without the last one there is not.
+        """
         found = self.config[command].ckpt_path
+        if found == "last":
+            newest = newest_checkpoint(self.trainer)
+            if newest is None:
+                where = ", ".join(map(str, checkpoint_folders(self.trainer))) or "any folder"
+                if command != "fit":
+                    raise ValueError(
+                        f"`ckpt_path` is last, and there is no checkpoint in {where}: give `lpl {command}` one by its "
+                        "path, or leave it out by `--ckpt_path null`."
+                    )
+                rank_zero_info(f"No checkpoint in {where}: training starts anew.")
+            found = None if newest is None else str(newest)
+            self.config[command].ckpt_path = self.config_init[command].ckpt_path = found
         if found and Path(found).is_dir():
             check_checkpoint(Path(found))
 
@@ -215,7 +243,6 @@ class LPLCLI(LightningCLI):
         callbacks.insert(0, EMA(evaluate=ema) if ema == "trained" else EMA(decay=ema))
 
     def _refuse_untrained(self, command: str, remedy: str = "") -> None:
-        self._check_folder(command)
         if (
             isinstance(self.model, LatentDiffusionModule)
             and not self.model.weights
@@ -257,37 +284,6 @@ def _rules(path: Any) -> StandIns:
     return rules
 
 
-def _named(command: str, args: Sequence[str]) -> list[str]:
-    """Arguments of a command, with what no option takes by name: a folder to evaluate, runs to compare."""
-    plain, options = [], []
-    rest = iter(args)
-    for arg in rest:
-        if not arg.startswith("-"):
-            plain.append(arg)
-            continue
-        options.append(arg)
-        if "=" not in arg and arg not in ("-h", "--help") and not arg.startswith("--print_"):
-            options += [value for value in [next(rest, None)] if value is not None]
-    if command == "compare" and plain:
-        return ["--runs", json.dumps(plain), *options]
-    if command in OF_A_FOLDER and len(plain) == 1:
-        return ["--images", *plain, *options]
-    if plain:
-        wanted = OF_A_FOLDER.get(command, "options alone")
-        raise ValueError(f"`lpl {command}` takes {wanted}, got {' '.join(plain)}: give what else there is by --NAME.")
-    return options
-
-
-def _check_suites(args: Sequence[str]) -> None:
-    """Refuse files of suites that do not exist, which the parser would take for classes."""
-    for arg, after in zip(args, [*args[1:], ""], strict=True):
-        name, given, value = arg.partition("=")
-        value = value if given else after
-        is_suite = name.startswith("--") and name.split(".")[-1].removeprefix("--") == "suite"
-        if is_suite and value.endswith((".yaml", ".yml", ".json")) and not Path(value).is_file():
-            raise FileNotFoundError(f"`{name.removeprefix('--')}`: there is no file {value}.")
-
-
 def main(args: ArgsType = None) -> None:
     """Run the command line.
 
@@ -318,12 +314,12 @@ def _run(args: ArgsType) -> None:
             sys.argv[1:] = given  # where Lightning looks, in the processes that it starts too
         else:
             args = given
-        _check_suites(given)
+        check_suites(given)
         find_own_modules(given)
     if isinstance(given, list) and given and given[0] in WITHOUT_TRAINER:
         name, *rest = given
         with _plain_refusals():
-            auto_cli(WITHOUT_TRAINER[name], args=_named(name, rest), as_positional=False, prog=f"lpl {name}")
+            auto_cli(WITHOUT_TRAINER[name], args=named(name, rest), as_positional=False, prog=f"lpl {name}")
         return
     # Lightning warns of every module in eval mode, which a frozen autoencoder is on purpose, and of a call of its own.
     silent = [r".*module\(s\) in eval mode at the start of training", r".*LeafSpec.*is deprecated"]

@@ -36,8 +36,8 @@ from lpl_lightning.draws import Draws, Generators, normal
 from lpl_lightning.fine_tuning import FineTuning
 from lpl_lightning.generation import GeneratingModule
 from lpl_lightning.mixin import LPLMixin
-from lpl_lightning.noise import NoiseProcess
-from lpl_lightning.optimization import build_optimizers
+from lpl_lightning.noise import DDPM, NoiseProcess
+from lpl_lightning.optimization import Maker, build_optimizers, check_optimizer
 from lpl_lightning.pretrained import check_fit, read_state, resize_positions
 from lpl_lightning.processes import counted, process_means
 from lpl_lightning.sampling import Sampler
@@ -98,8 +98,8 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         self.noise = noise
         self.denoiser = denoiser
         self.conditioner = conditioner
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimizer: OptimizerCallable = Maker(optimizer)
+        self.lr_scheduler: LRSchedulerCallable | None = None if lr_scheduler is None else Maker(lr_scheduler)
         self.sampler = sampler if sampler is not None else Sampler()
         self.weights = weights
         self.base = weights
@@ -222,11 +222,15 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         """Refuse a checkpoint of another model, or of the same model trained for something else, in one sentence."""
         if "state_dict" in checkpoint:  # a folder of shards is loaded before, and holds none
             check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            check_optimizer(self.configure_optimizers(), checkpoint)
         self._draw_seed = checkpoint.get(DRAW_SEED)
         self.base = checkpoint.get(BASE, self.base)
         own, found = self.meaning(), checkpoint.get(MEANING)
-        if found is not None and found != own:
-            differ = [f"{key} {found.get(key)} there, {own[key]} here" for key in own if found.get(key) != own[key]]
+        # Of what an older release wrote down.
+        other = {} if found is None else {key: found[key] for key in own if found.get(key, own[key]) != own[key]}
+        if other:
+            differ = [f"{key} {value} there, {own[key]} here" for key, value in other.items()]
             raise ValueError(
                 f"The checkpoint's model was trained for something else: {'; '.join(differ)}. "
                 "Give the noise process and the autoencoder that it was trained with."
@@ -240,9 +244,11 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
             checkpoint[BASE] = self.base
 
     def meaning(self) -> dict[str, Any]:
-        """What the weights mean: what the denoiser predicts, and how latents are scaled."""
+        """What the weights mean: what the denoiser predicts, of which noise, and how latents are scaled."""
+        chain = {"noise_schedule": self.noise.schedule} if isinstance(self.noise, DDPM) else {}
         return {
             "prediction_type": self.noise.prediction_type,
+            **chain,
             "latent_shift": [round(value, 6) for value in self.autoencoder.shift.flatten().tolist()],
             "latent_scale": [round(value, 6) for value in self.autoencoder.scale.flatten().tolist()],
         }

@@ -183,7 +183,7 @@ class DDPM(NoiseProcess):
             )
         self.prediction_type = prediction_type
         self.num_train_timesteps = num_train_timesteps
-        self._chain: dict[str, Any] = {
+        self.schedule: dict[str, Any] = {
             "num_train_timesteps": num_train_timesteps,
             "beta_start": beta_start,
             "beta_end": beta_end,
@@ -191,7 +191,7 @@ class DDPM(NoiseProcess):
             "prediction_type": prediction_type,
             "rescale_betas_zero_snr": zero_snr,
         }
-        alphas_cumprod = DDPMScheduler(**self._chain).alphas_cumprod.double()
+        alphas_cumprod = DDPMScheduler(**self.schedule).alphas_cumprod.double()
         if zero_snr:
             # diffusers ends its rescaled chain a hair above zero; the last step is pure noise by definition.
             alphas_cumprod[-1] = 0.0
@@ -249,7 +249,7 @@ class DDPM(NoiseProcess):
 
     def sampling_scheduler(self) -> DDIMScheduler:
         """Deterministic DDIM that starts at the last step, where training saw the most noise."""
-        return DDIMScheduler(**self._chain, clip_sample=False, timestep_spacing="trailing")
+        return DDIMScheduler(**self.schedule, clip_sample=False, timestep_spacing="trailing")
 
 
 class FlowMatching(NoiseProcess):

@@ -2,13 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-__all__ = ["build_optimizers"]
+__all__ = ["Maker", "build_optimizers", "check_optimizer"]
+
+
+OF_SCHEDULES = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+"""Settings that schedules leave in an optimizer."""
+
+
+class Maker:
+    """A callable that a copy of a module shares, such as one that ``StochasticWeightAveraging`` makes.
+
+    What a config's parser makes cannot be copied.
+
+    Args:
+        make: What is called.
+    """
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make = make
+
+    def __call__(self, *args: Any) -> Any:
+        """Make an optimizer of parameters, or a schedule of an optimizer."""
+        return self.make(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Maker:
+        return self
+
+
+def check_optimizer(configured: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another kind of optimizer.
+
+    Args:
+        configured: What ``configure_optimizers`` returns; looked at where that is an optimizer or has one.
+        checkpoint: To go on with.
+
+    Raises:
+        ValueError: Each of the two has settings that the other has not. One that alone has more is of another version
+            of PyTorch.
+    """
+    optimizer = configured.get("optimizer") if isinstance(configured, Mapping) else configured
+    states = checkpoint.get("optimizer_states") or []
+    if not isinstance(optimizer, Optimizer) or len(states) != 1:
+        return
+    groups = (optimizer.param_groups, states[0]["param_groups"])
+    own, found = ({key for group in of for key in group} - OF_SCHEDULES for of in groups)
+    if own - found and found - own:
+        raise ValueError(
+            f"The checkpoint's optimizer is no {type(optimizer).__name__}: it has {', '.join(sorted(found - own))} and "
+            f"not {', '.join(sorted(own - found))}. Give the one that it was trained with; to begin anew from its "
+            "weights with another, give the checkpoint as `model.weights`, and no `ckpt_path`."
+        )
 
 
 def build_optimizers(

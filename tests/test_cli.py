@@ -268,6 +268,46 @@ def test_bad_input_is_one_clear_error(
         assert len(str(raised.value)) < 400, "the message is the error, not a dump of the config"
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "sweep"])
+def test_the_last_checkpoint_of_a_run_or_none(command: str, tmp_path: Path) -> None:
+    """Not the model as it was drawn, which Lightning would take without more than a warning."""
+    tiny = ["-c", str(CONFIGS / "quickstart.yaml"), "-c", str(CONFIGS / "tiny.yaml"), *in_folder(tmp_path)]
+    tiny += ["--trainer.enable_progress_bar=false", "--ckpt_path=last"]
+    options = {
+        "validate": ["--validation.num_images=0"],
+        "test": ["--evaluation.num_images=4"],
+        "predict": ["--data.num_generate=2", f"--writer.dirname={tmp_path / 'images'}"],
+        "sweep": ["--num_steps=[1]", "--evaluation.num_images=4"],
+    }[command]
+    with pytest.raises(ValueError, match=f"`ckpt_path` is last, and there is no checkpoint in .*: give `lpl {command}"):
+        main([command, *tiny, *options])
+    main(["fit", *tiny, "--trainer.max_steps=2"])
+    main([command, *tiny, *options])
+
+
+def test_two_of_lpl_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="two LPLCallbacks .* Leave configs/lpl.yaml out"):
+        main(["fit", *(word for name in ("quickstart", "lpl") for word in ("-c", str(CONFIGS / f"{name}.yaml")))])
+
+
+def test_an_autoencoder_predicts_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`lpl predict` generates images, which an AutoencoderModule does not"):
+        main(["predict", "-c", str(CONFIGS / "autoencoder_shapes.yaml"), *in_folder(tmp_path)])
+
+
+@pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback with a model that overrides")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_lightnings_averages_and_time_limit(tmp_path: Path) -> None:
+    """They copy the module, and come after all other callbacks; a run goes on with its own kind of optimizer alone."""
+    tiny = ["fit", "-c", str(CONFIGS / "quickstart.yaml"), "-c", str(CONFIGS / "tiny.yaml"), *in_folder(tmp_path)]
+    tiny += ["--trainer.enable_progress_bar=false", "--trainer.max_time=00:01:00:00", "--ckpt_path=last"]
+    averages = ["--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging"]
+    main([*tiny, *averages, "--trainer.max_steps=2"])
+    with pytest.raises(ValueError, match="The checkpoint's optimizer is no SGD: .* give the checkpoint as `model.wei"):
+        main([*tiny, *averages, "--trainer.max_steps=4", "--model.optimizer=torch.optim.SGD"])
+    main([*tiny, *averages, "--trainer.max_steps=4"])
+
+
 def test_a_checkpoint_of_another_model_is_refused(photos: Path, tmp_path: Path) -> None:
     base = ["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *SHORT, *folder_args(photos), *in_folder(tmp_path)]
     main(base)

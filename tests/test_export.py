@@ -977,6 +977,13 @@ def test_a_checkpoint_of_ones_own_parts_is_trusted_by_name(
     assert exported(tmp_path / "out")
     module = LatentDiffusionModule.load_from_checkpoint(tmp_path / "changed.ckpt", trusted=True)
     assert type(module.noise).__name__ == "Own"
+    (tmp_path / "own_module.py").write_text(
+        "from lpl_lightning import LatentDiffusionModule\n\nclass Own(LatentDiffusionModule): pass\n"
+    )
+    changed["hyper_parameters"]["_class_path"] = "own_module.Own"
+    torch.save(changed, tmp_path / "changed.ckpt")
+    main(["export", f"--ckpt={tmp_path / 'changed.ckpt'}", f"--out={tmp_path / 'whole'}", "--trusted=true"])
+    assert exported(tmp_path / "whole")
     given: tuple[dict[str, Any], ...] = ({"weights_only": False}, {"hparams_file": "a.yaml"})
     for options in given:
         with pytest.raises(ValueError, match="`weights_only` and `hparams_file` left alone"):

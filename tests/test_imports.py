@@ -73,6 +73,7 @@ ORDER = [
     "stand_ins",
     "packaged_configs",
     "parser_errors",
+    "command_arguments",
     "command_texts",
     "cli",
     "__main__",

@@ -330,6 +330,16 @@ def test_a_checkpoint_trained_for_something_else_is_refused(
     other = Autoencoder(tiny_kl(scaling_factor=0.7, shift_factor=0.1))
     with pytest.raises(ValueError, match=r"latent_scale \[0\.5\] there, \[0\.7\] here"):
         trainer(tmp_path).fit(fits(make_module, autoencoder=other), data, ckpt_path=str(tmp_path / "flow.ckpt"))
+    run = trainer(tmp_path)
+    run.fit(fits(make_module, noise=DDPM()), data)
+    run.save_checkpoint(tmp_path / "ddpm.ckpt")
+    linear = fits(make_module, noise=DDPM(beta_schedule="linear"))
+    with pytest.raises(ValueError, match="noise_schedule .*'scaled_linear'.* there, .*'linear'.* here"):
+        trainer(tmp_path).test(linear, data, ckpt_path=str(tmp_path / "ddpm.ckpt"))
+    # A checkpoint of before says nothing of the schedule.
+    older = torch.load(tmp_path / "ddpm.ckpt", weights_only=True)
+    del older["lpl_lightning"]["noise_schedule"]
+    linear.on_load_checkpoint(older)
 
 
 def test_a_sampler_that_adds_noise_draws_it_from_the_seeds(make_module: MakeModule) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import cli
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lpl_lightning.optimization import build_optimizers
+from lpl_lightning.optimization import build_optimizers, check_optimizer
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -29,10 +32,20 @@ def test_schedules_advance_once_a_step() -> None:
     assert built["lr_scheduler"]["scheduler"].optimizer is built["optimizer"]
 
 
-def test_a_schedule_that_follows_a_metric_is_refused() -> None:
-    from lightning.pytorch.cli import ReduceLROnPlateau
-
+@pytest.mark.parametrize("plateau", [partial(cli.ReduceLROnPlateau, monitor="loss"), ReduceLROnPlateau])
+def test_a_schedule_that_follows_a_metric_is_refused(plateau: Any) -> None:
     with pytest.raises(ValueError, match="advances once a step and follows no metric"):
-        build_optimizers(
-            nn.Linear(2, 2).parameters(), sgd, lambda optimizer: ReduceLROnPlateau(optimizer, monitor="loss")
-        )
+        build_optimizers(nn.Linear(2, 2).parameters(), sgd, plateau)
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    parameters = list(nn.Linear(2, 2).parameters())
+    adamw = torch.optim.AdamW(parameters)
+    saved: dict[str, Any] = {"optimizer_states": [adamw.state_dict()]}
+    message = "optimizer is no SGD: it has amsgrad, betas, .*eps.* and not dampening, momentum, nesterov. Give the one"
+    with pytest.raises(ValueError, match=message):
+        check_optimizer(sgd(parameters), saved)
+    schedule = torch.optim.lr_scheduler.StepLR(adamw, 3)  # which leaves initial_lr behind
+    check_optimizer({"optimizer": adamw, "lr_scheduler": schedule}, saved)
+    older = {key: value for key, value in adamw.state_dict()["param_groups"][0].items() if key != "fused"}
+    check_optimizer(torch.optim.Adam(parameters), {"optimizer_states": [{"param_groups": [older]}]})

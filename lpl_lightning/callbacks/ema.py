@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lpl_lightning.arguments import at_least
+from lpl_lightning.callbacks.counting import optimizer_steps
 from lpl_lightning.callbacks.step_guard import last_step_skipped
 from lpl_lightning.pretrained import AVERAGES, averaged_by, averages_of
 from lpl_lightning.sharding import as_shard, load_whole, local, reshard, shard_like, trained_parameters, whole
@@ -112,8 +113,8 @@ class EMA(Callback):
         """Update the averages after a step; after one that a ``StepGuard`` left out there is nothing new."""
         if self.every_n_steps == 1 and last_step_skipped(trainer):
             return
-        step = trainer.global_step
-        if step > self._latest_step and (step - 1) % self.every_n_steps == 0:
+        step, every = optimizer_steps(trainer), self.every_n_steps
+        if step > self._latest_step and (step - 1) // every > (self._latest_step - 1) // every:
             self._latest_step = step
             self._update(pl_module)
 

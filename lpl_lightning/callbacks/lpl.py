@@ -14,6 +14,7 @@ from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.callbacks.budget import Budget
 from lpl_lightning.callbacks.calibration import WeightCalibration
+from lpl_lightning.callbacks.counting import optimizer_steps
 from lpl_lightning.callbacks.gradients import GradientRatio
 from lpl_lightning.losses import LatentPerceptualLoss
 from lpl_lightning.losses.diagnostics import count_of, scalars_of
@@ -122,7 +123,7 @@ class LPLCallback(Callback):
         every: int = cast(Any, trainer).log_every_n_steps
         if not trainer.loggers or every < 1 or trainer.fit_loop._should_accumulate():
             return False
-        step = _steps(trainer)
+        step = optimizer_steps(trainer)
         next_logged = step + (-(step + 1)) % every
         return step + self.every_n_steps > next_logged
 
@@ -163,7 +164,7 @@ class LPLCallback(Callback):
     ) -> Tensor:
         """The weighted loss of a batch, a scalar."""
         loss.announce(z0)
-        training, step = pl_module.training, _steps(trainer)
+        training, step = pl_module.training, optimizer_steps(trainer)
         measuring = training and self.calibrating and self._due(step)
         weight = self.weight_at(step) if training else (self.weight or 0.0)
         if training and weight == 0 and not measuring:
@@ -227,7 +228,7 @@ class LPLCallback(Callback):
             if not self.calibrating:
                 # The next whole step: one whose batches are being accumulated goes on without.
                 accumulating = trainer.fit_loop._should_accumulate()
-                self._calibrated_at = _steps(trainer) + int(accumulating)
+                self._calibrated_at = optimizer_steps(trainer) + int(accumulating)
 
     def state_dict(self) -> dict[str, Any]:
         """What ``auto`` and ``budget`` found; nothing without them."""
@@ -284,8 +285,3 @@ def _check_match(decoder: Autoencoder, encoder: object) -> None:
                 f"`autoencoder` must be made for the latents of the module's: its {name} is {own}, expected {other}. "
                 "For a cheaper decoder give the tiny autoencoder that was distilled from the module's own."
             )
-
-
-def _steps(trainer: pl.Trainer) -> int:
-    """Batches or groups of batches that weights were updated on; ``global_step`` counts each optimizer's updates."""
-    return trainer.global_step // max(1, len(trainer.optimizers))

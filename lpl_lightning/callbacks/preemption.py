@@ -13,9 +13,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.loader_processes import outlive_signals
@@ -82,12 +81,8 @@ class Preemption(Callback):
             ValueError: A callback with a part of checkpoints comes after this one.
         """
         after = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
-        late = [
-            type(one).__name__
-            for one in after
-            if any(is_overridden(hook, one, Callback) for hook in ("state_dict", "on_save_checkpoint"))
-            and not isinstance(one, Checkpoint)
-        ]
+        # A Checkpoint's part is of checkpoints, and a Timer's is the time at which it is asked.
+        late = [type(one).__name__ for one in after if _has_part(one) and not _is_a(one, "Checkpoint", "Timer")]
         if late:
             raise ValueError(f"Preemption would save before {', '.join(late)} took the step in: put it after them.")
         self.received, self._step, self._breaks_off = None, trainer.global_step, False
@@ -156,7 +151,8 @@ class Preemption(Callback):
         raise SystemExit(128 + number if trainer.is_global_zero else 0)
 
     def _save(self, trainer: pl.Trainer, number: signal.Signals) -> None:
-        checkpoint = next((one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)), None)
+        checkpoints: list[Any] = trainer.checkpoint_callbacks
+        checkpoint = next((one for one in checkpoints if _is_a(one, "ModelCheckpoint")), None)
         if checkpoint is None or checkpoint.dirpath is None:
             rank_zero_warn(
                 f"{number.name} received: training ends at step {trainer.global_step} without a checkpoint: there is "
@@ -172,6 +168,24 @@ class Preemption(Callback):
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             _requeue(trainer, number)
+
+
+def _has_part(callback: object) -> bool:
+    """Whether a callback may have a part of checkpoints: a hook that is not the base class's."""
+    owners = (
+        next(cls for cls in type(callback).__mro__ if hook in vars(cls))
+        for hook in ("state_dict", "on_save_checkpoint")
+    )
+    return any(not (owner.__name__ == "Callback" and _is_lightnings(owner)) for owner in owners)
+
+
+def _is_a(callback: object, *names: str) -> bool:
+    """Whether a callback is one of Lightning's, of either of its packages, whose classes are not the same."""
+    return any(cls.__name__ in names and _is_lightnings(cls) for cls in type(callback).__mro__)
+
+
+def _is_lightnings(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
 
 
 class _BrokenOff(SystemExit):

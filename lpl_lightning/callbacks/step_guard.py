@@ -59,7 +59,7 @@ class StepGuard(Callback):
 
     Args:
         policy: ``raise`` ends the run before the weights are touched; ``skip`` leaves the step out.
-        max_in_a_row: So many steps left out one after the other end the run too.
+        max_in_a_row: So many steps of an optimizer left out one after the other end the run too.
         max_records: Steps that are written down in a run's folder.
         record_weights: Whether the weights that the step began with are too, which takes the size of a checkpoint
             without its optimizer; those of steps in a row are the same, and written once.
@@ -84,13 +84,20 @@ class StepGuard(Callback):
         self.record_weights, self.record_steps, self.dirname = record_weights, frozenset(record_steps), dirname
         self.skipped = 0
         """Steps left out so far."""
-        self.in_a_row = 0
-        """Those of them that came last, without a finite one after them."""
-        self.step_skipped = False
-        """Whether the last optimizer step was left out."""
+        self._in_a_row: dict[int, int] = {}  # by optimizer
         self._batches: list[_Batch] = []
         self._folder: Path | None = None
         self._weights: str | None = None
+
+    @property
+    def in_a_row(self) -> int:
+        """Those of them that came last, without a finite one of the same optimizer after them."""
+        return max(self._in_a_row.values(), default=0)
+
+    @property
+    def step_skipped(self) -> bool:
+        """Whether the last step of each optimizer was left out."""
+        return bool(self._in_a_row) and all(self._in_a_row.values())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin."""
@@ -122,32 +129,32 @@ class StepGuard(Callback):
         if scaler is not None and scaler.get_scale() > 1:
             found = [(loss, False) for loss, _ in found]
         step = trainer.global_step
+        number = next((i for i, one in enumerate(trainer.optimizers) if one is optimizer), 0)
         if not any(map(any, found)):
-            self.in_a_row, self.step_skipped, self._weights = 0, False, None
+            self._in_a_row[number], self._weights = 0, None
             if step in self.record_steps:
                 self._record(trainer, pl_module, "asked", (False, False), True, [])
                 self._weights = None
             return
-        self.in_a_row += 1
+        in_a_row = self._in_a_row[number] = self._in_a_row.get(number, 0) + 1
         names = parameters_not_finite(pl_module, optimizer) if any(gradient for _, gradient in found) else []
         said = _said(step, found, names)
         # Where no loss tells which process it was, the gradients are the same on all.
         own = found[trainer.global_rank] if any(loss for loss, _ in found) else (False, True)
         writes = own[0] or not any(loss for loss, _ in found)
         recorded = self._record(trainer, pl_module, "step", own, writes, names)
-        if self.policy == "raise" or self.in_a_row >= self.max_in_a_row:
+        if self.policy == "raise" or in_a_row >= self.max_in_a_row:
             remedy = (
                 "The policy `skip` of StepGuard would leave it out."
                 if self.policy == "raise"
-                else f"It is the last of {self.in_a_row} in a row, `max_in_a_row` of StepGuard: go on from an older "
+                else f"It is the last of {in_a_row} in a row, `max_in_a_row` of StepGuard: go on from an older "
                 "checkpoint, with other data, a smaller learning rate or more precision."
             )
             raise NotFiniteError(f"{said} The weights are as they were before it.{recorded} {remedy}")
         self.skipped += 1
-        self.step_skipped = True
         _leave_out(optimizer, scaler)
         if trainer.is_global_zero or recorded:
-            _log.warning("%s It is left out, %d in a row, %d in all.%s", said, self.in_a_row, self.skipped, recorded)
+            _log.warning("%s It is left out, %d in a row, %d in all.%s", said, in_a_row, self.skipped, recorded)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -248,12 +255,12 @@ class StepGuard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was left out so far."""
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "step_skipped": self.step_skipped}
+        return {"skipped": self.skipped, "in_a_row": dict(self._in_a_row)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
-        self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
-        self.step_skipped = state_dict["step_skipped"]
+        found = state_dict["in_a_row"]  # once one number
+        self.skipped, self._in_a_row = state_dict["skipped"], dict(found) if isinstance(found, dict) else {0: found}
 
 
 def last_step_skipped(trainer: pl.Trainer) -> bool:

@@ -53,8 +53,7 @@ class FeatureMetrics(Measure):
     ``coverage_NAME``.
 
     FID is ``metrics.frechet_distance``, which stays exact with fewer images than features and in trainers of less
-    precision; on the same features torchmetrics gives the same. KID, Inception Score and MiFID are torchmetrics',
-    the last with the two sets exchanged, so that its distance is a mean over generated images.
+    precision; on the same features torchmetrics gives the same. KID, Inception Score and MiFID are torchmetrics'.
 
     Args:
         extractor: The network.

@@ -6,6 +6,7 @@ import inspect
 import shutil
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -130,11 +131,13 @@ def export_checkpoint(
             "Build the module, load the checkpoint, and call lpl_lightning.export_diffusers(module, folder)."
         )
     try:
+        kind_of_module: type[LatentDiffusionModule] = LatentDiffusionModule
         if trusted:
             find_own_modules([str(parameters)])
+            kind_of_module = _own_class(str(parameters.get("_class_path", "")))
         given: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr_scheduler": None}  # there is nothing to train
-        module = LatentDiffusionModule.load_from_checkpoint(ckpt, map_location="cpu", trusted=trusted, **given)
-    except (ArgumentError, FileNotFoundError, TypeError, ValueError) as error:
+        module = kind_of_module.load_from_checkpoint(ckpt, map_location="cpu", trusted=trusted, **given)
+    except (ArgumentError, FileNotFoundError, ImportError, TypeError, ValueError) as error:
         # What a part refuses is the error, and not the parser's list of all that it tried, nor the config.
         cause = refusal(error)
         kind = FileNotFoundError if isinstance(cause, FileNotFoundError) else ValueError
@@ -143,6 +146,15 @@ def export_checkpoint(
     module.load_state_dict(state)
     metadata = provenance(module, checkpoint.get("global_step"), checkpoint.get("epoch"), ema, parameters)
     return export_diffusers(module, out, dtype, metadata=metadata)
+
+
+def _own_class(path: str) -> type[LatentDiffusionModule]:
+    """The class of a module that a checkpoint names, which may be a user's own."""
+    module, _, name = path.rpartition(".")
+    found = getattr(import_module(module), name, None) if module else LatentDiffusionModule
+    if not (isinstance(found, type) and issubclass(found, LatentDiffusionModule)):
+        raise ValueError(f"{path} is no LatentDiffusionModule.")
+    return found
 
 
 def _check_empty(folder: Path, argument: str) -> None:

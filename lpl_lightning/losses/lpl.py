@@ -209,8 +209,7 @@ class LatentPerceptualLoss(nn.Module):
         """Compute the loss of each sample.
 
         Args:
-            z0_hat: Estimates of the clean latents (B, C, *positions), scaled as the autoencoder's ``encode`` gives
-                them.
+            z0_hat: Estimates of the clean latents (B, C, *positions), in the scale of the autoencoder's ``encode``.
             z0: Clean latents, likewise; no gradient flows to them.
             noise_to_signal: (B,) sigma / alpha of each sample; without it all pass the gate. On the CPU it costs no
                 wait for an accelerator.
@@ -219,15 +218,13 @@ class LatentPerceptualLoss(nn.Module):
             (B,), or a scalar if ``reduction`` says so; zero where gated, always connected to ``z0_hat``; in the
             decoder's precision but at least float32.
         """
-        losses: Tensor = self.evaluate(z0_hat, z0, noise_to_signal)[0]
-        return losses
+        return self.evaluate(z0_hat, z0, noise_to_signal)[0]  # type: ignore[no-any-return]
 
-    # In a step that is compiled: `execution` compiles the decoder, and all else is much to trace for nothing.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def evaluate(
         self, z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None = None, diagnose: bool = False
     ) -> tuple[Tensor, Diagnostics | None]:
-        """Compute the loss, and what can be seen of it.
+        """Compute the loss, and what can be seen of it; in a step that is compiled, ``execution`` alone compiles of it.
 
         Args:
             z0_hat: See ``forward``.

@@ -17,7 +17,7 @@ from test_mixin import Foreign, fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lpl_lightning import DDPM, Autoencoder, LatentPerceptualLoss, LPLCallback, LPLMixin
+from lpl_lightning import DDPM, EMA, Autoencoder, LatentPerceptualLoss, LPLCallback, LPLMixin, StepGuard
 from lpl_lightning.losses import Execution, Threshold
 from lpl_lightning.losses.options import LossOptions
 
@@ -418,6 +418,36 @@ def test_steps_are_counted_once_with_several_optimizers(tmp_path: Path) -> None:
     callback = LPLCallback(weight=1.0, start_step=2, every_n_steps=2, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
     run(module, tmp_path, callback, max_steps=12)
     assert [bool(term) for term in module.terms] == [False, False, True, False, True, False]
+
+
+def test_averages_take_in_each_nth_step_of_several_optimizers(tmp_path: Path) -> None:
+    for every, updates in ((1, 6), (2, 3), (4, 2)):
+        average = EMA(every_n_steps=every)
+        run(TwoOptimizers(), tmp_path, average, max_steps=12)
+        assert average._updates == {0.9999: updates}
+
+
+class OneNeverFinite(TwoOptimizers):
+    """Gradients of the bias are none, those of the weight are finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        assert self.net.bias is not None
+        self.net.bias.register_hook(lambda gradient: gradient * math.nan)
+
+
+def test_steps_left_out_in_a_row_are_counted_by_optimizer(tmp_path: Path) -> None:
+    guard, average = StepGuard("skip", max_in_a_row=3), EMA()
+    with pytest.raises(FloatingPointError, match="the last of 3 in a row"):
+        run(OneNeverFinite(), tmp_path, guard, average, max_steps=12)
+    assert (guard.skipped, guard.in_a_row) == (2, 3)
+    # The other optimizer's steps are new.
+    assert (guard.step_skipped, average._updates) == (False, {0.9999: 2})
+    again = StepGuard("skip")
+    again.load_state_dict(guard.state_dict())
+    assert again.in_a_row == 3
+    again.load_state_dict({"skipped": 5, "in_a_row": 2, "step_skipped": True})  # as it was once written
+    assert (again.skipped, again.in_a_row, again.step_skipped) == (5, 2, True)
 
 
 @pytest.mark.parametrize(("every", "log_every"), [(2, 4), (3, 2), (2, 1), (1, 3)])

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lpl_lightning import EMA, LatentDiffusionModule, Preemption
 from lpl_lightning.callbacks import AccumulatedGradients, UnfinishedValidation
+from lpl_lightning.callbacks.preemption import _has_part, _is_a
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
@@ -141,6 +142,21 @@ def test_it_saves_after_others_took_the_step_in(
 ) -> None:
     with pytest.raises(ValueError, match=f"Preemption would save before {late.__name__} took the step in: put it"):
         fit(tmp_path, make_module(), Preemption(), late())
+
+
+def test_a_timer_may_come_after_it(tmp_path: Path, make_module: Callable[..., LatentDiffusionModule]) -> None:
+    """Where Lightning puts it, for a trainer's ``max_time``."""
+    timed = fit(tmp_path, make_module(), Preemption(), max_time="00:01:00:00")
+    assert timed.global_step == 6
+
+
+def test_callbacks_of_lightnings_other_package_may_too() -> None:
+    lightnings = pytest.importorskip("pytorch_lightning").callbacks
+    saving = lightnings.ModelCheckpoint()
+    assert _is_a(saving, "Checkpoint")
+    assert _is_a(saving, "ModelCheckpoint")
+    assert not _has_part(lightnings.RichProgressBar())
+    assert _has_part(EMA())
 
 
 class SignalsInValidation(Callback):

@@ -577,6 +577,22 @@ def test_on_real_weights(shared: Path, name: str, caplog: pytest.LogCaptureFixtu
     assert torch.isfinite(z0_hat.grad).all()
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_in_a_step_that_is_compiled(autoencoder: Autoencoder, streamed: bool) -> None:
+    """It runs as it is: its control flow, and NumPy's sorting, are not for the compiler."""
+    lpl = LatentPerceptualLoss(autoencoder, mask_upscale=1.0, execution=Execution(streamed=streamed))
+    z0 = torch.randn(2, 4, SIDE, SIDE)
+    z0_hat = (z0 + 0.3 * torch.randn_like(z0)).requires_grad_()
+
+    def step(z: Tensor) -> Tensor:
+        return lpl(2.0 * z, z0).sum() + z.sum()
+
+    found, expected = torch.compile(step, backend="eager")(z0_hat), step(z0_hat)
+    torch.testing.assert_close(found, expected)
+    of_found, of_expected = (torch.autograd.grad(value, z0_hat) for value in (found, expected))
+    torch.testing.assert_close(of_found, of_expected)
+
+
 def test_a_model_that_is_not_wrapped_yet_is_wrapped() -> None:
     model: Any = tiny_kl()
     z0_hat, z0 = pair(1, torch.float32)
