@@ -577,6 +577,7 @@ def test_on_real_weights(shared: Path, name: str, caplog: pytest.LogCaptureFixtu
     assert torch.isfinite(z0_hat.grad).all()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
 @pytest.mark.parametrize("streamed", [True, False])
 def test_in_a_step_that_is_compiled(autoencoder: Autoencoder, streamed: bool) -> None:
     """It runs as it is: its control flow, and NumPy's sorting, are not for the compiler."""
@@ -585,7 +586,8 @@ def test_in_a_step_that_is_compiled(autoencoder: Autoencoder, streamed: bool) ->
     z0_hat = (z0 + 0.3 * torch.randn_like(z0)).requires_grad_()
 
     def step(z: Tensor) -> Tensor:
-        return lpl(2.0 * z, z0).sum() + z.sum()
+        losses: Tensor = lpl(2.0 * z, z0)
+        return losses.sum() + z.sum()
 
     found, expected = torch.compile(step, backend="eager")(z0_hat), step(z0_hat)
     torch.testing.assert_close(found, expected)
