@@ -64,9 +64,7 @@ def load_model(
     try:
         config = AutoencoderKL.load_config(str(found), **where)
     except OSError as error:
-        raise FileNotFoundError(
-            _cannot_be_loaded(source, subfolder, argument, error, isinstance(found, Path))
-        ) from error
+        raise FileNotFoundError(_cannot_be_loaded(source, subfolder, argument, error, found)) from error
     family = named_family(config, source, argument, unnamed)
     if untrained:
         # nn.Module's own `to`: that of diffusers' models warns of float32 parts even where there are none.
@@ -76,19 +74,19 @@ def load_model(
     try:
         model, info = family.from_pretrained(str(found), torch_dtype=dtype, **options, **where)
     except OSError as error:
-        raise FileNotFoundError(
-            _cannot_be_loaded(source, subfolder, argument, error, isinstance(found, Path))
-        ) from error
+        raise FileNotFoundError(_cannot_be_loaded(source, subfolder, argument, error, found)) from error
     except (RuntimeError, ValueError) as error:
-        raise ValueError(_cannot_be_loaded(source, subfolder, argument, error, isinstance(found, Path))) from error
+        raise ValueError(_cannot_be_loaded(source, subfolder, argument, error, found)) from error
     if info["missing_keys"]:
         own = model.state_dict()
         check_fit(own, {name: own[name] for name in own if name not in info["missing_keys"]}, source)
     return cast(nn.Module, model)
 
 
-def _cannot_be_loaded(source: str, subfolder: str | None, argument: str, error: Exception, is_here: bool) -> str:
-    gone = "" if is_here else "there is no such folder, and it could not be downloaded from the hub; "
+def _cannot_be_loaded(source: str, subfolder: str | None, argument: str, error: Exception, found: object) -> str:
+    gone = ""
+    if isinstance(error, OSError) and not isinstance(found, Path):
+        gone = "there is no such folder, and the hub did not give it (is there a network, and such a model?); "
     return (
         f"`{argument}`={source!r} cannot be loaded: {gone}expected config.json and safetensors weights that fit it"
         + (f" in {subfolder!r}" if subfolder else "")

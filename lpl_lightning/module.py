@@ -230,7 +230,10 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         # Of what an older release wrote down.
         other = {} if found is None else {key: found[key] for key in own if found.get(key, own[key]) != own[key]}
         if other:
-            differ = [f"{key} {value} there, {own[key]} here" for key, value in other.items()]
+            differ = [
+                f"{key} {_unlike(value, own[key])} there, {_unlike(own[key], value)} here"
+                for key, value in other.items()
+            ]
             raise ValueError(
                 f"The checkpoint's model was trained for something else: {'; '.join(differ)}. "
                 "Give the noise process and the autoencoder that it was trained with."
@@ -336,3 +339,10 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         """The optimizer over the trainable parameters, and its schedule."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return build_optimizers(trained, self.optimizer, self.lr_scheduler)
+
+
+def _unlike(one: Any, other: Any) -> Any:
+    """A value or, of one with several by name, those that are not the other's."""
+    if not isinstance(one, dict):
+        return one
+    return ", ".join(f"{key} {value}" for key, value in one.items() if value != other.get(key))

@@ -183,9 +183,8 @@ class LPLCallback(Callback):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not measuring):
             losses, diagnostics = loss.evaluate(z0_hat, z0, noise_to_signal, diagnose)
             loss.draws = None
-            value: Tensor = losses.sum() / max(
-                1, losses.numel()
-            )  # none are left of a batch that fills up a process's share
+            # None are left of a batch that fills up a process's share.
+            value: Tensor = losses.sum() / max(1, losses.numel())
         if timing:
             passed = None if noise_to_signal is None else loss.passes(noise_to_signal.detach(), z0)
             self.budget.end_term(z0_hat, z0, passed)
