@@ -177,8 +177,10 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
             for seed in SEEDS
             for name, loss in losses.items()
         ],
-        "dit": briefly("dit"),
-        "taesd3": briefly("taesd3"),
+        **{
+            name: [replace(one, settings=(scale.choice, replace(scale.choice, num_steps=50))) for one in briefly(name)]
+            for name in OTHERS
+        },
         "statistics": variants(modes),
         "depth": variants(choose("depth", "depth", [1, 2, 3])),
         "depth_weights": variants(weights),
