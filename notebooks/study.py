@@ -178,8 +178,12 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
             for name, loss in losses.items()
         ],
         **{
-            name: [replace(one, settings=(scale.choice, replace(scale.choice, num_steps=50))) for one in briefly(name)]
-            for name in OTHERS
+            name: [replace(one, settings=(scale.choice, replace(scale.choice, num_steps=50))) for one in others]
+            for name, others in {
+                "dit": briefly("dit"),
+                # Of a decoder that does not normalize its features, for which that is advised.
+                "taesd3": [*briefly("taesd3"), short("relative-eps-0.1", "taesd3", loss={"relative_eps": 0.1})],
+            }.items()
         },
         "statistics": variants(modes),
         "depth": variants(choose("depth", "depth", [1, 2, 3])),
