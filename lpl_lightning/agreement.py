@@ -70,11 +70,9 @@ def check_precision(parameters: Iterable[nn.Parameter], precision: str) -> None:
     """
     coarse = {str(p.dtype) for p in parameters if p.requires_grad and p.dtype.itemsize < 4}
     if coarse and precision not in ("bf16-true", "16-true"):
-        remedy = f"set the trainer's `precision` (now {precision}) to bf16-mixed"
-        remedy = "leave the precision to the trainer's bf16-mixed" if precision == "bf16-mixed" else remedy
         raise ValueError(
             f"Weights in {', '.join(sorted(coarse))} are to be trained, in which small steps are lost. Set `dtype` of "
-            f"the denoiser to float32 and {remedy}, or train LoRA."
+            f"the denoiser to float32, with bf16-mixed as the trainer's `precision` (now {precision}), or train LoRA."
         )
 
 

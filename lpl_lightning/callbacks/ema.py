@@ -114,7 +114,7 @@ class EMA(Callback):
         if self.every_n_steps == 1 and last_step_skipped(trainer):
             return
         step, every = optimizer_steps(trainer), self.every_n_steps
-        if step > self._latest_step and (step - 1) // every > (self._latest_step - 1) // every:
+        if (step - 1) // every > (self._latest_step - 1) // every:
             self._latest_step = step
             self._update(pl_module)
 
