@@ -157,6 +157,8 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
     def choose(name: str, key: str, values: list[Any]) -> dict[str, dict[str, Any]]:
         return {f"{name}-{value}": {"loss": {key: value}} for value in values}
 
+    floors = choose("relative-eps", "relative_eps", [0.1])
+    thresholds = choose("threshold", "threshold", [0.5, 1.0, 6.0, 20.0, 1e6])
     modes = choose("statistics", "statistics", ["predicted_detached", "target", "separate", "none"])
     weights = choose("depth-weights", "depth_weights", ["exponential", "uniform"])
     shares = {f"share-{share}": {"loss": {}, "callback": {"target_share": share}} for share in (0.05, 0.1, 0.4, 0.6)}
@@ -183,12 +185,13 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
                 "dit": briefly("dit"),
                 # Of a decoder that does not normalize its features, for which that is advised.
                 "taesd3": [*briefly("taesd3"), short("relative-eps-0.1", "taesd3", loss={"relative_eps": 0.1})],
+                "relative_eps": variants(floors),
             }.items()
         },
         "statistics": variants(modes),
         "depth": variants(choose("depth", "depth", [1, 2, 3])),
         "depth_weights": variants(weights),
-        "threshold": variants(choose("threshold", "threshold", [0.5, 1.0, 6.0, 20.0, 1e6])),
+        "threshold": variants(thresholds),
         "weight": variants(shares),
         "mask": variants(choose("mask", "mask_outliers", [False])),
         "rivals": [
@@ -210,7 +213,7 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
             for one in briefly(seed=seed)
         ]
         + [replace(short("none-longer", seed=seed, steps=3 * scale.short), settings=steps[-1:]) for seed in SEEDS]
-        + [replace(short(name, **given), settings=steps[-1:]) for name, given in (modes | shares).items()],
+        + [replace(short(name, **given), settings=steps[-1:]) for name, given in (modes | shares | thresholds).items()],
         "averages": [replace(one, settings=decays) for one in pair],
         "scratch": [start, replace(start, name="flow-lpl-scratch", loss={}, steps=early)],
         "longer": [
