@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpl_lightning.losses.distance import variance
 
-__all__ = ["check_latents", "note_constant_channels"]
+__all__ = ["check_latents", "normalizes", "note_constant_channels"]
 
 CONSTANT = 1e-3
 """A channel hardly varies whose variance is below so many times the mean of its map's."""
@@ -70,3 +70,16 @@ def note_constant_channels(name: str, features: Tensor, eps: float, relative_eps
             f"LPL: {share:.0%} of the channels of the decoder's stage {name!r} hardly vary, and standardized they "
             "count as much as any. If the loss is spiky, or lpl_gradient_ratio far above 1, set `relative_eps` to 0.1."
         )
+
+
+def normalizes(autoencoder: nn.Module) -> bool:
+    """Whether any part of a model but its encoder is a normalization layer, by the name of its class.
+
+    The features of decoders that have some are of about one scale in all channels. In others, such as those of
+    AutoencoderTiny, channels may hardly vary, and standardizing divides their differences by almost nothing.
+    """
+    return any(
+        "norm" in type(module).__name__.lower() and not type(module).__module__.startswith("torch.nn.utils")
+        for name, module in autoencoder.named_modules()
+        if name.split(".")[0] != "encoder"
+    )

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.draws import Draws
 from lpl_lightning.execution import Execution, StageRunner
-from lpl_lightning.losses.checks import check_latents
+from lpl_lightning.losses.checks import check_latents, normalizes
 from lpl_lightning.losses.comparison import Compared, Comparison, Part
 from lpl_lightning.losses.diagnostics import Diagnostics
 from lpl_lightning.losses.distance import DepthWeights, Distance, Normalization, Statistics
@@ -77,8 +77,8 @@ class LatentPerceptualLoss(nn.Module):
             through them (``predicted``, the paper's words taken literally) or as constants (``predicted_detached``),
             those of the clean latent (``target``), each map its own (``separate``), or ``none``, no normalization.
         eps: Added to variances (by default 1e-5) or to norms (1e-10 for a map's own, 1e-6 for shared ones).
-        relative_eps: Added to variances, times their mean over the map's channels, for decoders that do not normalize
-            their features (0.1 is good for tiny autoencoders). The paper's is 0.0.
+        relative_eps: Added to variances, times their mean over the map's channels. By default 0.1 for decoders without
+            normalization layers, such as AutoencoderTiny's, whose channels may hardly vary, and 0.0 for others.
         distance: Of single values: ``mse``, the paper's, ``l1`` or ``huber``.
         huber_delta: Difference at which ``huber`` becomes linear, by default 1.0.
         depth_weights: Weights of the maps by r_l / r_1, how many times finer they are than the first:
@@ -144,7 +144,7 @@ class LatentPerceptualLoss(nn.Module):
         given = {name: value for name, value in locals().items() if name in LossOptions.__dataclass_fields__}
         self.autoencoder = autoencoder if isinstance(autoencoder, Autoencoder) else Autoencoder(autoencoder)
         self.preset = preset
-        self.options = LossOptions.of(preset, **given)
+        self.options = LossOptions.of(preset, normalizes(self.autoencoder.model), **given)
         self.stages = self.autoencoder.stage_names
         self.compared = self._compared(self.options.depth)
         for name in ("depth_weights", *(("dilation", "erosion") if self.options.mask_outliers else ())):
@@ -194,12 +194,11 @@ class LatentPerceptualLoss(nn.Module):
             return
         self.announced = True
         units = ", ".join(f"{name} {value:.4g}" for name, value in equivalents(self.tau(z), self.ddpm).items())
-        side = latent_side(z, self.autoencoder.is_video)
-        scaled = f" ({self._scale(z):.4g} times that of side {self.options.reference_side})"
-        rank_zero_info(
-            f"LPL compares {', '.join(self.compared) or 'nothing'}; on latents of side {side:.4g} its "
-            f"threshold is {units}{scaled if self._scale(z) != 1 else ''}."
-        )
+        side, relative = latent_side(z, self.autoencoder.is_video), self._scale(z)
+        scaled = f" ({relative:.4g} times that of side {self.options.reference_side})" if relative != 1 else ""
+        floor = f" Variances have a floor, `relative_eps` {found:g}." if (found := self.options.relative_eps) else ""
+        tau = f"on latents of side {side:.4g} its threshold is {units}{scaled}"
+        rank_zero_info(f"LPL compares {', '.join(self.compared) or 'nothing'}; {tau}.{floor}")
 
     def flush(self) -> None:
         """Raise for the last call, if that is still to come; see ``NonFiniteGuard``."""

@@ -27,7 +27,7 @@ _PAPER: dict[str, Any] = {
     "normalization": "standardize",
     "statistics": "predicted",
     "eps": None,
-    "relative_eps": 0.0,
+    "relative_eps": None,
     "distance": "mse",
     "huber_delta": 1.0,
     "depth_weights": "inverse_upscale",
@@ -96,11 +96,12 @@ class LossOptions:
     nonfinite: NonFinite
 
     @classmethod
-    def of(cls, preset: Preset, **given: Any) -> LossOptions:
+    def of(cls, preset: Preset, normalizes: bool = True, **given: Any) -> LossOptions:
         """Lay what is given over a preset.
 
         Args:
             preset: Its name.
+            normalizes: Whether the decoder has normalization layers: without, variances have a relative floor.
             given: Options by name; those that are None stay as the preset has them.
 
         Raises:
@@ -119,6 +120,9 @@ class LossOptions:
             # The public example adds one number to a map's own lengths and another to shared ones.
             lengths = 1e-10 if values["statistics"] == "separate" else 1e-6
             values["eps"] = lengths if values["normalization"] == "channel_norm" else 1e-5
+        if values["relative_eps"] is None:
+            divided = values["normalization"] == "standardize" and values["statistics"] != "none"
+            values["relative_eps"] = 0.1 if divided and not normalizes else 0.0
         return cls(**values)
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -14,12 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from naive import naive_loss
 from test_outliers import naive_mask
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from lpl_lightning import Autoencoder, LatentPerceptualLoss
 from lpl_lightning.execution import Execution
 from lpl_lightning.losses import Threshold
+from lpl_lightning.losses.checks import normalizes
 from lpl_lightning.losses.distance import DepthWeights, Distance, Normalization, Statistics
 from lpl_lightning.losses.options import PRESETS, LossOptions
 
@@ -481,7 +483,9 @@ def test_on_every_family_of_autoencoders(name: str) -> None:
     z0 = torch.randn(2, *family.z[1:])
     z0_hat = (z0 + 0.3 * torch.randn_like(z0)).requires_grad_()
     for stage in (autoencoder.feature_names[0], autoencoder.feature_names[-1]):
-        lpl = LatentPerceptualLoss(autoencoder, depth=[stage], statistics="separate", mask_outliers=False)
+        lpl = LatentPerceptualLoss(
+            autoencoder, depth=[stage], statistics="separate", mask_outliers=False, relative_eps=0.0
+        )
         a, b = (autoencoder.features(z, [stage])[0] for z in (z0_hat.detach(), z0))
         first = autoencoder.features(z0, 1)[0]
         difference = torch.nn.functional.instance_norm(a) - torch.nn.functional.instance_norm(b)
@@ -554,14 +558,14 @@ def test_a_decoder_in_bfloat16_gives_nearly_the_same_in_float32() -> None:
 
 @pytest.mark.parametrize("name", ["taesd", "taesd3"])
 def test_on_real_weights(shared: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """More noise is more loss, and the channels that hardly vary, which these decoders have, are remarked on."""
+    """More noise is more loss. Channels that hardly vary, as these decoders have, are remarked on without a floor."""
     autoencoder = Autoencoder(str(shared / "weights" / name))
     ramp = torch.linspace(-0.8, 0.8, 64)
     image = torch.stack([ramp.expand(64, 64), ramp.expand(64, 64).T, torch.sin(9 * ramp).expand(64, 64)])[None]
     z0 = autoencoder.encode(image)
     noise = torch.randn_like(z0)
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
-        plain = LatentPerceptualLoss(autoencoder)
+        plain = LatentPerceptualLoss(autoencoder, relative_eps=0.0)
         losses = [plain(z0 + s * noise, z0).item() for s in (0.0, 0.1, 0.3, 1.0)]
     assert losses[0] < 1e-8
     assert losses[1] < losses[2] < losses[3]
@@ -571,10 +575,51 @@ def test_on_real_weights(shared: Path, name: str, caplog: pytest.LogCaptureFixtu
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         z0_hat = (z0 + 0.3 * noise).requires_grad_()
-        LatentPerceptualLoss(autoencoder, relative_eps=0.1)(z0_hat, z0).backward()
+        LatentPerceptualLoss(autoencoder)(z0_hat, z0).backward()
     assert "hardly vary" not in caplog.text
+    assert "`relative_eps` 0.1" in caplog.text
     assert z0_hat.grad is not None
     assert torch.isfinite(z0_hat.grad).all()
+
+
+def test_variances_have_a_floor_where_the_decoder_has_no_normalization() -> None:
+    """By default; and not for what divides by no variance, nor where one says so."""
+    tiny = Autoencoder(tiny_taesd())
+    z0 = torch.randn(2, 4, 4, 4)
+    z0_hat = z0 + 0.3 * torch.randn_like(z0)
+    by_default, floor, none = (LatentPerceptualLoss(tiny, relative_eps=value)(z0_hat, z0) for value in (None, 0.1, 0.0))
+    torch.testing.assert_close(by_default, floor, rtol=0, atol=0)
+    assert (by_default < 0.99 * none).all()
+    without: list[dict[str, Any]] = [{"preset": "diffusers"}, {"preset": "rgb"}, {"statistics": "none"}]
+    for options in without:
+        assert LatentPerceptualLoss(tiny, **options).options.relative_eps == 0
+    assert LatentPerceptualLoss(tiny, preset="diffusers", normalization="standardize").options.relative_eps == 0.1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_which_families_have_normalization(name: str) -> None:
+    autoencoder = Autoencoder(FAMILIES[name].model())
+    assert LatentPerceptualLoss(autoencoder).options.relative_eps == (0.1 if name == "tiny" else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "found"),
+    [
+        (nn.BatchNorm1d(4), True),
+        (nn.LayerNorm(5), True),
+        (nn.RMSNorm(5), True),
+        (nn.ReLU(), False),
+        (nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 1)), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_which_layers_are_normalization(layer: nn.Module, found: bool) -> None:
+    """Anywhere but in the encoder; layers whose weights are normalized are none."""
+    model = nn.Sequential(OrderedDict(first=nn.Conv1d(2, 4, 1), layer=layer, last=nn.Conv1d(4, 1, 1)))
+    model.encoder = nn.Identity()
+    assert normalizes(model) == found
+    model.layer, model.encoder = nn.Identity(), nn.Sequential(layer)
+    assert not normalizes(model)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
