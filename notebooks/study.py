@@ -157,7 +157,7 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
     def choose(name: str, key: str, values: list[Any]) -> dict[str, dict[str, Any]]:
         return {f"{name}-{value}": {"loss": {key: value}} for value in values}
 
-    floors = choose("relative-eps", "relative_eps", [0.01, 0.1, 1.0])
+    floors = choose("relative-eps", "relative_eps", [0.0, 0.01, 1.0])
     thresholds = choose("threshold", "threshold", [0.5, 1.0, 6.0, 20.0, 1e6])
     modes = choose("statistics", "statistics", ["predicted_detached", "target", "separate", "none"])
     weights = choose("depth-weights", "depth_weights", ["exponential", "uniform"])
@@ -186,9 +186,9 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
                 "taesd3": [
                     *(run for seed in SEEDS[:2] for run in briefly("taesd3", seed)),
                     *(short(name, "taesd3", **given) for name, given in floors.items()),
-                    short("relative-eps-0.1", "taesd3", seed=2, loss={"relative_eps": 0.1}),
+                    short("relative-eps-0.0", "taesd3", seed=2, loss={"relative_eps": 0.0}),
                 ],
-                "relative_eps": variants({"relative-eps-0.1": floors["relative-eps-0.1"]}),
+                "relative_eps": variants(choose("relative-eps", "relative_eps", [0.1])),
             }.items()
         },
         "statistics": variants(modes),
