@@ -187,6 +187,7 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
                     *(run for seed in SEEDS[:2] for run in briefly("taesd3", seed)),
                     *(short(name, "taesd3", **given) for name, given in floors.items()),
                     short("relative-eps-0.0", "taesd3", seed=2, loss={"relative_eps": 0.0}),
+                    short("share-0.1", "taesd3", **shares["share-0.1"]),
                 ],
                 "relative_eps": variants(choose("relative-eps", "relative_eps", [0.1])),
             }.items()
