@@ -189,6 +189,10 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
                     short("relative-eps-0.0", "taesd3", seed=2, loss={"relative_eps": 0.0}),
                     short("share-0.1", "taesd3", **shares["share-0.1"]),
                 ],
+                "min_snr": [
+                    short(f"min-snr-{name}", "ddpm_v", loss=loss, options=("--model.noise.min_snr_gamma=5",))
+                    for name, loss in losses.items()
+                ],
                 "relative_eps": variants(choose("relative-eps", "relative_eps", [0.1])),
             }.items()
         },
@@ -227,10 +231,6 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
                 *briefly(seed=seed),
                 *(replace(short("none-longer", seed=seed, steps=3 * scale.short), at=n * scale.short) for n in (2, 3)),
             )
-        ],
-        "min_snr": [
-            short(f"min-snr-{name}", "ddpm_v", loss=loss, options=("--model.noise.min_snr_gamma=5",))
-            for name, loss in losses.items()
         ],
     }
     return found
