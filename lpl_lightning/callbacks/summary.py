@@ -132,7 +132,8 @@ class RunSummary(Callback):
         z = torch.empty(shape, device="meta")
         tau = loss.tau(z)
         weight = "auto" if callback.weight is None else f"{callback.weight:g}"
-        yield _line("LPL", f"weight {weight}, comparing {', '.join(loss.compared) or 'nothing'}")
+        floor = f", variances with relative_eps {found:g}" if (found := loss.options.relative_eps) else ""
+        yield _line("LPL", f"weight {weight}, comparing {', '.join(loss.compared) or 'nothing'}{floor}")
         said = [f"{UNITS[name]} {value:.4g}" for name, value in equivalents(tau, loss.ddpm).items()]
         if noise is not None:
             own = noise.time_at(torch.tensor([tau])).item() if tau < float("inf") else float("inf")

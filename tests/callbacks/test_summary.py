@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, image_batch, tiny_kl
+from conftest import ROOT, image_batch, tiny_kl, tiny_taesd
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -119,6 +119,14 @@ class Own(LPLMixin, LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+def test_a_floor_of_the_variances_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Since the decoder decides whether there is one, unless the user does."""
+    module = Own()
+    module.autoencoder = Autoencoder(tiny_taesd())
+    trainer(tmp_path, RunSummary(), LPLCallback()).fit(module, batches(torch.randn(4, 4, 8, 8)))
+    assert said(caplog, "LPL") == "weight 3, comparing mid, up_0, up_1, up_2, variances with relative_eps 0.1"
 
 
 def test_a_module_of_anyones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
