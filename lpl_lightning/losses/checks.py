@@ -81,5 +81,5 @@ def normalizes(autoencoder: nn.Module) -> bool:
     return any(
         "norm" in type(module).__name__.lower() and not type(module).__module__.startswith("torch.nn.utils")
         for name, module in autoencoder.named_modules()
-        if name.split(".")[0] != "encoder"
+        if name.split(".")[0] != "encoder" and not any(module.children())
     )

@@ -614,8 +614,12 @@ def test_which_families_have_normalization(name: str) -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_which_layers_are_normalization(layer: nn.Module, found: bool) -> None:
-    """Anywhere but in the encoder; layers whose weights are normalized are none."""
-    model = nn.Sequential(OrderedDict(first=nn.Conv1d(2, 4, 1), layer=layer, last=nn.Conv1d(4, 1, 1)))
+    """Anywhere but in the encoder; layers whose weights are normalized are none, nor is what holds others."""
+
+    class NormalDecoder(nn.Sequential):
+        pass
+
+    model = NormalDecoder(OrderedDict(first=nn.Conv1d(2, 4, 1), layer=layer, last=nn.Conv1d(4, 1, 1)))
     model.encoder = nn.Identity()
     assert normalizes(model) == found
     model.layer, model.encoder = nn.Identity(), nn.Sequential(layer)
