@@ -172,13 +172,15 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
     early = scale.pretrain // 4
     start = replace(pretrained("flow", scale), at=early, settings=(scale.choice,))
 
+    main = [
+        post(scale, name, process, seed, loss=loss)
+        for process in PROCESSES
+        for seed in SEEDS
+        for name, loss in losses.items()
+    ]
     found = {
-        "main": [
-            post(scale, name, process, seed, loss=loss)
-            for process in PROCESSES
-            for seed in SEEDS
-            for name, loss in losses.items()
-        ],
+        "main": main,
+        "main_by_50": [replace(one, settings=(replace(scale.setting, num_steps=50),)) for one in main],
         **{
             name: [replace(one, settings=(scale.choice, replace(scale.choice, num_steps=50))) for one in others]
             for name, others in {
