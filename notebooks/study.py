@@ -60,11 +60,24 @@ class Setting:
         images: How many.
         ema: Decay of the average of the weights that is measured, or ``trained`` for the weights as they were trained.
         num_steps: Of sampling.
+        guidance: Scale of classifier-free guidance; 1 is none.
     """
 
     images: int
     ema: str
     num_steps: int
+    guidance: float = 2.0
+
+    @classmethod
+    def of(cls, report: dict[str, Any]) -> Setting:
+        """That of a report's images."""
+        made = report["generation"]
+        return cls(report["images"]["count"], str(made["ema"] or "trained"), made["num_steps"], made["guidance_scale"])
+
+    def __str__(self) -> str:
+        """As names of tasks and comparisons say it."""
+        usual = f"{self.images}-{self.ema}-{self.num_steps}"
+        return usual if self.guidance == 2 else f"{usual}-guidance-{self.guidance:g}"
 
 
 @dataclass(frozen=True)
@@ -224,6 +237,10 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
         ]
         + [replace(short("none-longer", seed=seed, steps=3 * scale.short), settings=steps[-1:]) for seed in SEEDS]
         + [replace(short(name, **given), settings=steps[-1:]) for name, given in (modes | shares | thresholds).items()],
+        "guidance": [
+            replace(one, settings=tuple(replace(steps[-1], guidance=scale) for scale in (1.0, 2.0, 3.0, 5.0)))
+            for one in briefly()
+        ],
         "averages": [replace(one, settings=decays) for one in pair],
         "scratch": [start, replace(start, name="flow-lpl-scratch", loss={}, steps=early)],
         "longer": [
@@ -328,7 +345,7 @@ def test(run: Run, scale: Scale, given: argparse.Namespace, split: str, setting:
     words += ["--evaluation.suite=configs/study/metrics.yaml"]
     words += [f"--evaluation.reference={given.photos / split}", f"--evaluation.num_images={setting.images}"]
     words += [f"--stand_ins={json.dumps({'squeezenet1_0.pth': str(given.squeezenet)})}"]
-    words += [f"--model.sampler.num_steps={setting.num_steps}"]
+    words += [f"--model.sampler.num_steps={setting.num_steps}", f"--model.sampler.guidance_scale={setting.guidance}"]
     return [*words, "--trainer.enable_progress_bar=false", *run.options]
 
 
@@ -359,11 +376,8 @@ def tested(out: Path) -> set[tuple[Any, ...]]:
     """Of each report there is, the run, its step, the photos and how images were made."""
     found = set()
     for name, report, _ in reports(out):
-        made = report["generation"]
-        if not made:
-            continue
-        setting = Setting(report["images"]["count"], str(made["ema"] or "trained"), made["num_steps"])
-        found.add((name, made["global_step"], report["reference"]["name"], setting))
+        if made := report["generation"]:
+            found.add((name, made["global_step"], report["reference"]["name"], Setting.of(report)))
     return found
 
 
@@ -398,7 +412,7 @@ def tasks(runs: Iterable[Run], scale: Scale, given: argparse.Namespace) -> Itera
             step, last = run.at or run.steps, f"fit-{run.name}"
             # One split after the other: the second measures the images of the first.
             for split in given.against:
-                said = f"test-{run.name}-{step}-{setting.images}-{setting.ema}-{setting.num_steps}-{split}"
+                said = f"test-{run.name}-{step}-{setting}-{split}"
                 if (run.name, step, str(given.photos / split), setting) not in known:
                     yield Task(said, partial(test, run, scale, given, split, setting), (last,))
                 last = said
@@ -445,9 +459,8 @@ def comparisons(out: Path) -> Iterator[Task]:
     found: dict[tuple[str, str], dict[int, Path]] = {}
     for name, report, folder in reports(out):
         if made := report["generation"]:
-            setting = [report["images"]["count"], made["ema"] or "trained", made["num_steps"]]
-            setting.append(Path(report["reference"]["name"]).name)
-            found.setdefault((name, "-".join(map(str, setting))), {})[made["global_step"]] = folder
+            setting = f"{Setting.of(report)}-{Path(report['reference']['name']).name}"
+            found.setdefault((name, setting), {})[made["global_step"]] = folder
     for (name, setting), folders in found.items():
         against = found.get((other(name), setting), {})
         for step, folder in folders.items():
@@ -601,10 +614,12 @@ def table(path: Path, first: str = "none", second: str = "lpl") -> str:
     for row in rows:
         process, name, seed = row["run"].rsplit("-", 2) if row["run"].count("-") == 2 else ("", "", "")
         if process in PROCESSES and name in (first, second):
-            kind = (row["folder"], process, *(row[key] for key in ("against", "ema", "num_steps", "images", "value")))
+            made = (row[key] for key in ("against", "images", "ema", "num_steps", "guidance", "value"))
+            kind = (row["folder"], process, *made)
             found.setdefault(kind, {})[f"{name} {seed}"] = float(row["is"])
-    lines = [f"| folder | process | against | value | seeds | {first} | {second} | difference | |", "|---" * 9 + "|"]
-    for (folder, process, against, *_, value), of_runs in sorted(found.items()):
+    heads = ("folder", "process", "against", "steps", "value", "seeds", first, second, "difference", "")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for (folder, process, against, _, _, steps, _, value), of_runs in sorted(found.items()):
         seeds = sorted(
             seed for name, seed in map(str.split, of_runs) if name == first and f"{second} {seed}" in of_runs
         )
@@ -618,7 +633,7 @@ def table(path: Path, first: str = "none", second: str = "lpl") -> str:
             said = f"[{interval.low:.4g}, {interval.high:.4g}]"
         numbers = f"{means[0]:.4g} | {means[1]:.4g} | {means[1] - means[0]:+.4g} {said}"
         share = f"{100 * (means[1] / means[0] - 1):+.1f} %" if means[0] else ""
-        lines.append(f"| {folder} | {process} | {against} | {value} | {len(seeds)} | {numbers} | {share} |")
+        lines.append(f"| {folder} | {process} | {against} | {steps} | {value} | {len(seeds)} | {numbers} | {share} |")
     return "\n".join(lines)
 
 

@@ -142,11 +142,14 @@ def test_differences_over_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         lines += [f"study,flow-{name}-{seed},5,0.9,50,2.0,100,val,10,fd,{x}" for seed, x in enumerate(found, start=1)]
     alone = ("study,flow-lpl-scratch", "study,ddpm_v-none-1", "another,flow-none-1")
     lines += [f"{run},5,0.9,50,2.0,100,val,10,fd,1.0" for run in alone]
+    lines += ["study,flow-none-1,5,0.9,50,3.0,100,val,10,fd,77.0", "study,flow-none-1,5,0.9,10,2.0,100,val,10,fd,77.0"]
     (tmp_path / "results.csv").write_text("\n".join(lines) + "\n")
     said = import_module("study").table(tmp_path / "results.csv").splitlines()
     # Differences -2, -1, -3: mean -2, standard error 1 / sqrt(3), and 4.302653 deviations of two degrees of freedom.
     half = 4.302653 / 3**0.5
-    assert said[2:] == [f"| study | flow | val | fd | 3 | 20 | 18 | -2 [{-2 - half:.4g}, {-2 + half:.4g}] | -10.0 % |"]
+    assert said[2:] == [
+        f"| study | flow | val | 50 | fd | 3 | 20 | 18 | -2 [{-2 - half:.4g}, {-2 + half:.4g}] | -10.0 % |"
+    ]
 
 
 def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -163,12 +166,14 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     ]
     runs += [("flow-lpl-short-1", 5, 6), ("flow-rgb-1", 5, 6), ("flow-none-longer-1", 8, 6), ("flow-rgb-1", 8, 6)]
     runs += [("pretrain-flow", 5, 6), ("flow-lpl-scratch", 5, 6)]
-    for name, step, count in runs:
+    guided = [("flow-none-3", 5, 6), ("flow-lpl-3", 5, 6)]
+    for name, step, count in [*runs, *guided]:
         folder = out / name / "version_0" / "evaluation" / f"step={step}" / f"{count}-images"
         folder.mkdir(parents=True)
         report = {"values": {"fd": {"value": step}}, "images": {"count": count}}
         report["reference"] = {"name": "a/val", "count": 3}
-        report["generation"] = {"global_step": step, "ema": 0.9, "num_steps": 4, "guidance_scale": 2.0}
+        scale = 3.0 if name == guided[1][0] else 2.0
+        report["generation"] = {"global_step": step, "ema": 0.9, "num_steps": 4, "guidance_scale": scale}
         (folder / "report.json").write_text(json.dumps(report))
     pairs = {
         tuple(path.relative_to(out).parts[0] for path in map(Path, words[2].removeprefix("--runs=[")[:-1].split(",")))
@@ -180,6 +185,8 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         ("flow-lpl-short-1", "flow-none-longer-1"),
         ("pretrain-flow", "flow-lpl-scratch"),
     }
+    made = {(name, str(setting)) for name, *_, setting in study.tested(out) if name.endswith("-3")}
+    assert made == {("flow-none-3", "6-0.9-4"), ("flow-lpl-3", "6-0.9-4-guidance-3")}
     cells = {
         "none": {"difference": None},
         "lpl": {"difference": -1, "difference_interval": {"low": -2, "high": 0}, "verdict": None},
@@ -202,7 +209,7 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "mine,flow-lpl-1" not in rows
     assert "mine,flow-lpl-1,5,0.9,4,2.0,7,val,3,fd,5" in rows
     assert "mine,flow-lpl-1,4,,,,,,,log_lpl_weight,5.0" in rows
-    assert len(rows) == 1 + 1 + len(runs) + 1
+    assert len(rows) == 1 + 1 + len(runs) + len(guided) + 1
     assert (tmp_path / "DIFFERENCES.csv").read_text().splitlines()[1:] == ["mine,flow-lpl-1-5-7-0.9-4-val,fd,-1,-2,0,"]
     assert "flow-lpl-1" not in str([task.name for task in study.comparisons(out)]), "what has been done is not again"
 
