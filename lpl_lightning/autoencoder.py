@@ -24,9 +24,10 @@ from lpl_lightning.draws import Generators
 from lpl_lightning.execution import StageRunner
 from lpl_lightning.feature_modules import check_feature_modules, compvis_modules, note_unknown_scale, run_to_modules
 from lpl_lightning.frozen import FrozenModule
-from lpl_lightning.latents import config_of, drawn, joined, latent_space, moments
+from lpl_lightning.latents import config_of, latent_space
 from lpl_lightning.memory import Halving
 from lpl_lightning.model_loading import PRECISIONS
+from lpl_lightning.posterior import ImageEncoder, drawn, moments
 from lpl_lightning.stages import Stage, check_stages, decoder_stages
 
 __all__ = ["Autoencoder", "Stage", "decoder_stages"]
@@ -100,7 +101,7 @@ class Autoencoder(FrozenModule):
         self.train(False).requires_grad_(False)
         self.sample_posterior = sample_posterior
         self.autocast = autocast
-        self._halving = Halving()
+        self._encoder, self._halving = ImageEncoder(), Halving()
         self._overflows = bool(config_of(model).get("force_upcast", False))
         if self._overflows and self.dtype == torch.float16:
             raise ValueError(
@@ -206,12 +207,7 @@ class Autoencoder(FrozenModule):
     def _encoded(self, images: Tensor) -> Any:
         self._check_device("images", images)
         self.space.check_images(images)
-        if not hasattr(self.model, "encode"):
-            raise ValueError(
-                f"`model` must have `encode` to map images to latents; {type(self.model).__name__} has none."
-            )
-        with torch.autocast(images.device.type, enabled=False):
-            return self._halving("Encoder", self.model.encode, self.space.images_in(images).to(self.dtype), joined)
+        return self._encoder(self.model, self.space.images_in(images).to(self.dtype))
 
     def _scaled(self, z: Tensor) -> Tensor:
         shift, scale = self._affine(z.ndim)

@@ -43,7 +43,8 @@ def estimate_z0(scheduler: Any, prediction: Tensor, z_t: Tensor, t: Tensor) -> t
 
     Returns:
         Estimates of the clean latents (B, C, h, w), connected to the prediction, in float32 at least, and sigma / alpha
-        (B,) on the device of ``t``.
+        (B,) on the device of ``t``. Of a predicted epsilon with no signal left (a terminal SNR of zero) there is none:
+        it is infinite, without a gradient, and passes no finite threshold.
 
     Raises:
         ValueError: A scheduler or a prediction of an unknown kind, or shapes that do not belong together.
@@ -68,7 +69,9 @@ def estimate_z0(scheduler: Any, prediction: Tensor, z_t: Tensor, t: Tensor) -> t
     kind = scheduler.config.get("prediction_type", flow)
     match kind:
         case "epsilon":
-            return (z_t - sigma * p) / alpha, noise_to_signal
+            # With no signal left there is no estimate, and its gradient is zero and not, as of a division by 0, none.
+            found = (z_t - sigma * p) / torch.where(alpha > 0, alpha, 1.0)
+            return torch.where(alpha > 0, found, torch.inf), noise_to_signal
         case "v_prediction":
             n = torch.hypot(alpha, sigma)
             return (alpha * z_t - sigma * n * p) / n**2, noise_to_signal

@@ -27,9 +27,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from lpl_lightning.draws import Generators, normal
-
-__all__ = ["LatentSpace", "config_of", "drawn", "joined", "latent_space", "moments"]
+__all__ = ["LatentSpace", "config_of", "latent_space"]
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -147,63 +145,10 @@ class LatentSpace:
         return z
 
 
-def drawn(encoded: Any, sample: bool, generator: Generators | None = None) -> Tensor:
-    """Find the latent in what a model's ``encode`` gives.
-
-    Args:
-        encoded: A tensor, a pair (mean, standard deviation), an output of diffusers, or a posterior with ``mean`` and
-            ``std``.
-        sample: Whether to draw from a posterior or to take its mode.
-        generator: Source of the posterior's noise, one or one a sample.
-
-    Returns:
-        (B, C, ...), unscaled.
-
-    Raises:
-        ValueError: It is none of these.
-    """
-    if hasattr(encoded, "latent_dist"):
-        posterior = encoded.latent_dist
-        return cast(Tensor, posterior.sample(generator) if sample else posterior.mode())
-    mean, deviation = moments(encoded)
-    if not sample or deviation is None:
-        return mean
-    return mean + deviation * normal(mean.shape, generator, mean.device, mean.dtype)
-
-
-def moments(encoded: Any) -> tuple[Tensor, Tensor | None]:
-    """Mean and standard deviation, unscaled, in what a model's ``encode`` gives; None for a latent that is certain.
-
-    Raises:
-        ValueError: It is none of what ``drawn`` takes.
-    """
-    if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.mode(), encoded.latent_dist.std
-    z = getattr(encoded, "latents", getattr(encoded, "latent", encoded))
-    if isinstance(z, Tensor):
-        return z, None
-    if isinstance(z, tuple | list) and len(z) == 2 and all(isinstance(part, Tensor) for part in z):
-        return z[0], z[1]
-    mean, deviation = getattr(encoded, "mean", None), getattr(encoded, "std", None)
-    if isinstance(mean, Tensor) and isinstance(deviation, Tensor):
-        return mean, deviation
-    raise ValueError(
-        "`model.encode` must give a tensor, a pair (mean, standard deviation), a posterior with mean and std or an "
-        f"output of diffusers with latent_dist, latents or latent; got {type(encoded).__name__}. Give a module whose "
-        "`encode` does."
-    )
-
-
 def config_of(model: nn.Module) -> Mapping[str, Any]:
     """The config of a diffusers model, or an empty one: other modules need not have any."""
     config = getattr(model, "config", None)
     return config if isinstance(config, Mapping) else {}
-
-
-def joined(parts: Sequence[Any]) -> Tensor | tuple[Tensor, Tensor]:
-    """What a model's ``encode`` gives for parts of a batch, put together as ``drawn`` and ``moments`` take it."""
-    means, deviations = zip(*map(moments, parts), strict=True)
-    return torch.cat(means) if deviations[0] is None else (torch.cat(means), torch.cat(deviations))
 
 
 @singledispatch

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_kl
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -19,7 +20,7 @@ from diffusers import (
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from lpl_lightning import DDPM, estimate_z0
+from lpl_lightning import DDPM, Autoencoder, LatentPerceptualLoss, estimate_z0
 
 SHAPE = (3, 4, 5, 5)
 
@@ -106,6 +107,24 @@ def test_it_is_computed_in_float32_and_has_the_gradient_of_the_formula() -> None
     estimate.sum().backward()
     assert prediction.grad is not None
     torch.testing.assert_close(prediction.grad[:, 0, 0, 0].float(), -noise_to_signal, rtol=1e-2, atol=1e-2)
+
+
+def test_noise_predicted_of_no_signal_at_all_trains_nothing() -> None:
+    """With a terminal SNR of zero alpha is 0 there, and dividing by it would make all gradients not a number."""
+    scheduler = DDPMScheduler(prediction_type="epsilon", rescale_betas_zero_snr=True)
+    z_t, t = torch.randn(SHAPE), torch.tensor([10, 999, 500])
+    prediction = torch.randn(SHAPE, requires_grad=True)
+    z0_hat, noise_to_signal = estimate_z0(scheduler, prediction, z_t, t)
+    assert noise_to_signal[1] == float("inf")
+    assert z0_hat[1].isinf().all()
+    lpl = LatentPerceptualLoss(Autoencoder(tiny_kl()), threshold=3.0, reference_side=0)
+    losses = lpl(z0_hat, torch.randn(SHAPE), noise_to_signal)
+    assert losses[1] == 0
+    losses.mean().backward()
+    assert prediction.grad is not None
+    assert prediction.grad.isfinite().all()
+    assert prediction.grad[0].any()
+    assert not prediction.grad[1].any()
 
 
 def test_what_it_cannot_read_is_named() -> None:

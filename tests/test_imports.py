@@ -28,6 +28,7 @@ ORDER = [
     "model_loading",
     "autoencoder_loading",
     "frozen",
+    "posterior",
     "latents",
     "stages",
     "video_stages",

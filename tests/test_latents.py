@@ -10,7 +10,8 @@ from diffusers import AutoencoderKLLTXVideo, AutoencoderKLMochi
 from families import FAMILIES, scrambled, tiny_flux2
 from torch import nn
 
-from lpl_lightning.latents import LatentSpace, drawn, latent_space
+from lpl_lightning.latents import LatentSpace, latent_space
+from lpl_lightning.posterior import drawn
 
 LTX: dict[str, Any] = {
     "latent_channels": 4,

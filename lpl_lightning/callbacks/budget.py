@@ -81,6 +81,10 @@ class Budget:
         self.thinned = thinned
         self.most = most
         self.corrections = corrections
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
         self.keep: list[float] | None = None
         self._found: Found | None = None
         self._batches = 0

@@ -112,7 +112,7 @@ class LossByNoise(Callback):
             found += [module.noise.weight(noisy) * error, error, off]
             if loss is not None:
                 loss.to(z0.device).eval()
-                found.append(loss(z0_hat, noisy.z0, noisy.noise_to_signal))
+                found.append(loss.evaluate(z0_hat, noisy.z0, noisy.noise_to_signal, reduction="none")[0])
         self._rows.add(index, torch.stack([values.to(z0.device, torch.float32) for values in found], dim=1))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

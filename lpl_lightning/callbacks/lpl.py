@@ -135,6 +135,7 @@ class LPLCallback(Callback):
             # Another training than the one before, if there was one; a checkpoint's state comes after this.
             self._calibration.forget()
             self._calibrated_at = None
+            self.budget.forget()
         if not isinstance(pl_module, LPLMixin):
             raise ValueError(
                 f"LPLCallback needs a module with LPLMixin, got {type(pl_module).__name__}. Make it a subclass of "

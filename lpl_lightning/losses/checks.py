@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lpl_lightning.losses.distance import variance
+from lpl_lightning.losses.options import LossOptions
 
-__all__ = ["check_latents", "normalizes", "note_constant_channels"]
+__all__ = ["check_latents", "check_lists", "normalizes", "note_constant_channels"]
 
 CONSTANT = 1e-3
 """A channel hardly varies whose variance is below so many times the mean of its map's."""
@@ -48,6 +51,26 @@ def check_latents(z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None) ->
             f"`noise_to_signal` must be sigma / alpha, 0 or more, got {noise_to_signal.min().item():.4g}. "
             "If it is a logarithm of the SNR, give torch.exp(-log_snr / 2)."
         )
+
+
+def check_lists(options: LossOptions, compared: Sequence[str]) -> None:
+    """Refuse options whose entries are too few for the compared maps, or could be taken for another map's.
+
+    Args:
+        options: The loss's.
+        compared: Names of the stages that are compared, in the order they run.
+
+    Raises:
+        ValueError: A list that is too short, or stages given in another order than they run beside a list.
+    """
+    for name in ("depth_weights", *(("dilation", "erosion") if options.mask_outliers else ())):
+        options.of_map(name, 0, len(compared))
+        given = tuple(compared) if isinstance(options.depth, int) else options.depth
+        if isinstance(getattr(options, name), tuple) and given != tuple(compared):
+            raise ValueError(
+                f"`depth` must name stages in the order they run where `{name}` is a list with an entry for each: give "
+                f"{list(compared)}, got {list(given)}, and order `{name}` likewise."
+            )
 
 
 def note_constant_channels(name: str, features: Tensor, eps: float, relative_eps: float) -> None:

@@ -134,6 +134,22 @@ def equivalents(nsr: float, ddpm: DDPM | None = None) -> dict[str, float]:
     }
 
 
+def described(nsr: float, z: Tensor, video: bool, reference_side: int, ddpm: DDPM | None = None) -> str:
+    """What a threshold is for latents such as ``z``, in every unit.
+
+    Args:
+        nsr: The threshold for them, a noise-to-signal ratio.
+        z: Latents (B, C, *positions).
+        video: Whether the first of the positions are frames.
+        reference_side: The side that the threshold was given for; 0 for any.
+        ddpm: The chain that timesteps count in; by default the paper's, ``DDPM()``.
+    """
+    side, relative = latent_side(z, video), relative_side(z, video, reference_side)
+    units = ", ".join(f"{name} {value:.4g}" for name, value in equivalents(nsr, ddpm).items())
+    scaled = f" ({relative:.4g} times that of side {reference_side})" if relative != 1 else ""
+    return f"on latents of side {side:.4g} its threshold is {units}{scaled}"
+
+
 def gate_weight(noise_to_signal: Tensor, threshold: float, softness: float = 1.0) -> Tensor:
     r"""Weight of each sample: 1 with little noise, 0 with much.
 
@@ -151,6 +167,11 @@ def gate_weight(noise_to_signal: Tensor, threshold: float, softness: float = 1.0
     phase = ((noise_to_signal.clamp_min(0) / threshold).log() / math.log(softness)).clamp(-1, 1)
     weight = 0.5 * (1 - torch.sin(0.5 * math.pi * phase))
     return torch.where(noise_to_signal < threshold * softness, weight, torch.zeros_like(weight))
+
+
+def relative_side(z: Tensor, video: bool, reference_side: int) -> float:
+    """Side of a latent over another side; 1 where that is 0."""
+    return latent_side(z, video) / reference_side if reference_side else 1.0
 
 
 def latent_side(z: Tensor, video: bool = False) -> float:

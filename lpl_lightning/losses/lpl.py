@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.draws import Draws
 from lpl_lightning.execution import Execution, StageRunner
-from lpl_lightning.losses.checks import check_latents, normalizes
+from lpl_lightning.losses.checks import check_latents, check_lists, normalizes
 from lpl_lightning.losses.comparison import Compared, Comparison, Part
 from lpl_lightning.losses.diagnostics import Diagnostics
 from lpl_lightning.losses.distance import DepthWeights, Distance, Normalization, Statistics
-from lpl_lightning.losses.gate import Threshold, equivalents, gate_weight, latent_side
+from lpl_lightning.losses.gate import Threshold, described, gate_weight, relative_side
 from lpl_lightning.losses.nonfinite import NonFiniteGuard
 from lpl_lightning.losses.options import LossOptions, NonFinite, Preset, Reduction
 from lpl_lightning.losses.streaming import (
@@ -83,7 +83,7 @@ class LatentPerceptualLoss(nn.Module):
         huber_delta: Difference at which ``huber`` becomes linear, by default 1.0.
         depth_weights: Weights of the maps by r_l / r_1, how many times finer they are than the first:
             ``inverse_upscale``, the paper's, is r_1 / r_l, ``exponential`` 2^(-r_l / r_1), ``uniform`` 1; or a list
-            with a weight for each compared map.
+            with a weight for each compared map, shallow to deep.
         mask_outliers: Whether outliers are left out, as in the paper.
         mask_source: Whose outliers: those of the estimate's map (``predicted``, the paper's) or of the clean latent's
             (``target``).
@@ -147,8 +147,7 @@ class LatentPerceptualLoss(nn.Module):
         self.options = LossOptions.of(preset, normalizes(self.autoencoder.model), **given)
         self.stages = self.autoencoder.stage_names
         self.compared = self._compared(self.options.depth)
-        for name in ("depth_weights", *(("dilation", "erosion") if self.options.mask_outliers else ())):
-            self.options.of_map(name, 0, len(self.compared))
+        check_lists(self.options, self.compared)
         self.execution = Execution.of(execution)
         if not self.autoencoder.in_stages and (self.execution.compile or self.execution.checkpoint):
             raise ValueError(
@@ -193,11 +192,8 @@ class LatentPerceptualLoss(nn.Module):
         if self.announced:
             return
         self.announced = True
-        units = ", ".join(f"{name} {value:.4g}" for name, value in equivalents(self.tau(z), self.ddpm).items())
-        side, relative = latent_side(z, self.autoencoder.is_video), self._scale(z)
-        scaled = f" ({relative:.4g} times that of side {self.options.reference_side})" if relative != 1 else ""
+        tau = described(self.tau(z), z, self.autoencoder.is_video, self.options.reference_side, self.ddpm)
         floor = f" Variances have a floor, `relative_eps` {found:g}." if (found := self.options.relative_eps) else ""
-        tau = f"on latents of side {side:.4g} its threshold is {units}{scaled}"
         rank_zero_info(f"LPL compares {', '.join(self.compared) or 'nothing'}; {tau}.{floor}")
 
     def flush(self) -> None:
@@ -221,7 +217,12 @@ class LatentPerceptualLoss(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def evaluate(
-        self, z0_hat: Tensor, z0: Tensor, noise_to_signal: Tensor | None = None, diagnose: bool = False
+        self,
+        z0_hat: Tensor,
+        z0: Tensor,
+        noise_to_signal: Tensor | None = None,
+        diagnose: bool = False,
+        reduction: Reduction | None = None,
     ) -> tuple[Tensor, Diagnostics | None]:
         """Compute the loss, and what can be seen of it; in a step that is compiled, ``execution`` alone compiles of it.
 
@@ -230,6 +231,7 @@ class LatentPerceptualLoss(nn.Module):
             z0: See ``forward``.
             noise_to_signal: See ``forward``.
             diagnose: Whether to give diagnostics, which costs a few reductions over the feature maps.
+            reduction: In the place of the option of that name.
 
         Returns:
             The loss as of ``forward``, and the diagnostics or None.
@@ -242,7 +244,7 @@ class LatentPerceptualLoss(nn.Module):
         weight, passed, kept_hat, kept = self._gate(z0_hat, z0, noise_to_signal)
         parts = self._parts(kept, z0, noise_to_signal)
         if not parts:
-            return self.options.reduce(losses, len(kept)), None
+            return self.options.reduce(losses, len(kept), reduction), None
         ungated, found = self._compare(kept_hat, kept, parts, diagnose, len(z0))
         finite = found.finite
         if weight is not None:
@@ -259,7 +261,7 @@ class LatentPerceptualLoss(nn.Module):
             past = None if weight is None else weight > 0
             diagnostics = Diagnostics.of(self.compared, found, finite, past, relative_time)
         counted_passed = len(kept) if passed is not None or weight is None else (weight > 0).sum().clamp_min(1)
-        return self.options.reduce(losses, counted_passed), diagnostics
+        return self.options.reduce(losses, counted_passed, reduction), diagnostics
 
     def _compare(
         self, z0_hat: Tensor, z0: Tensor, parts: list[Part], diagnose: bool, batch: int
@@ -345,5 +347,4 @@ class LatentPerceptualLoss(nn.Module):
 
     def _scale(self, z: Tensor) -> float:
         """Side of the latents over the side that the options are meant for."""
-        side = latent_side(z, self.autoencoder.is_video)
-        return side / self.options.reference_side if self.options.reference_side else 1.0
+        return relative_side(z, self.autoencoder.is_video, self.options.reference_side)

@@ -171,9 +171,9 @@ class LossOptions:
                 if size < 1 or size % 2 == 0:
                     raise ValueError(f"`{name}` must be an odd number of positions, or a list of them, got {sizes}.")
 
-    def reduce(self, losses: Tensor, passed: int | Tensor) -> Tensor:
-        """Losses (B,) as ``reduction`` says, given how many samples passed: (B,) or a scalar."""
-        match self.reduction:
+    def reduce(self, losses: Tensor, passed: int | Tensor, reduction: Reduction | None = None) -> Tensor:
+        """Losses (B,) as ``reduction``, by default the option, says, given how many passed: (B,) or a scalar."""
+        match reduction or self.reduction:
             case "none":
                 return losses
             case "mean":

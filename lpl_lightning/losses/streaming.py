@@ -58,6 +58,7 @@ def stream(
         float32 and zero where something is not finite; None without.
 
     Raises:
+        ValueError: No gradient passes through the decoder.
         RuntimeError: A single sample is too large for memory. Chunks of more are halved.
     """
     wide = torch.promote_types(z0_hat.dtype, torch.float32)
@@ -152,7 +153,20 @@ def _decode(features: Features, z0_hat: Tensor, z0: Tensor, part: Part) -> tuple
     region = (slice(None), slice(None), *(() if part.crop is None else part.crop.window))
     with torch.no_grad():
         targets = features(z0[region], part.names)
-    return targets, features(z0_hat[region], part.names)
+    maps = features(z0_hat[region], part.names)
+    if torch.is_grad_enabled() and z0_hat.requires_grad:
+        _check_connected(part.names, maps)
+    return targets, maps
+
+
+def _check_connected(names: Sequence[str], maps: Sequence[Tensor]) -> None:
+    """Refuse maps without a graph."""
+    for name, found in zip(names, maps, strict=True):
+        if not found.requires_grad:
+            raise ValueError(
+                f"`autoencoder` lets no gradient pass from its stage {name!r} to the latents, so that LPL would train "
+                "nothing. Take what cuts it (torch.no_grad, inference_mode, detach, rounding) out of what decodes."
+            )
 
 
 def _pull_back(maps: Sequence[Tensor], gradients: Sequence[Tensor | None], leaf: Tensor, narrow: bool) -> Tensor:
@@ -222,21 +236,25 @@ def activation_bytes(features: Features, z: Tensor, names: Sequence[str], decode
         z: Latents (n, C, *positions), of which the first is decoded.
         names: Stages whose maps are compared.
         decoder: The module whose weights are there anyway.
+
+    Raises:
+        ValueError: No gradient passes through the decoder.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*decoder.parameters(), *decoder.buffers())}
     # Not the tensors: they would hold the graph, and it them, to the end of the process.
     held: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            held[storage.data_ptr()] = storage
+        held[storage.data_ptr()] = storage
 
     # Out of inference mode too, whose tensors take no gradient.
     with torch.inference_mode(False), torch.enable_grad():
         leaf = z[:1].detach().clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: leaf):
             maps = features(leaf, names)
+    _check_connected(names, maps)
+    for tensor in (*decoder.parameters(), *decoder.buffers()):  # not before, since the first pass may lay them out anew
+        held.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(storage.nbytes() for storage in held.values()) + 3 * sum(m.numel() * m.element_size() for m in maps)
 
 

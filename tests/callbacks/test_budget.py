@@ -149,6 +149,18 @@ def test_what_was_found_is_kept_in_checkpoints(tmp_path: Path) -> None:
     assert LPLCallback(weight=1.0).state_dict() == {}
 
 
+def test_another_training_is_measured_anew(tmp_path: Path, clock: list[float]) -> None:
+    callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=slow_decoder(), budget=0.2)
+    run(Slow(), tmp_path / "first", callback, max_steps=15, num_batches=15)
+    first = callback.budget.keep
+    assert first is not None
+    assert max(first) < 1
+    run(Slow(), tmp_path / "second", callback, max_steps=2, num_batches=2)
+    assert callback.budget.keep is None
+    run(Slow(), tmp_path / "third", callback, max_steps=15, num_batches=15)
+    assert callback.budget.keep == pytest.approx(first, rel=0.2), "of the same times, and other latents"
+
+
 NOW = [0.0]
 
 

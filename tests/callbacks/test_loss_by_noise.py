@@ -98,6 +98,20 @@ def test_each_image_at_each_level_as_by_hand(module: LatentDiffusionModule, tmp_
     assert found["made"]["noise"] == "FlowMatching"
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "mean_passed"])
+def test_each_sample_counts_whatever_the_reduction(
+    module: LatentDiffusionModule, tmp_path: Path, reduction: Any
+) -> None:
+    def reduced(autoencoder: Any) -> LatentPerceptualLoss:
+        return LatentPerceptualLoss(autoencoder, reference_side=0, mask_outliers=False, reduction=reduction)
+
+    found = [
+        validated(module, tmp_path / name, LossByNoise([0.5, 4.0]), callback)
+        for name, callback in (("each", lpl()), ("reduced", LPLCallback(loss=reduced)))
+    ]
+    assert numbers(found[0]) == numbers(found[1])
+
+
 def test_a_denoiser_of_zeros_errs_by_the_target(module: LatentDiffusionModule, tmp_path: Path) -> None:
     for parameter in module.denoiser.backbone.proj_out.parameters():
         parameter.data.zero_()

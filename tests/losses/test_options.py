@@ -7,8 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tiny_kl
 
+from lpl_lightning import Autoencoder, LatentPerceptualLoss
 from lpl_lightning.losses.gate import Threshold
 from lpl_lightning.losses.options import PRESETS, LossOptions
 
@@ -40,6 +41,22 @@ def test_the_table_names_tests_that_exist() -> None:
     names = set(re.findall(r"def (test_\w+)", sources))
     for row in ROWS:
         assert row[4].strip("`") in names, row[0]
+
+
+@pytest.mark.parametrize("name", ["depth_weights", "dilation", "erosion"])
+def test_entries_of_lists_are_those_of_the_stages_named_beside_them(name: str) -> None:
+    """Or refused: stages are compared in the order they run, in which a list would be another stage's."""
+    autoencoder, entries = Autoencoder(tiny_kl()), [1, 3]
+    in_order = LatentPerceptualLoss(autoencoder, depth=["mid", "up_1"], **{name: entries})  # type: ignore[arg-type]
+    assert in_order.compared == ("mid", "up_1")
+    assert in_order.options.of_map(name, 1, 2) == 3
+    with pytest.raises(ValueError, match=rf"in the order they run where `{name}` is a list.*'mid', 'up_1'"):
+        LatentPerceptualLoss(autoencoder, depth=["up_1", "mid"], **{name: entries})  # type: ignore[arg-type]
+    if name != "depth_weights":  # which nothing reads then
+        LatentPerceptualLoss(autoencoder, depth=["up_1", "mid"], mask_outliers=False, **{name: entries})  # type: ignore[arg-type]
+    assert LatentPerceptualLoss(autoencoder, depth=["up_1", "mid"]).compared == ("mid", "up_1")
+    with pytest.raises(ValueError, match=rf"`{name}` as a list must have an entry for each"):
+        LatentPerceptualLoss(autoencoder, depth=3, **{name: entries})  # type: ignore[arg-type]
 
 
 def test_rgb_is_the_paper_with_four_options_changed() -> None:

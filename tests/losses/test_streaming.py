@@ -300,6 +300,41 @@ def test_activations_of_a_sample_are_measured() -> None:
         assert activation_bytes(features, torch.randn(5, 4, 8, 8), ["image"], net) == found
 
 
+def test_weights_that_are_laid_out_anew_are_no_activations() -> None:
+    """A decoder's first pass lays them out; what is measured then is what is measured later."""
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(tiny_kl(block_out_channels=(16, 32, 32)))
+    lpl = LatentPerceptualLoss(autoencoder, execution=Execution(channels_last=True, fold_upsampling=False))
+    found = [activation_bytes(lpl.features, torch.randn(1, 4, 4, 4), lpl.compared, autoencoder) for _ in range(2)]
+    assert found[0] == found[1]
+
+
+class Cut(nn.Module):
+    """A decoder of one's own that lets no gradient through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.second(self.first(z).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("execution", [Execution(), Execution(streamed=False), Execution(chunk_size=1)])
+def test_a_decoder_that_cuts_the_gradient_is_refused(execution: Execution) -> None:
+    lpl = LatentPerceptualLoss(Autoencoder(Cut(), feature_modules=["first"]), execution=execution)
+    z0_hat, z0 = latents(2, torch.float32)
+    with torch.no_grad():  # as a weight is calibrated
+        if execution == Execution():
+            with pytest.raises(ValueError, match="lets no gradient pass"):
+                lpl(z0_hat, z0)
+        else:
+            assert lpl(z0_hat, z0).isfinite().all()
+    with pytest.raises(ValueError, match=r"lets no gradient pass from its stage 'first'"):
+        lpl(z0_hat, z0)
+
+
 def test_measuring_activations_holds_nothing_afterwards() -> None:
     """Tensors that are held by what they hold would stay to the end of the process, unseen by Python."""
     net = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Tanh()).requires_grad_(False)
