@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Draws", "Generators", "normal"]
+__all__ = ["Draws", "Generators", "mixed", "normal"]
 
 Generators = torch.Generator | Sequence[torch.Generator]
 """One for a batch, or one for each of its samples."""
@@ -102,3 +103,25 @@ def normal(
     own = tuple(shape[1:])
     each = [torch.randn(own, generator=one, device=one.device, dtype=dtype) for one in generator]
     return torch.stack(each).to(device) if each else torch.empty(tuple(shape), device=device, dtype=dtype)
+
+
+def mixed(seed: int, epoch: int, indices: npt.NDArray[np.int64], stream: int) -> npt.NDArray[np.uint64]:
+    """Numbers of items, by seed, epoch and index alone: the finalizer of SplitMix64 (Steele et al., 2014), in a chain.
+
+    Args:
+        seed: The run's.
+        epoch: Number of the epoch, from 0.
+        indices: (N,) positions of the items, from 0.
+        stream: Which of several numbers of an item, from 0.
+
+    Returns:
+        (N,) uniform 64-bit numbers.
+    """
+    found = np.zeros(len(indices), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for number in (np.uint64(seed % 2**64), np.uint64(epoch), np.uint64(stream), indices.astype(np.uint64)):
+            found = (found ^ number) + np.uint64(0x9E3779B97F4A7C15)
+            found = (found ^ (found >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            found = (found ^ (found >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            found ^= found >> np.uint64(31)
+    return found

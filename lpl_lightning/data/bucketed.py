@@ -2,7 +2,8 @@
 
 In training each batch is of one bucket, the same for all processes, which share it out; the order of the buckets'
 batches is random, and comes with everything else from the seed and the epoch alone (``batches``). What does not fill a
-batch of all processes is left out of the epoch, other images each time.
+batch of all processes is left out of the epoch, other images each time; a bucket with fewer images than that makes no
+batch in any epoch, and is for the assignment to avoid.
 
 Elsewhere batches are made in the order of the images, each as soon as its bucket has enough, and what is left at the
 end makes smaller ones: every image is in one, and the first batches show the shapes that are common.
@@ -97,6 +98,11 @@ class BucketedPlan:
         """How many images an epoch leaves out."""
         return len(self.assignment.bucket_of) - len(self) * self.batch_size
 
+    @property
+    def never(self) -> int:
+        """How many of these every epoch leaves out, since their buckets have fewer images than a batch."""
+        return sum(len(members) for members in self.assignment.members if len(members) < self.batch_size)
+
     def __len__(self) -> int:
         return sum(self._batches)
 
@@ -166,7 +172,9 @@ def described(plan: BucketedPlan) -> str:
     counts = zip(assignment.sizes, assignment.members, strict=True)
     shapes = ", ".join(f"{height} x {width}: {len(members)}" for (height, width), members in counts)
     moved = f" {assignment.moved} are nearer to sizes with fewer images than a batch." if assignment.moved else ""
+    never = f" {plan.never} are in no epoch: their sizes have fewer images than a batch." if plan.never else ""
     return (
         f"{len(assignment.bucket_of)} images in buckets, height x width ({shapes}).{moved} In an epoch of {len(plan)} "
-        f"batches of {plan.batch_size}, {plan.left_out} images are left out, others each time: they fill no batch."
+        f"batches of {plan.batch_size}, {plan.left_out - plan.never} images are left out, others each time: they fill "
+        f"no batch.{never}"
     )

@@ -33,6 +33,7 @@ from lpl_lightning.data.buckets import Assignment
 from lpl_lightning.data.faults import Faults, OnError
 from lpl_lightning.data.latent_shards import LatentShard, shard_hash
 from lpl_lightning.data.listing import some
+from lpl_lightning.draws import mixed
 from lpl_lightning.file_names import inside
 
 __all__ = ["FORMAT", "MANIFEST", "CachedLatents", "LatentCacheDataModule", "read_manifest"]
@@ -76,18 +77,6 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return found
 
 
-def _mixed(seed: int, epoch: int, indices: Numbers, stream: int) -> npt.NDArray[np.uint64]:
-    """Random numbers by seed, epoch and index alone: the finalizer of SplitMix64 (Steele et al., 2014), in a chain."""
-    mixed = np.zeros(len(indices), dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for number in (np.uint64(seed % 2**64), np.uint64(epoch), np.uint64(stream), indices.astype(np.uint64)):
-            mixed = (mixed ^ number) + np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixed ^= mixed >> np.uint64(31)
-    return mixed
-
-
 class CachedLatents(Dataset[dict[str, Any]]):
     """Items of shards, in their order.
 
@@ -123,7 +112,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
     def batch(self, request: Request) -> dict[str, Any]:
         """A training batch."""
         indices = np.asarray(request.indices, dtype=np.int64)
-        drawn = (_mixed(request.seed, request.epoch, indices, stream) for stream in (0, 1))
+        drawn = (mixed(request.seed, request.epoch, indices, stream) for stream in (0, 1))
         return self._taken(indices, *drawn)
 
     def captions(self, index: int) -> list[str]:
@@ -300,6 +289,13 @@ class LatentCacheDataModule(ImageDataModule):
             raise ValueError(
                 f"No size of {self.root} has {batch_size} images, a batch of all processes: lower `batch_size`, or "
                 "encode with fewer buckets."
+            )
+        if plan.never:
+            # Images would have been cropped to a size with more; latents have the size that they were encoded at.
+            rank_zero_warn(
+                f"{plan.never} of {len(dataset)} images of {self.root} are never trained on: of their sizes there are "
+                f"fewer than {batch_size}, a batch of all processes. Lower `batch_size`, or encode anew with "
+                f"`--data.batch_size {batch_size}`, which crops them to sizes that fill a batch."
             )
         rank_zero_info(described(plan))
         return dataset, plan

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import tarfile
 import threading
@@ -184,6 +185,26 @@ def test_captions_and_classes(tmp_path: Path) -> None:
     assert data.encoded_by == {"autoencoder": "of the autoencoder", "text": None}
     assert len(data.test_dataloader().dataset) == 5  # type: ignore[arg-type]
     assert [len(batch["latent"]) for batch in data.val_dataloader()] == [4, 1]
+
+
+def test_sizes_with_fewer_images_than_a_batch_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = cache_of(tmp_path, counts=(5, 3, 9))
+    manifest = json.loads((root / "manifest.json").read_text())
+    for shard, size in zip(manifest["shards"]["train"], ([16, 24], [24, 16], [16, 24]), strict=True):
+        shard["size"] = size
+    (root / "manifest.json").write_text(json.dumps(manifest))
+
+    def seen(data: LatentCacheDataModule) -> set[int]:
+        loader = data.train_dataloader()
+        return {int(x) for _ in range(30) for batch in loader for x in batch["latent"][:, 0, 0, 0].float()}
+
+    said = r"3 of 17 images of .* are never trained on: of their sizes there are fewer than 4, .*`--data\.batch_size 4`"
+    with pytest.warns(UserWarning, match=said), caplog.at_level(logging.INFO):
+        assert seen(LatentCacheDataModule(root, batch_size=4)) == {*range(5), *range(8, 17)}
+    (line,) = (record.message for record in caplog.records if "in buckets" in record.message)
+    assert "In an epoch of 3 batches of 4, 2 images are left out, others each time" in line
+    assert "3 are in no epoch: their sizes have fewer images than a batch." in line
+    assert seen(LatentCacheDataModule(root, batch_size=3)) == {*range(17)}
 
 
 def cut(path: Path) -> None:
