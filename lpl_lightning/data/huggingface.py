@@ -225,6 +225,8 @@ class HuggingFaceDataModule(SourceDataModule):
                     f"{folder} holds one split, but {split!r} is asked for too. Save a `DatasetDict` of both, or leave "
                     "`val_split` and `test_split` out."
                 )
+            # A format is stored with the data: values would come as its tensors, or of its columns alone.
+            saved = saved.with_format(None)
             return saved.to_iterable_dataset(num_shards=min(64, max(1, len(saved)))) if self.streaming else saved
         options = {"name": self.name, "data_files": self.data_files, "data_dir": self.data_dir, "split": split}
         path = str(folder) if folder.exists() else self.path

@@ -106,6 +106,20 @@ def test_ways_to_keep_a_data_set(tmp_path: Path, kind: str, streaming: bool) -> 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+def test_a_format_that_was_saved_with_the_data_does_not_count(tmp_path: Path, kind: str, streaming: bool) -> None:
+    given, rows = {"val_split": "train", "streaming": streaming, "caption": "texts"}, table(range(7))
+    for columns in (None, ["label"]):
+        path = tmp_path / f"of {columns}"
+        rows.with_format(kind, columns=columns).save_to_disk(path)
+        assert datasets.load_from_disk(path).format["type"] == kind, "it is restored"
+        (batch,) = module(str(path), **(given | {"batch_size": 7})).val_dataloader()
+        assert batch["label"].tolist() == [number % 3 for number in range(7)]
+        assert batch["caption"] == [f"first {number}" for number in range(7)]
+        assert batch["image"].shape == (7, 3, 8, 8)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_loader_processes_read_all_of_it(tmp_path: Path, streaming: bool) -> None:
     """``datasets`` would share a stream's files out among the processes by itself."""
     data = module(
