@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lpl_lightning.captions import Captions
-from lpl_lightning.data.latent_shards import shard_hash, write_shard
+from lpl_lightning.data.latent_shards import MOST_BYTES, shard_hash, write_shard
 from lpl_lightning.data.listing import some
 from lpl_lightning.encoding_tasks import Task, Variants, is_whole, said_of
 from lpl_lightning.evaluation.report import write_whole
@@ -42,6 +43,9 @@ class Encoder(pl.LightningModule):
         self.autoencoder, self.text = module.autoencoder, text
         self.variants, self.tasks, self.out, self.dtype_stored, self.std = variants, tasks, out, dtype, std
         self.chunk, self.num_workers = batch_size, num_workers
+        self._in_shard = Counter[str]()
+        for task in tasks:
+            self._in_shard[task.file] += len(task.indices)
         self._parts: list[dict[str, Any]] = []
 
     def missing(self) -> list[str]:
@@ -61,6 +65,8 @@ class Encoder(pl.LightningModule):
         task: Task = batch["task"]
         if batch["items"]:
             self._parts.append({**self._encoded(batch), "items": batch["items"]})
+            if len(self._parts) == 1:
+                self._check_size(task.file)
         if task.is_last:
             self._write(task.file)
             self._parts = []
@@ -95,6 +101,19 @@ class Encoder(pl.LightningModule):
         if self.text is not None:
             stored |= self._texts([item["captions"] for item in batch["items"]], keys)
         return stored
+
+    def _check_size(self, file: str) -> None:
+        """Refuse shards that would be too large, by the first batch of one, before it is encoded to its end."""
+        (part,) = self._parts
+        tensors = [value for name, value in part.items() if name != "items" and not name.startswith("_")]
+        each = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / len(part["items"])
+        if (wanted := each * self._in_shard[file]) > MOST_BYTES:
+            raise ValueError(
+                f"`shard_size`: {file} would hold {self._in_shard[file]:,} images of {each / 2**20:.4g} MiB each, "
+                f"{wanted / 2**30:.1f} GiB, but a shard, which lies in memory until it is written, must stay below "
+                f"{MOST_BYTES / 2**30:.0f} GiB. Give {max(1, int(MOST_BYTES / each))} or fewer, and another `out`, or "
+                f"delete {self.out}."
+            )
 
     def _rounded(self, tensor: Tensor, name: str, keys: Sequence[str]) -> Tensor:
         """Numbers as they are stored."""

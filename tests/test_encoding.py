@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -412,6 +413,26 @@ def test_numbers_that_do_not_fit_are_refused(make_module: MakeModule, tmp_path: 
 
 
 def test_a_model_with_another_autoencoder_is_refused_before_training(make_module: MakeModule, tmp_path: Path) -> None:
+def test_shards_that_would_be_too_large_are_refused_by_the_first_batch(
+    make_module: MakeModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, module, options = photos_in(tmp_path / "photos", 30), make_module(), {"splits": ["train"], "flips": True}
+    whole = encode(module, folder_data(photos), tmp_path / "whole", **options) / "train" / "000000.tar"
+    count = len(LatentShard(whole))
+    assert count > 20
+    data = sum(tensor.numel() * tensor.element_size() for tensor in LatentShard(whole).tensors.values())
+    monkeypatch.setattr("lpl_lightning.encoder.MOST_BYTES", data // 2)
+    with pytest.raises(ValueError, match=rf"`shard_size`: train/000000\.tar would hold {count} images of") as refusal:
+        encode(module, folder_data(photos), tmp_path / "cache", **options)
+    assert not list((tmp_path / "cache").rglob("*.tar"))
+    said = re.search(r"Give (\d+) or fewer, and another `out`", str(refusal.value))
+    assert said is not None
+    assert int(said[1]) == pytest.approx(count / 2, abs=1)
+    encode(module, folder_data(photos), tmp_path / "fits", shard_size=int(said[1]), **options)
+    with pytest.raises(ValueError, match=r"`shard_size`"):
+        encode(module, folder_data(photos), tmp_path / "over", shard_size=int(said[1]) + 1, **options)
+
+
     photos = photos_in(tmp_path / "photos", 12)
     module = make_module(conditioner=ClassTokens(2, token_dim=8, pooled_dim=8))
     out = encode(module, folder_data(photos), tmp_path / "cache")

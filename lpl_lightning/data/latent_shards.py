@@ -34,9 +34,11 @@ from torch import Tensor
 
 from lpl_lightning.data.listing import as_line
 
-__all__ = ["UNFINISHED", "LatentShard", "ShardItem", "shard_hash", "write_shard"]
+__all__ = ["MOST_BYTES", "UNFINISHED", "LatentShard", "ShardItem", "shard_hash", "write_shard"]
 
 TENSORS, ITEMS = "tensors.safetensors", "items.jsonl"
+MOST_BYTES = 2**33 - 1
+"""Of a member whose size a plain tar header holds, in eleven octal digits."""
 UNFINISHED = ".unfinished"
 """End of the name of a file that is being written."""
 
@@ -70,9 +72,13 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], items: Sequence[Shard
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid4().hex}{UNFINISHED}")
     try:
+        members = {TENSORS: save({**kept, "line_start": starts}), ITEMS: b"".join(lines)}
+        # GNU's headers hold any size, and are read by the same programs.
+        is_plain = max(map(len, members.values())) <= MOST_BYTES
+        layout = tarfile.USTAR_FORMAT if is_plain else tarfile.GNU_FORMAT
         with part.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for name, content in ((TENSORS, save({**kept, "line_start": starts})), (ITEMS, b"".join(lines))):
+            with tarfile.open(fileobj=file, mode="w", format=layout) as tar:
+                for name, content in members.items():
                     member = tarfile.TarInfo(name)  # without times or owners: the same bytes each time
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))

@@ -7,7 +7,7 @@ import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -88,6 +88,29 @@ def test_a_shard_is_what_other_libraries_read(tmp_path: Path, dtype: torch.dtype
     assert len(shard) == 3
     shard.tensors["latent"].zero_()  # a private copy
     assert torch.equal(LatentShard(tmp_path / "deep" / "0.tar").tensors["latent"], tensors["latent"])
+
+
+def header(layout: Literal[0, 1, 2], size: int) -> bytes:
+    member = tarfile.TarInfo("tensors.safetensors")
+    member.size = size
+    return member.tobuf(layout)
+
+
+def test_a_shard_too_large_for_plain_headers_is_read_as_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [{"key": str(i), "captions": ["a cat"]} for i in range(3)]
+    for name, most in (("plain", 8 * 2**30 - 1), ("large", 200)):
+        monkeypatch.setattr("lpl_lightning.data.latent_shards.MOST_BYTES", most)
+        write_shard(tmp_path / name, shard_of(0, 3), items)
+    with pytest.raises(ValueError, match="overflow"):  # what would come at the end of a shard otherwise
+        header(tarfile.USTAR_FORMAT, 2**33)
+    assert tarfile.TarInfo.frombuf(header(tarfile.GNU_FORMAT, 2**33), "utf-8", "strict").size == 2**33
+    one, other = ((tmp_path / name).read_bytes() for name in ("plain", "large"))
+    assert (one[257:265], other[257:265]) == (b"ustar\x0000", b"ustar  \0"), "POSIX and GNU"
+    shard = LatentShard(tmp_path / "large")
+    assert torch.equal(shard.tensors["latent"], shard_of(0, 3)["latent"])
+    assert [shard.item(i) for i in range(3)] == items
 
 
 def test_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:
