@@ -24,21 +24,36 @@ __all__ = [
     "check_precision",
     "check_prediction",
     "check_range",
+    "rounded_fingerprints",
 ]
 
 
-def autoencoder_fingerprint(autoencoder: Autoencoder) -> str:
-    """A hash of all that latents depend on but the precision: class, weights, scale and shift."""
+def autoencoder_fingerprint(autoencoder: Autoencoder, dtype: torch.dtype | None = None) -> str:
+    """A hash of what latents depend on: class, weights, scale and shift.
+
+    Args:
+        autoencoder: The autoencoder.
+        dtype: What its weights are rounded to before; None takes them as they are, in the precision it was given.
+    """
     numbers = [f"{x:.6g}" for part in (autoencoder.scale, autoencoder.shift) for x in part.flatten().tolist()]
-    said = f"{type(autoencoder.model).__name__} {weights_hash(autoencoder.model)} {numbers}"
+    said = f"{type(autoencoder.model).__name__} {weights_hash(autoencoder.model, dtype)} {numbers}"
     return blake2b(said.encode(), digest_size=16).hexdigest()
+
+
+def rounded_fingerprints(autoencoder: Autoencoder) -> list[str]:
+    """Fingerprints of an autoencoder's copies in lower precision; the same weights in 16 bits have one of them."""
+    coarse = (torch.bfloat16, torch.float16) if autoencoder.dtype.itemsize > 2 else ()
+    return [autoencoder_fingerprint(autoencoder, dtype) for dtype in coarse]
 
 
 def check_encoded(data: Any, autoencoder: Autoencoder, conditioner: Conditioner) -> None:
     """Refuse latents and embeddings that others than a model's parts have made.
 
+    The same autoencoder in another precision is no other: a decoder in bfloat16 takes latents encoded in float32.
+
     Args:
-        data: The data module; one with ``encoded_by`` says what made its latents.
+        data: The data module; one with ``encoded_by`` says what made its latents, and by ``encoded_by_rounded`` what
+            lower precisions make of that.
         autoencoder: The model's.
         conditioner: The model's.
 
@@ -51,10 +66,15 @@ def check_encoded(data: Any, autoencoder: Autoencoder, conditioner: Conditioner)
         own["text"] = conditioner.embedding_key
     for part, found in by.items():
         if found is not None and part in own and (used := own[part]()) != found:
+            if part == "autoencoder" and (
+                used in getattr(data, "encoded_by_rounded", ()) or found in rounded_fingerprints(autoencoder)
+            ):
+                continue
             what = {"autoencoder": "another autoencoder", "text": "other text encoders"}[part]
             raise ValueError(
-                f"`data`: what {data.root} holds was made by {what} than the model's: weights, scale or settings "
-                f"differ ({found} there, {used} here). Give the model what made it, or encode anew by `lpl encode`."
+                f"`data`: what {data.root} holds was made by {what} than the model's: weights, their precision, scale "
+                f"or settings differ ({found} there, {used} here). Give the model what made it, by the same `dtype`, "
+                "or encode anew by `lpl encode`."
             )
 
 

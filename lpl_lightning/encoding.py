@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lpl_lightning.agreement import autoencoder_fingerprint
+from lpl_lightning.agreement import autoencoder_fingerprint, rounded_fingerprints
 from lpl_lightning.arguments import at_least, check_divides, check_sizes
 from lpl_lightning.captions import Captions
 from lpl_lightning.data.base import REPORT, ImageDataModule, Split
@@ -154,6 +154,7 @@ class EncodingTrainer(SweepingTrainer):
             "format": FORMAT,
             "finished": False,
             **encoders,
+            "autoencoder_rounded": rounded_fingerprints(model.autoencoder),
             "image_size": datamodule.image_size,
             "class_names": list(datamodule.class_names),
             "has_captions": datamodule.has_captions,

@@ -56,17 +56,21 @@ def _keep_own_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str
     nn.Module.state_dict(module, destination=state_dict, prefix=prefix)
 
 
-def weights_hash(module: nn.Module) -> str:
+def weights_hash(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     """A blake2b hash of all parameters and buffers: names, shapes and values.
 
     Values are hashed in float64, so that a file in half precision and its copy in float32 have one hash, and a network
     keeps its own where the trainer runs in double precision.
+
+    Args:
+        module: Whose.
+        dtype: What floating values are rounded to before; None takes them as they are.
     """
     tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         values = tensor.detach().cpu()
-        values = values.double() if values.is_floating_point() else values.contiguous()
+        values = values.to(dtype).double() if values.is_floating_point() else values.contiguous()
         digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -26,6 +26,7 @@ from test_module import trainer
 from torch import Tensor
 
 from lpl_lightning import Autoencoder, Captions, ClassTokens, LatentDiffusionModule, LossByNoise, LPLCallback
+from lpl_lightning.agreement import check_encoded
 from lpl_lightning.cli import main
 from lpl_lightning.data import AspectBuckets, ImageFolderDataModule, LatentCacheDataModule, ShapesDataModule
 from lpl_lightning.data.batches import Request
@@ -412,7 +413,6 @@ def test_numbers_that_do_not_fit_are_refused(make_module: MakeModule, tmp_path: 
             encode(make_module(autoencoder=Autoencoder(wide)), data, tmp_path / name)
 
 
-def test_a_model_with_another_autoencoder_is_refused_before_training(make_module: MakeModule, tmp_path: Path) -> None:
 def test_shards_that_would_be_too_large_are_refused_by_the_first_batch(
     make_module: MakeModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -433,6 +433,7 @@ def test_shards_that_would_be_too_large_are_refused_by_the_first_batch(
         encode(module, folder_data(photos), tmp_path / "over", shard_size=int(said[1]) + 1, **options)
 
 
+def test_a_model_with_another_autoencoder_is_refused_before_training(make_module: MakeModule, tmp_path: Path) -> None:
     photos = photos_in(tmp_path / "photos", 12)
     module = make_module(conditioner=ClassTokens(2, token_dim=8, pooled_dim=8))
     out = encode(module, folder_data(photos), tmp_path / "cache")
@@ -445,6 +446,33 @@ def test_shards_that_would_be_too_large_are_refused_by_the_first_batch(
         with pytest.raises(ValueError, match=r"`data`: what .* holds was made by another autoencoder than the model's"):
             trainer(tmp_path).fit(stranger, LatentCacheDataModule(out))
     trainer(tmp_path, callbacks=[LossByNoise([0.5])]).validate(module, LatentCacheDataModule(out), verbose=False)
+
+
+def test_the_same_autoencoder_in_another_precision_is_no_other(make_module: MakeModule, tmp_path: Path) -> None:
+    photos, module = photos_in(tmp_path / "photos", 6), make_module(autoencoder=Autoencoder(tiny_taesd()))
+    model = module.autoencoder.model
+
+    def in_precision(dtype: Any, by: float = 0.0) -> Autoencoder:
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            next(copied.parameters()).flatten()[0] += by
+        return Autoencoder(copied, dtype=dtype)
+
+    def check(root: Path, autoencoder: Autoencoder) -> None:
+        check_encoded(LatentCacheDataModule(root), autoencoder, module.conditioner)
+
+    assert not torch.equal(next(in_precision("bfloat16").parameters()).float(), next(model.parameters()))
+    out = encode(module, folder_data(photos), tmp_path / "cache")
+    for dtype in ("bfloat16", "float16", "float32", "float64"):
+        check(out, in_precision(dtype))
+        with pytest.raises(ValueError, match="was made by another autoencoder"):
+            check(out, in_precision(dtype, by=0.1))
+    coarse = make_module(autoencoder=in_precision("bfloat16"))
+    out = encode(coarse, folder_data(photos), tmp_path / "coarse")
+    for dtype in ("bfloat16", "float32"):
+        check(out, in_precision(dtype))
+    with pytest.raises(ValueError, match=r"weights, their precision, scale .*by the same `dtype`"):
+        check(out, in_precision("float16"))
 
 
 def test_shapes_and_an_autoencoder_without_a_posterior(make_module: MakeModule, tmp_path: Path) -> None:

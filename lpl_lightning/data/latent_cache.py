@@ -242,6 +242,11 @@ class LatentCacheDataModule(ImageDataModule):
         """Fingerprints of the ``autoencoder`` and, or None, of the ``text`` encoders, which the model's must equal."""
         return {part: self.manifest[part]["fingerprint"] if self.manifest[part] else None for part in _ENCODERS}
 
+    @property
+    def encoded_by_rounded(self) -> Sequence[str]:
+        """Fingerprints of the autoencoder that encoded with its weights in lower precisions; they are its own too."""
+        return tuple(self.manifest.get("autoencoder_rounded", ()))
+
     def validation_captions(self) -> Iterator[str]:
         """The first caption of each validation image, in order."""
         if self.has_captions:
