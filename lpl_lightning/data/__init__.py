@@ -3,8 +3,9 @@
 Every data set here yields dictionaries; batches hold
 
 - ``image``: (B, 3, H, W) float32 in [-1, 1], of one size in a batch, square unless there are buckets;
-- ``latent`` (B, C, h, w) float32 in place of it, where images were encoded before: the mean of the autoencoder's scaled
-  latents, and ``latent_std`` of the same shape, where the posterior has a width;
+- ``latent`` (B, C, h, w) in place of it, where images were encoded before: the mean of the autoencoder's scaled
+  latents, and ``latent_std`` of the same shape, where the posterior has a width; both in the type that they are stored
+  in, float16 by default: ``LatentDiffusionModule`` makes them float32, a module of one's own calls ``.float()``;
 - ``label``: (B,) int64 class index, absent where there are no classes;
 - ``caption``: list of B strings, absent where there are none;
 - ``original_size``: (B, 2) int64, height and width of the image files in pixels, as they are seen upright;

@@ -4,7 +4,7 @@ A cache is a folder of ``manifest.json``, which says what made it and lists its 
 (``latent_shards``). Batches hold, in place of ``image``,
 
 - ``latent`` (B, C, h, w), mean of the autoencoder's scaled latents, and ``latent_std``, where the posterior has a width
-  and it was stored: ``LatentDiffusionModule`` draws from the two, anew each time;
+  and it was stored, both in the type stored: ``LatentDiffusionModule`` draws from the two in float32, anew each time;
 - ``text``, embeddings of the captions, where they were encoded too, in place of ``caption``;
 - ``label``, ``original_size``, ``crop_top_left`` and ``target_size`` as images have them.
 
