@@ -7,7 +7,7 @@ Two layouts are read; all text is UTF-8.
   row for each image: its path, relative to the file's folder, in the column ``file_name``, and captions in other
   columns. Several rows of one image, several columns, and in jsonl and Parquet a list of strings, are several captions.
   The file lies in the folder of the images; or in the one above it, so that it can serve ``train/`` and ``val/`` alike;
-  or, where that is said, anywhere, with paths relative to the folder of the images.
+  or, where that is said, anywhere, with paths relative to either of these folders.
 
 Captions lose white space at both ends; one of which nothing is left is none.
 """
@@ -85,14 +85,18 @@ def read_sidecars(paths: Sequence[str]) -> Captioned:
     return Captioned(captions, doubled, len(paths), "images whose text file is another's too")
 
 
-def read_metadata(folder: Path, paths: Iterable[str], columns: Sequence[str], place: Path | None = None) -> Captioned:
+def read_metadata(
+    folder: Path, paths: Iterable[str], columns: Sequence[str], place: Path | None = None, is_shared: bool = False
+) -> Captioned:
     """Read the table of a folder's images.
 
     Args:
         folder: The folder; the table is in it, or in the one above where it has none itself.
         paths: Images in the folder, at any depth; rows of other files are passed over.
         columns: Names of the columns that hold captions.
-        place: Another folder that the table is in. Its paths are then relative to ``folder``.
+        place: Another folder that the table is in. Its paths are then relative to ``folder``; or to the one above it,
+            if that is where the first that leads to a file does so.
+        is_shared: Take the table in ``place`` in the latter case alone, otherwise the folder's own.
 
     Returns:
         Captions row by row, in the order of the columns. A row that says of its image what others have said is doubled.
@@ -103,12 +107,16 @@ def read_metadata(folder: Path, paths: Iterable[str], columns: Sequence[str], pl
         ValueError: There are two, or one that is not UTF-8, cannot be parsed, lacks a column, or names files in the
             folder that are not there.
     """
-    table, prefix = _find_table(folder) if place is None else _table_in(place)
+    elsewhere = None if place is None else _table_in(place, folder, columns)
+    if elsewhere is not None and is_shared and not elsewhere[1]:
+        elsewhere = None  # its paths are of another folder alone
+    table, prefix = elsewhere or _find_table(folder)
     captions: dict[str, list[str]] = {path: [] for path in paths}
     known: dict[str, None] = {}
     absent: dict[str, None] = {}
     doubled, total = {}, 0
-    base = table.parent if place is None else folder
+    own = Path(os.path.abspath(folder))
+    base = own.parent if prefix else own
     for line, row in _rows(table, columns):
         known |= dict.fromkeys(row)
         if FILE_NAME not in row:
@@ -202,12 +210,21 @@ def _find_table(folder: Path) -> tuple[Path, str]:
     )
 
 
-def _table_in(place: Path) -> tuple[Path, str]:
+def _table_in(place: Path, folder: Path, columns: Sequence[str]) -> tuple[Path, str]:
+    """The table in a place, and what the names of a folder's images begin with in it."""
     table = _only_table(place)
     if table is None:
         raise FileNotFoundError(
             f"`caption_folder` must hold a table of captions, but none of {some(TABLES)} is in {place}."
         )
+    own = Path(os.path.abspath(folder))
+    for _, row in _rows(table, columns):
+        name = row.get(FILE_NAME)
+        if isinstance(name, str) and name:
+            if os.path.exists(own / name):
+                break
+            if os.path.exists(own.parent / name):
+                return table, own.name + os.sep
     return table, ""
 
 

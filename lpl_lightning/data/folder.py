@@ -69,7 +69,8 @@ class ImageFolderDataModule(ImageDataModule):
             captions: then sub-folders are classes.
         caption_column: Column of the captions in ``metadata``, or a list of such columns.
         caption_folder: Folder of the ``metadata`` of ``root`` where it is elsewhere, as ``lpl caption --out`` writes
-            it; its paths are then relative to ``root``.
+            it; its paths are then relative to ``root``, or to the folder above, and then a ``val_root`` and a
+            ``test_root`` beside ``root`` have theirs from it too.
         missing_captions: What becomes of images without a caption: ``raise`` an error before the first step, ``skip``
             them, or take them with an ``empty`` caption.
         num_generate: How many images ``lpl predict`` generates.
@@ -152,11 +153,12 @@ class ImageFolderDataModule(ImageDataModule):
 
     def _captioned(self, folder: Path, argument: str) -> list[str]:
         paths = images_below(folder, argument)
-        place = self.caption_folder if folder == self.root else None
+        is_beside = folder != self.root and folder.parent == self.root.parent
+        place = self.caption_folder if is_beside or folder == self.root else None
         if self.captions == "sidecar":
             found = read_sidecars(paths)
         else:
-            found = read_metadata(folder, paths, self.caption_columns, place)
+            found = read_metadata(folder, paths, self.caption_columns, place, is_beside)
         captions = found.texts
         self._left_out(found.doubled, found.total, found.what)
         paths = [path for path in paths if path not in found.doubled]

@@ -129,6 +129,29 @@ def test_a_table_may_lie_elsewhere(tmp_path: Path) -> None:
     assert list(module.validation_captions()) == ["old c"]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_table_elsewhere_serves_folders_beside_each_other(tmp_path: Path, order: int) -> None:
+    """As ``lpl caption photos --out captions`` writes it for ``photos/train`` and its like."""
+    names = ["train/1.png", "train/deep/2.png", "val/1.png", "held/1.png"]
+    photos = folder_of(tmp_path / "photos", *names)
+    (tmp_path / "captions").mkdir()
+    rows = [json.dumps({"file_name": name, "text": f"of {name}"}) + "\n" for name in names[::order]]
+    (tmp_path / "captions" / "metadata.jsonl").write_text("".join(rows))
+    place = tmp_path / "captions"
+    assert captions_of(photos / "train", caption_folder=place) == {
+        "1.png": ["of train/1.png"],
+        "deep/2.png": ["of train/deep/2.png"],
+    }
+    (photos / "metadata.jsonl").write_text('{"file_name": "val/1.png", "text": "old"}\n')
+    train, val, held = (photos / name for name in ("train", "val", "held"))
+    data = ImageFolderDataModule(train, 8, val, test_root=held, captions="metadata", caption_folder=place)
+    assert list(data.validation_captions()) == ["of val/1.png"]
+    assert data.dataset("test").captions == [("of held/1.png",)]
+    (photos / "train" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"but 1 in .* are not: train/1\.png\. Paths are relative to \S*photos;"):
+        captions_of(photos / "train", caption_folder=place)
+
+
 def test_a_place_without_tables_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`caption_folder`='x' needs `captions`: metadata, got 'sidecar'"):
         ImageFolderDataModule(tmp_path, 8, captions="sidecar", caption_folder="x")
