@@ -3,7 +3,8 @@ r"""Moving averages of the trained weights, with which models are evaluated, sam
 .. math:: \bar\theta_n = d_n \bar\theta_{n-1} + (1 - d_n) \theta_n, \quad \bar\theta_1 = \theta_1
 
 after the n-th update, in float32 whatever the precision of the weights, by ``torch.optim.swa_utils``. An average is
-kept of what is trained alone, by each process of its own shards.
+kept of what is trained alone, by each process of its own shards. That of a weight that is trained later than the rest
+begins with it; that of one that is trained no longer stays as it is.
 """
 
 from __future__ import annotations
@@ -120,16 +121,17 @@ class EMA(Callback):
 
     @torch.no_grad()
     def _update(self, pl_module: pl.LightningModule) -> None:
-        names, parameters = zip(*_trained(pl_module).items(), strict=True)
-        weights = [self._placed(local(parameter.detach()), parameter) for parameter in parameters]
+        weights = {
+            name: self._placed(local(parameter.detach()), parameter) for name, parameter in _trained(pl_module).items()
+        }
         for decay in (self.decay, *self.also):
-            updates = self._updates.get(decay, 0)
-            if decay not in self._averages:
-                self._averages[decay] = {name: weight.clone() for name, weight in zip(names, weights, strict=True)}
-            else:
-                averages = list(self._averages[decay].values())
+            averages, updates = self._averages.setdefault(decay, {}), self._updates.get(decay, 0)
+            # By name, since what is trained may change in a run, as where Lightning's BaseFinetuning unfreezes layers.
+            known = [name for name in weights if name in averages]
+            if known:
                 update: Any = get_ema_multi_avg_fn(self.decay_at(decay, updates))
-                update(averages, weights, updates)
+                update([averages[name] for name in known], [weights[name] for name in known], updates)
+            averages |= {name: weight.clone() for name, weight in weights.items() if name not in averages}
             self._updates[decay] = updates + 1
 
     def _placed(self, tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -142,7 +144,7 @@ class EMA(Callback):
         if self._kept is not None or chosen is None or chosen not in self._averages:
             return
         self._kept, self._kept_of = {}, ref(pl_module)
-        parameters = _trained(pl_module)
+        parameters = _parameters(pl_module)
         for name, average in self._averages[chosen].items():
             weight = local(parameters[name].detach())
             self._kept[name] = weight.to(self._device or weight.device, copy=True)
@@ -152,7 +154,7 @@ class EMA(Callback):
     def _put_back(self, pl_module: pl.LightningModule) -> None:
         """Put the weights back, if an average is in place."""
         if self._kept is not None and self._kept_of is not None and self._kept_of() is pl_module:
-            parameters = _trained(pl_module)
+            parameters = _parameters(pl_module)
             for name, weight in self._kept.items():
                 local(parameters[name].detach()).copy_(weight)
         self._kept = self._kept_of = None
@@ -174,7 +176,7 @@ class EMA(Callback):
         self._settle(pl_module)
 
     def _settle(self, pl_module: pl.LightningModule) -> None:
-        parameters = _trained(pl_module)
+        parameters = _parameters(pl_module)
         for averages in self._averages.values():
             for name, average in averages.items():
                 averages[name] = self._placed(average, parameters[name])
@@ -234,7 +236,7 @@ class EMA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the averages, and see to it that ``state_dict`` holds the weights as they were trained."""
-        parameters, saved = _trained(pl_module), checkpoint["state_dict"]
+        parameters, saved = _parameters(pl_module), checkpoint["state_dict"]
         in_shards = any(isinstance(tensor, DTensor) for tensor in saved.values())  # a folder of all processes' shards
         for name, weight in (self._kept or {}).items():
             shard = as_shard(weight, parameters[name])
@@ -291,6 +293,12 @@ def _trained(module: pl.LightningModule) -> dict[str, nn.Parameter]:
     """Parameters that are trained, by name, as shards where they are sharded."""
     reshard(module)
     return trained_parameters(module)
+
+
+def _parameters(module: pl.LightningModule) -> dict[str, nn.Parameter]:
+    """All parameters by name, likewise: what has an average may be frozen by now."""
+    reshard(module)
+    return dict(module.named_parameters())
 
 
 def _callback(trainer: pl.Trainer) -> EMA | None:

@@ -5,10 +5,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from test_fine_tuning import data, module
+from test_mixin import Foreign, fit
 from test_module import trainer
+from torch import nn
 
 from lpl_lightning import EMA, LatentDiffusionModule, LoRA, ShapesDataModule
 from lpl_lightning.callbacks.ema import decay_in_place as in_place
@@ -315,3 +317,49 @@ def test_a_second_run_goes_on_from_the_weights_and_leaves_other_modules_alone(tm
     begin = key(other)
     trainer(tmp_path, max_steps=1, callbacks=[ema, watch], limit_val_batches=0).fit(other, data())
     assert torch.equal(watch.begins[2], begin)
+
+
+class Unfreeze(BaseFinetuning):
+    """Trains the last convolution in the first two epochs, both in the third, and the first one from the fourth on."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.first)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 2:
+            self.unfreeze_and_add_param_group(pl_module.first, optimizer)
+        elif epoch == 3:
+            pl_module.net.requires_grad_(False)
+
+
+class Two(Foreign):
+    """A module that is not ours, with a layer to unfreeze."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 4, 1)
+
+    def training_step(self, z0: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return super().training_step(self.first(z0), batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([parameter for parameter in self.parameters() if parameter.requires_grad], lr=0.1)
+
+
+def test_layers_that_are_unfrozen_and_frozen_in_a_run(tmp_path: Path) -> None:
+    """By Lightning's own callback, two steps an epoch; each average is of the steps in which its weight was trained."""
+    weights: dict[str, list[torch.Tensor]] = {"net.weight": [], "first.weight": []}
+
+    class Record(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            for name, steps in weights.items():
+                steps.append(pl_module.get_parameter(name).detach().clone())
+
+    trained = Two()
+    fit(trained, tmp_path, EMA(decay=0.5), Unfreeze(), Record(), steps=8)
+    net, first = weights["net.weight"], weights["first.weight"]
+    assert torch.equal(first[0], first[3])
+    assert not torch.equal(first[3], first[4])
+    assert torch.equal(net[5], net[7])
+    torch.testing.assert_close(trained.net.weight.detach(), naive(net[:6], [0.5] * 5), atol=1e-7, rtol=0)
+    torch.testing.assert_close(trained.first.weight.detach(), naive(first[4:], [0.5] * 3), atol=1e-7, rtol=0)
