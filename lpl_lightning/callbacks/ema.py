@@ -236,20 +236,20 @@ class EMA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the averages, and see to it that ``state_dict`` holds the weights as they were trained."""
-        parameters, saved = _parameters(pl_module), checkpoint["state_dict"]
+        parameters, names, saved = _parameters(pl_module), _names(pl_module), checkpoint["state_dict"]
         in_shards = any(isinstance(tensor, DTensor) for tensor in saved.values())  # a folder of all processes' shards
         for name, weight in (self._kept or {}).items():
             shard = as_shard(weight, parameters[name])
             kept = shard if in_shards else whole(shard)
-            if name in saved:
-                saved[name] = kept.to(saved[name].device)
+            saved |= {one: kept.to(saved[one].device) for one in names[name] if one in saved}
         if self._averages:
             checkpoint[AVERAGES] = {str(decay): {} for decay in self._averages}
         for decay, averages in self._averages.items():
             for name, average in averages.items():
                 full = whole(as_shard(average, parameters[name]))
                 if trainer.is_global_zero:
-                    checkpoint[AVERAGES][str(decay)][name] = full.cpu()
+                    others = [one for one in names[name] if one in saved]
+                    checkpoint[AVERAGES][str(decay)] |= dict.fromkeys([name, *others], full.cpu())
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -299,6 +299,14 @@ def _parameters(module: pl.LightningModule) -> dict[str, nn.Parameter]:
     """All parameters by name, likewise: what has an average may be frozen by now."""
     reshard(module)
     return dict(module.named_parameters())
+
+
+def _names(module: pl.LightningModule) -> dict[str, list[str]]:
+    """All names of each parameter by the first: a tied weight has several, and ``state_dict`` holds it under each."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {of_one[0]: of_one for of_one in names.values()}
 
 
 def _callback(trainer: pl.Trainer) -> EMA | None:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lpl_lightning.autoencoder_module import AutoencoderModule
 from lpl_lightning.callbacks.ema import decay_in_place
@@ -46,10 +47,14 @@ class SaveWeights(Callback):
             return
         folder.mkdir(parents=True, exist_ok=True)
         dtype = getattr(torch, self.dtype)
-        state = {
-            name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-            for name, tensor in module.state_dict().items()
-        }
+        state: dict[str, Tensor] = {}
+        storages: set[int] = set()
+        for name, tensor in module.state_dict().items():
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            written = tensor.detach().to("cpu", kind).contiguous()
+            storage = written.untyped_storage().data_ptr()
+            state[name] = written.clone() if storage in storages else written  # safetensors refuses tied weights
+            storages.add(storage)
         save_file(state, folder / self.filename, _metadata(trainer, pl_module))
         rank_zero_info(f"Weights saved in {folder / self.filename}")
 

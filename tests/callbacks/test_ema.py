@@ -14,6 +14,9 @@ from torch import nn
 
 from lpl_lightning import EMA, LatentDiffusionModule, LoRA, ShapesDataModule
 from lpl_lightning.callbacks.ema import decay_in_place as in_place
+from lpl_lightning.conditioning import Condition
+from lpl_lightning.denoiser import Denoiser
+from lpl_lightning.pretrained import read_state
 
 
 def key(m: LatentDiffusionModule) -> torch.Tensor:
@@ -363,3 +366,51 @@ def test_layers_that_are_unfrozen_and_frozen_in_a_run(tmp_path: Path) -> None:
     assert torch.equal(net[5], net[7])
     torch.testing.assert_close(trained.net.weight.detach(), naive(net[:6], [0.5] * 5), atol=1e-7, rtol=0)
     torch.testing.assert_close(trained.first.weight.detach(), naive(first[4:], [0.5] * 3), atol=1e-7, rtol=0)
+
+
+class TiedNet(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.second.weight = self.first.weight
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.second(self.first(z).relu())
+        return found
+
+
+class TiedDenoiser(Denoiser):
+    def forward(self, z_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        found: torch.Tensor = self.backbone(z_t)
+        return found
+
+
+def tied(**options: Any) -> LatentDiffusionModule:
+    torch.manual_seed(0)
+    return module(denoiser=TiedDenoiser(TiedNet()), **options)
+
+
+def test_a_tied_weight_is_one_under_all_its_names(tmp_path: Path) -> None:
+    """In checkpoints from the middle of a run and from its end, as it was trained and averaged."""
+    steps: list[torch.Tensor] = []
+
+    class Record(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            steps.append(pl_module.denoiser.backbone.first.weight.detach().clone())
+            if len(steps) == 3:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    run = trainer(tmp_path, max_steps=3, callbacks=[EMA(decay=0.5), Record()], limit_val_batches=0)
+    run.fit(tied(), data())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    average = naive(steps, [0.5] * 2)
+    assert not torch.equal(average, steps[-1])
+    for source in (str(tmp_path / "middle.ckpt"), str(tmp_path / "end.ckpt")):
+        for ema, wanted in ((None, steps[-1]), (0.5, average)):
+            found = read_state(source, ema)
+            torch.testing.assert_close(found["denoiser.backbone.first.weight"], wanted, atol=1e-7, rtol=0)
+            torch.testing.assert_close(found["denoiser.backbone.second.weight"], wanted, atol=1e-7, rtol=0)
+            weight: torch.Tensor = tied(weights=source, weights_ema=ema).denoiser.backbone.second.weight
+            torch.testing.assert_close(weight.detach(), wanted, atol=1e-7, rtol=0)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from test_ema import tied
 from test_mixin import Foreign, fit
 from test_module import trainer
 
@@ -38,6 +39,15 @@ def test_saved_weights_are_the_trained_ones(
     for name, tensor in state.items():
         assert saved[name].dtype == getattr(torch, dtype)
         torch.testing.assert_close(saved[name].float(), tensor, atol=1e-3 if dtype == "float16" else 0, rtol=0)
+
+
+def test_a_tied_weight_is_saved_under_both_names(tmp_path: Path) -> None:
+    module = tied()
+    trainer(tmp_path, callbacks=[SaveWeights()]).fit(module, small_data())
+    saved = read_state(str(tmp_path / "weights.safetensors"))
+    assert saved.keys() == module.state_dict().keys()
+    for layer in ("first", "second"):
+        assert torch.equal(saved[f"denoiser.backbone.{layer}.weight"], module.denoiser.backbone.first.weight)
 
 
 def test_saved_autoencoder_is_scaled_and_loads(tmp_path: Path) -> None:
