@@ -276,16 +276,19 @@ class EMA(Callback):
                 + (f"holds those of {names}: choose one of them" if names else "holds none: leave EMA out")
                 + ", or take `--ema trained` (EMA's `evaluate`) for the weights as they were trained."
             )
-        self._averages, parameters = {}, _trained(pl_module)
+        self._averages, parameters, trained = {}, _parameters(pl_module), _trained(pl_module)
         for decay in wanted:
-            if missing := sorted(set(parameters) - set(found[decay])):
+            own = found[decay]
+            if missing := sorted(set(trained) - set(own)):
                 raise ValueError(
                     f"The checkpoint's average of decay {decay} lacks {len(missing)} weights that are trained here, "
                     f"such as {missing[0]!r}: give the `fine_tuning` that it was trained with."
                 )
-            own = found[decay]
+            # Of what is frozen here too, since more may have been trained there.
             self._averages[decay] = {
-                name: local(shard_like(own[name], like, torch.float32)).clone() for name, like in parameters.items()
+                name: local(shard_like(own[name], like, torch.float32)).clone()
+                for name, like in parameters.items()
+                if name in own
             }
 
 

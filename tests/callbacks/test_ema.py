@@ -12,7 +12,7 @@ from test_mixin import Foreign, fit
 from test_module import trainer
 from torch import nn
 
-from lpl_lightning import EMA, LatentDiffusionModule, LoRA, ShapesDataModule
+from lpl_lightning import EMA, Freeze, LatentDiffusionModule, LoRA, ShapesDataModule
 from lpl_lightning.callbacks.ema import decay_in_place as in_place
 from lpl_lightning.conditioning import Condition
 from lpl_lightning.denoiser import Denoiser
@@ -414,3 +414,24 @@ def test_a_tied_weight_is_one_under_all_its_names(tmp_path: Path) -> None:
             torch.testing.assert_close(found["denoiser.backbone.second.weight"], wanted, atol=1e-7, rtol=0)
             weight: torch.Tensor = tied(weights=source, weights_ema=ema).denoiser.backbone.second.weight
             torch.testing.assert_close(weight.detach(), wanted, atol=1e-7, rtol=0)
+
+
+def test_a_config_that_freezes_more_evaluates_the_whole_average(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=3, callbacks=[EMA(decay=0.5)], limit_val_batches=0)
+    run.fit(trained := module(), data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    average = read_state(str(tmp_path / "a.ckpt"), 0.5)
+    seen: dict[str, torch.Tensor] = {}
+
+    class Look(Callback):
+        def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.update({name: tensor.clone() for name, tensor in pl_module.state_dict().items()})
+
+    frozen = module(fine_tuning=Freeze(["transformer_blocks.0.*", "pos_embed*"]))
+    evaluation = trainer(tmp_path, callbacks=[EMA(decay=0.5), Look()])
+    evaluation.validate(frozen, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
+    as_trained = read_state(str(tmp_path / "a.ckpt"))
+    assert seen.keys() == average.keys() == trained.state_dict().keys()
+    for name, tensor in seen.items():
+        torch.testing.assert_close(tensor, average[name], atol=0, rtol=0)
+        torch.testing.assert_close(frozen.state_dict()[name], as_trained[name], atol=0, rtol=0)
