@@ -124,6 +124,7 @@ class AutoencoderModule(RebuiltModule):
         check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
         if self._trainer is not None and self.trainer.state.fn == "fit":
             check_optimizer(self.configure_optimizers(), checkpoint)
+        super().on_load_checkpoint(checkpoint)
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstruct images from the mean of their posterior: (B, 3, H, W) in [-1, 1] in and out."""

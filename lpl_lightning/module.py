@@ -238,6 +238,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
                 f"The checkpoint's model was trained for something else: {'; '.join(differ)}. "
                 "Give the noise process and the autoencoder that it was trained with."
             )
+        super().on_load_checkpoint(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the weights mean, which their shapes do not tell, and the seed to go on with."""
@@ -245,6 +246,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         checkpoint[DRAW_SEED] = self._draw_seed
         if self.base is not None:
             checkpoint[BASE] = self.base
+        super().on_save_checkpoint(checkpoint)
 
     def meaning(self) -> dict[str, Any]:
         """What the weights mean: what the denoiser predicts, of which noise, and how latents are scaled."""

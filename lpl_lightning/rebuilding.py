@@ -21,6 +21,7 @@ from typing import Any, Self, get_type_hints
 import diffusers
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lpl_lightning.autoencoder import Autoencoder
@@ -33,7 +34,7 @@ from lpl_lightning.sampling import Sampler
 from lpl_lightning.text_encoders import TextEncoder
 from lpl_lightning.times import TimeDistribution
 
-__all__ = ["INSTANTIATORS", "RebuiltModule", "check_config"]
+__all__ = ["INSTANTIATORS", "RebuiltModule", "WeightsCallback", "check_config"]
 
 INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
 """What the command line's checkpoints say that they are built by."""
@@ -56,12 +57,39 @@ _PACKAGES = ("lpl_lightning", "diffusers", "torch.optim")
 _PATH = re.compile(r"([A-Za-z_]\w*)(\.[A-Za-z_]\w*)+")
 
 
+class WeightsCallback(Callback):
+    """A callback whose part of a checkpoint belongs to the weights, also to weights that are saved alone.
+
+    Lightning asks no callback then (``save_weights_only``), but always the module: a ``RebuiltModule`` asks these.
+    """
+
+
 class RebuiltModule(pl.LightningModule, ABC):
-    """A LightningModule that runs nothing that a checkpoint's config names, when it is made of one."""
+    """A LightningModule that runs nothing that a checkpoint's config names, when it is made of one.
+
+    Checkpoints of its weights alone hold the parts of ``WeightsCallback``, which have them back when they are loaded.
+    """
 
     @abstractmethod
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step of training."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Have those callbacks add their parts that Lightning does not ask."""
+        for callback in self._unasked(checkpoint):
+            callback.on_save_checkpoint(self.trainer, self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let those callbacks have their parts that Lightning does not give them."""
+        for callback in self._unasked(checkpoint):
+            callback.on_load_checkpoint(self.trainer, self, checkpoint)
+
+    def _unasked(self, checkpoint: Mapping[str, Any]) -> list[WeightsCallback]:
+        # Where Lightning asks callbacks, it has written down their states by then.
+        if self._trainer is None or "callbacks" in checkpoint:
+            return []
+        callbacks: list[Any] = getattr(self.trainer, "callbacks", [])
+        return [callback for callback in callbacks if isinstance(callback, WeightsCallback)]
 
     @classmethod
     def load_from_checkpoint(

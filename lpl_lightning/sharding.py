@@ -32,6 +32,7 @@ __all__ = [
     "reshard",
     "shard",
     "shard_like",
+    "sharded_parameters",
     "trained_parameters",
     "unsharded",
     "whole",
@@ -94,6 +95,12 @@ def original_class(part: object) -> type:
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that are trained, by name, as shards or whole as they are."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def sharded_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by name, each once, as shards where they are sharded."""
+    reshard(module)
+    return dict(module.named_parameters())
 
 
 def reshard(module: nn.Module) -> None:

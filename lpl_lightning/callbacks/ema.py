@@ -16,7 +16,6 @@ from weakref import ref
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -27,7 +26,8 @@ from lpl_lightning.arguments import at_least
 from lpl_lightning.callbacks.counting import optimizer_steps
 from lpl_lightning.callbacks.step_guard import last_step_skipped
 from lpl_lightning.pretrained import AVERAGES, averaged_by, averages_of
-from lpl_lightning.sharding import as_shard, load_whole, local, reshard, shard_like, trained_parameters, whole
+from lpl_lightning.rebuilding import RebuiltModule, WeightsCallback
+from lpl_lightning.sharding import as_shard, load_whole, local, shard_like, sharded_parameters, whole
 
 __all__ = ["EMA", "averaged", "decay_in_place"]
 
@@ -35,14 +35,16 @@ Averages = dict[str, Tensor]
 """By names of parameters: what this process has of them, float32."""
 
 
-class EMA(Callback):
+class EMA(WeightsCallback):
     r"""Exponential moving averages :math:`\bar\theta \leftarrow d \bar\theta + (1 - d) \theta` of the trained weights.
 
     The average of ``decay``, or of ``evaluate``, is in place of the weights wherever they are looked at: in validation,
     in test and prediction from a checkpoint that holds it, in ``SampleGrid`` and ``Evaluation``, and from the end of
     training on, for export. Before its first update there is none. Checkpoints hold the weights as they were trained,
     whatever is in place, and all averages beside them: for ``weights_ema``, for ``--ema`` of ``lpl validate``,
-    ``test``, ``predict``, ``sweep`` and ``export``, and for a run that goes on.
+    ``test``, ``predict``, ``sweep`` and ``export``, and for a run that goes on. Checkpoints of weights alone hold both
+    too, where the module is one of this package. With another, ``ModelCheckpoint(save_weights_only=True)`` is refused,
+    as Lightning asks no callback then, and ``save_checkpoint(weights_only=True)`` saves what is in place.
 
     Args:
         decay: d, for one optimizer step. The paper finds 0.99975 best with LPL and 0.9999 without (Berrada et al.,
@@ -105,6 +107,14 @@ class EMA(Callback):
                 "EMA out."
             )
         if stage == "fit":
+            callbacks: list[Any] = trainer.checkpoint_callbacks
+            alone = [type(one).__name__ for one in callbacks if getattr(one, "save_weights_only", False)]
+            if alone and not isinstance(pl_module, RebuiltModule):
+                raise ValueError(
+                    f"{alone[0]} has `save_weights_only`, and Lightning asks no callback for its part of such "
+                    f"checkpoints: those of a {type(pl_module).__name__} would lack the averages of EMA, and hold one "
+                    "in the place of the weights once training has ended. Leave `save_weights_only` out."
+                )
             self._put_back(pl_module)
             self._averages, self._updates, self._latest_step = {}, {}, 0
 
@@ -144,7 +154,7 @@ class EMA(Callback):
         if self._kept is not None or chosen is None or chosen not in self._averages:
             return
         self._kept, self._kept_of = {}, ref(pl_module)
-        parameters = _parameters(pl_module)
+        parameters = sharded_parameters(pl_module)
         for name, average in self._averages[chosen].items():
             weight = local(parameters[name].detach())
             self._kept[name] = weight.to(self._device or weight.device, copy=True)
@@ -154,7 +164,7 @@ class EMA(Callback):
     def _put_back(self, pl_module: pl.LightningModule) -> None:
         """Put the weights back, if an average is in place."""
         if self._kept is not None and self._kept_of is not None and self._kept_of() is pl_module:
-            parameters = _parameters(pl_module)
+            parameters = sharded_parameters(pl_module)
             for name, weight in self._kept.items():
                 local(parameters[name].detach()).copy_(weight)
         self._kept = self._kept_of = None
@@ -176,7 +186,7 @@ class EMA(Callback):
         self._settle(pl_module)
 
     def _settle(self, pl_module: pl.LightningModule) -> None:
-        parameters = _parameters(pl_module)
+        parameters = sharded_parameters(pl_module)
         for averages in self._averages.values():
             for name, average in averages.items():
                 averages[name] = self._placed(average, parameters[name])
@@ -236,7 +246,7 @@ class EMA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the averages, and see to it that ``state_dict`` holds the weights as they were trained."""
-        parameters, names, saved = _parameters(pl_module), _names(pl_module), checkpoint["state_dict"]
+        parameters, names, saved = sharded_parameters(pl_module), _names(pl_module), checkpoint["state_dict"]
         in_shards = any(isinstance(tensor, DTensor) for tensor in saved.values())  # a folder of all processes' shards
         for name, weight in (self._kept or {}).items():
             shard = as_shard(weight, parameters[name])
@@ -276,7 +286,7 @@ class EMA(Callback):
                 + (f"holds those of {names}: choose one of them" if names else "holds none: leave EMA out")
                 + ", or take `--ema trained` (EMA's `evaluate`) for the weights as they were trained."
             )
-        self._averages, parameters, trained = {}, _parameters(pl_module), _trained(pl_module)
+        self._averages, parameters, trained = {}, sharded_parameters(pl_module), _trained(pl_module)
         for decay in wanted:
             own = found[decay]
             if missing := sorted(set(trained) - set(own)):
@@ -294,14 +304,7 @@ class EMA(Callback):
 
 def _trained(module: pl.LightningModule) -> dict[str, nn.Parameter]:
     """Parameters that are trained, by name, as shards where they are sharded."""
-    reshard(module)
-    return trained_parameters(module)
-
-
-def _parameters(module: pl.LightningModule) -> dict[str, nn.Parameter]:
-    """All parameters by name, likewise: what has an average may be frozen by now."""
-    reshard(module)
-    return dict(module.named_parameters())
+    return {name: parameter for name, parameter in sharded_parameters(module).items() if parameter.requires_grad}
 
 
 def _names(module: pl.LightningModule) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from test_fine_tuning import data, module
 from test_mixin import Foreign, fit
 from test_module import trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lpl_lightning import EMA, Freeze, LatentDiffusionModule, LoRA, ShapesDataModule
 from lpl_lightning.callbacks.ema import decay_in_place as in_place
@@ -435,3 +436,33 @@ def test_a_config_that_freezes_more_evaluates_the_whole_average(tmp_path: Path) 
     for name, tensor in seen.items():
         torch.testing.assert_close(tensor, average[name], atol=0, rtol=0)
         torch.testing.assert_close(frozen.state_dict()[name], as_trained[name], atol=0, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+def test_checkpoints_of_weights_alone_hold_both_too(tmp_path: Path) -> None:
+    """Each step's, one that is first written once the average is in place, and one by hand; they can be evaluated."""
+    trained, watch = module(), Watch()
+    saving = [
+        ModelCheckpoint(dirpath=tmp_path, filename="step", every_n_train_steps=3, save_weights_only=True),
+        ModelCheckpoint(dirpath=tmp_path, filename="end", every_n_epochs=9, save_last=True, save_weights_only=True),
+    ]
+    options: dict[str, Any] = {"enable_checkpointing": True, "limit_val_batches": 0}
+    run = trainer(tmp_path, max_steps=3, callbacks=[EMA(decay=0.5), watch, *saving], **options)
+    run.fit(trained, data())
+    run.save_checkpoint(tmp_path / "hand.ckpt", weights_only=True)
+    average = naive(watch.steps, [0.5] * 2)
+    assert not torch.equal(average, watch.steps[-1])
+    for name in ("step", "last", "hand"):
+        source = str(tmp_path / f"{name}.ckpt")
+        assert "callbacks" not in torch.load(source, weights_only=True)
+        assert torch.equal(key(module(weights=source)), watch.steps[-1])
+        torch.testing.assert_close(key(module(weights=source, weights_ema=0.5)), average, atol=1e-7, rtol=0)
+        seen, other = Watch(), module()
+        evaluation = trainer(tmp_path, callbacks=[EMA(decay=0.5), seen])
+        evaluation.validate(other, data(), ckpt_path=source, verbose=False, weights_only=True)
+        torch.testing.assert_close(seen.validated[0], average, atol=1e-7, rtol=0)
+        assert torch.equal(key(other), watch.steps[-1])
+    torch.testing.assert_close(key(trained), average, atol=1e-7, rtol=0)
+    run = trainer(tmp_path, callbacks=[EMA(decay=0.5), saving[0]], **options)
+    with pytest.raises(ValueError, match=r"ModelCheckpoint has `save_weights_only`.* of a Foreign would lack"):
+        run.fit(Foreign(), DataLoader(cast(Any, torch.zeros(4, 4, 4, 4)), batch_size=4))
