@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpl_lightning.arguments import check_divides
 from lpl_lightning.autoencoder import Autoencoder
@@ -81,7 +81,8 @@ class GeneratingModule(RebuiltModule):
         """Generate images.
 
         Args:
-            seeds: One seed an image; the same seed, condition and weights give the same image in any batch.
+            seeds: One seed an image; the same seed, condition and weights give the same image in any batch, also while
+                the module is in training mode.
             labels: (B,) classes, for a model that goes by them; none for an unconditional one.
             captions: B captions, for a model that goes by them.
             image_size: Side of the images, in pixels; by default the data's, and without data that which the backbone
@@ -113,7 +114,7 @@ class GeneratingModule(RebuiltModule):
     def sample_latents(
         self, z_start: Tensor, batch: Mapping[str, Any], generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:
-        """Sample latents.
+        """Sample latents, in eval mode: without dropout, whatever mode the module is in.
 
         Args:
             z_start: Standard normal noise (B, C, h, w).
@@ -127,11 +128,24 @@ class GeneratingModule(RebuiltModule):
         # Without classes the condition is the null condition, and there is nothing to guide by.
         unconditional = self.conditioner.num_classes == 0
         null_of_all = torch.ones(size, dtype=torch.bool)
-        return self.sampler(
-            self.denoiser,
-            self.noise,
-            z_start,
-            self.conditioner(batch, size),
-            None if unconditional else self.conditioner(batch, size, drop=null_of_all),
-            generators,
-        )
+        with _evaluating(self):
+            return self.sampler(
+                self.denoiser,
+                self.noise,
+                z_start,
+                self.conditioner(batch, size),
+                None if unconditional else self.conditioner(batch, size, drop=null_of_all),
+                generators,
+            )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Have a module in eval mode for a while; each of its parts is then in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

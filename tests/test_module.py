@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import image_batch, tiny_kl, tiny_sd3
+from conftest import image_batch, tiny_dit, tiny_kl, tiny_sd3
 from diffusers import DDPMScheduler
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import save_file
@@ -236,6 +236,21 @@ def test_images_depend_on_seed_label_and_weights_alone(make_module: MakeModule) 
     torch.testing.assert_close(together[1:2], module.generate([4], [1]), atol=1e-4, rtol=1e-3)
     assert not torch.allclose(module.generate([4], [1]), module.generate([4], [2]))
     assert module.generate([], []).shape == (0, 3, 16, 16)
+
+
+def test_images_in_training_mode_are_those_of_eval_mode(make_module: MakeModule) -> None:
+    """Without dropout; and parts of either mode stay in it."""
+    module = make_module(dit=True, denoiser=tiny_dit(dropout=0.5))
+    with torch.no_grad():
+        for parameter in module.denoiser.parameters():
+            parameter.normal_(std=0.2)  # a new DiT ends in zeros
+    wanted = copy.deepcopy(module).eval().generate([3, 4], [0, 1])
+    module.train()
+    module.denoiser.backbone.transformer_blocks[0].eval()
+    modes = {name: part.training for name, part in module.named_modules()}
+    torch.testing.assert_close(module.generate([3, 4], [0, 1]), wanted, atol=0, rtol=0)
+    assert set(modes.values()) == {True, False}
+    assert modes == {name: part.training for name, part in module.named_modules()}
 
 
 def test_sampling_during_training_does_not_change_it(

@@ -109,8 +109,6 @@ class SampleGrid(Callback):
         self._last_step = step
         requests = self._requests(trainer, pl_module)
         asked = [requests[i] for i in range(self.num_images)]
-        modes = {module: module.training for module in pl_module.modules()}
-        pl_module.eval()
         images = []
         with averaged(trainer, pl_module), unsharded(pl_module):
             for start in range(0, self.num_images, self.batch_size):
@@ -118,8 +116,6 @@ class SampleGrid(Callback):
                 captions = [r["caption"] for r in part if "caption" in r] or None
                 with trainer.precision_plugin.forward_context():  # as in `lpl predict`
                     images.append(pl_module.generate([r["seed"] for r in part], [r["label"] for r in part], captions))
-        for module, training in modes.items():
-            module.training = training
         drawn = torch.cat(images)
         if bad := not_finite(drawn):
             seeds = some(asked[i]["seed"] for i in bad)

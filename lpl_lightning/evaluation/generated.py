@@ -208,7 +208,7 @@ def generate(
     what was there already.
 
     Args:
-        module: What generates them; its training mode is put back.
+        module: What generates them, whatever mode it is in.
         requests: Images asked for.
         folder: Where to.
         batch_size: Images generated at once.
@@ -229,27 +229,21 @@ def generate(
     own = missing[rank::world_size]
     rounds = math.ceil(len(missing) / (world_size * batch_size))
     done = len(requests) - len(missing)
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with tqdm(total=len(requests), initial=done, desc="Images", disable=not progress) as bar:
-            for number in range(rounds):
-                # A sharded model runs on all processes or on none: who has nothing left makes an image once more.
-                batch = own[number * batch_size : (number + 1) * batch_size]
-                asked = [requests[image] for image in batch or missing[:1]]
-                labels = [request["label"] if by_label else 0 for request in asked]
-                texts = [request["caption"] for request in asked if "caption" in request] if captions else None
-                seeds = [request["seed"] for request in asked]
-                with torch.no_grad(), precision():
-                    images = to_uint8(module.generate(seeds, labels, texts), [f"seed {seed}" for seed in seeds])
-                for position in range(len(batch)):
-                    caption = texts[position] if texts else None
-                    folder.write(images[position], batch[position], labels[position], caption)
-                done += min(len(asked) * world_size, len(requests) - done)
-                bar.update(done - bar.n)
-    finally:
-        for part, training in modes.items():
-            part.training = training
+    with tqdm(total=len(requests), initial=done, desc="Images", disable=not progress) as bar:
+        for number in range(rounds):
+            # A sharded model runs on all processes or on none: who has nothing left makes an image once more.
+            batch = own[number * batch_size : (number + 1) * batch_size]
+            asked = [requests[image] for image in batch or missing[:1]]
+            labels = [request["label"] if by_label else 0 for request in asked]
+            texts = [request["caption"] for request in asked if "caption" in request] if captions else None
+            seeds = [request["seed"] for request in asked]
+            with torch.no_grad(), precision():
+                images = to_uint8(module.generate(seeds, labels, texts), [f"seed {seed}" for seed in seeds])
+            for position in range(len(batch)):
+                caption = texts[position] if texts else None
+                folder.write(images[position], batch[position], labels[position], caption)
+            done += min(len(asked) * world_size, len(requests) - done)
+            bar.update(done - bar.n)
     barrier()
 
 
