@@ -63,7 +63,7 @@ class SaveAutoencoder(Callback):
     """At the end of ``fit``, write the autoencoder as a diffusers ``save_pretrained`` folder.
 
     ``shift_factor`` and ``scaling_factor`` are set from the latents of the last validation, so that the scaled
-    latents have zero mean and unit variance.
+    latents have zero mean and unit variance; ``latents_mean`` and ``latents_std`` by channel are taken out.
 
     Args:
         dirname: Folder inside the run's folder.
@@ -95,7 +95,9 @@ class SaveAutoencoder(Callback):
             rank_zero_info("SaveAutoencoder: no validation has run, so the latents' scale is left as it was.")
         else:
             mean, std = pl_module.latent_statistics()
-            pl_module.autoencoder.register_to_config(shift_factor=mean, scaling_factor=1.0 / std)
+            # Numbers by channel, which it may have come with, would be read in the place of these.
+            former = {key: None for key in ("latents_mean", "latents_std") if key in pl_module.autoencoder.config}
+            pl_module.autoencoder.register_to_config(shift_factor=mean, scaling_factor=1.0 / std, **former)
         if trainer.is_global_zero:
             model = copy.deepcopy(pl_module.autoencoder).to("cpu", getattr(torch, self.dtype))
             model.save_pretrained(folder / self.dirname)

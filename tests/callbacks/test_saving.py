@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_kl
 from diffusers import AutoencoderKL
 from test_ema import tied
 from test_mixin import Foreign, fit
@@ -62,6 +63,16 @@ def test_saved_autoencoder_is_scaled_and_loads(tmp_path: Path) -> None:
     loaded = Autoencoder(str(tmp_path / "autoencoder"), sample_posterior=False)
     assert loaded.encode(images).std().item() == pytest.approx(1, abs=0.02)
     torch.testing.assert_close(loaded.decode(loaded.encode(images)), module(images), atol=1e-4, rtol=1e-4)
+
+
+def test_the_measured_scale_takes_the_place_of_one_by_channel(tmp_path: Path) -> None:
+    module = AutoencoderModule(tiny_kl(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[5.0] * 4))
+    run = trainer(tmp_path, max_steps=4, max_epochs=1, limit_val_batches=2, callbacks=[SaveAutoencoder()])
+    run.fit(module, small_data())
+    images = torch.stack([small_data().dataset("val")[i]["image"] for i in range(16)])
+    latents = Autoencoder(str(tmp_path / "autoencoder"), sample_posterior=False).encode(images)
+    assert latents.mean().item() == pytest.approx(0, abs=0.02)
+    assert latents.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_a_module_without_autoencoder_training_is_refused(tmp_path: Path) -> None:
