@@ -122,7 +122,11 @@ class _Classes(Conditioner):
     anchor: Tensor
 
     def labels(self, batch: Mapping[str, Any], batch_size: int, drop: Tensor | None) -> Tensor:
-        """Class labels (B,) with the null label where dropped, or for all where there are no classes."""
+        """Class labels (B,) with the null label where dropped, or for all where there are no classes.
+
+        Raises:
+            ValueError: The batch has no classes, another number of them, or one that is not known.
+        """
         null = torch.full((batch_size,), self.num_classes, device=self.anchor.device)
         if self.num_classes == 0 or (drop is not None and bool(drop.all())):
             return null
@@ -132,6 +136,11 @@ class _Classes(Conditioner):
                 f"`num_classes`={self.num_classes}. Use data with classes, or `num_classes`: 0."
             )
         labels = torch.as_tensor(batch["label"])
+        if labels.shape != (batch_size,):
+            raise ValueError(
+                f"`label` of the batch must hold a class for each of its {batch_size} samples, ({batch_size},), got "
+                f"{tuple(labels.shape)}: give as many labels as images."
+            )
         # Looked at only where that costs no wait for an accelerator; ``check`` compares the counts before training.
         if labels.device.type == "cpu" and len(labels) and int(labels.max()) >= self.num_classes:
             raise ValueError(

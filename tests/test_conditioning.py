@@ -66,3 +66,13 @@ def test_data_that_do_not_fit_are_refused() -> None:
         ClassLabels(5, dropout=1.5)
     with pytest.raises(ValueError, match="`num_classes` must be 0"):
         ClassLabels(-1)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([1]), torch.tensor(1), torch.zeros(4, 1).long(), torch.arange(5) % 3])
+def test_labels_of_another_number_than_samples_are_refused(labels: torch.Tensor) -> None:
+    said = r"`label` of the batch must hold a class for each of its 4 samples, \(4,\), got \("
+    for conditioner in (ClassLabels(3), ClassTokens(3, token_dim=8)):
+        with pytest.raises(ValueError, match=said):
+            conditioner({"label": labels}, 4)
+        with pytest.raises(ValueError, match=said):
+            conditioner({"label": labels}, 4, torch.tensor([True, False, False, True]))
