@@ -29,7 +29,8 @@ class SaveWeights(Callback):
     """At the end of ``fit``, write the trained weights as one safetensors file, for ``weights`` of another run.
 
     Args:
-        filename: Name of the file inside the run's folder.
+        filename: Name of the file inside the run's folder; it may lie in a folder of its own, such as
+            ``final/weights.safetensors``, which is made.
         dtype: Precision of the saved weights.
     """
 
@@ -45,7 +46,8 @@ class SaveWeights(Callback):
         module = gathered(pl_module, keep=trainer.is_global_zero)
         if module is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.filename
+        path.parent.mkdir(parents=True, exist_ok=True)
         dtype = getattr(torch, self.dtype)
         state: dict[str, Tensor] = {}
         storages: set[int] = set()
@@ -55,8 +57,8 @@ class SaveWeights(Callback):
             storage = written.untyped_storage().data_ptr()
             state[name] = written.clone() if storage in storages else written  # safetensors refuses tied weights
             storages.add(storage)
-        save_file(state, folder / self.filename, _metadata(trainer, pl_module))
-        rank_zero_info(f"Weights saved in {folder / self.filename}")
+        save_file(state, path, _metadata(trainer, pl_module))
+        rank_zero_info(f"Weights saved in {path}")
 
 
 class SaveAutoencoder(Callback):

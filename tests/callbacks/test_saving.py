@@ -51,6 +51,14 @@ def test_a_tied_weight_is_saved_under_both_names(tmp_path: Path) -> None:
         assert torch.equal(saved[f"denoiser.backbone.{layer}.weight"], module.denoiser.backbone.first.weight)
 
 
+def test_weights_may_lie_in_a_folder_of_their_own(
+    make_module: Callable[..., LatentDiffusionModule], tmp_path: Path
+) -> None:
+    module = make_module(conditioner=ClassTokens(8, token_dim=8, pooled_dim=8))
+    trainer(tmp_path, callbacks=[SaveWeights("a/b.safetensors")]).fit(module, small_data())
+    assert read_state(str(tmp_path / "a" / "b.safetensors")).keys() == module.state_dict().keys()
+
+
 def test_saved_autoencoder_is_scaled_and_loads(tmp_path: Path) -> None:
     module = AutoencoderModule(autoencoder_kl([8, 8], layers_per_block=1, norm_num_groups=4, sample_size=16))
     run = trainer(tmp_path, max_steps=4, max_epochs=1, limit_val_batches=2, callbacks=[SaveAutoencoder()])
