@@ -14,7 +14,7 @@ from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.captions import Captions
 from lpl_lightning.conditioning import Conditioner
 from lpl_lightning.frozen import weights_hash
-from lpl_lightning.noise import NoiseProcess
+from lpl_lightning.noise import DDPM, EDM, NoiseProcess
 
 __all__ = [
     "autoencoder_fingerprint",
@@ -24,8 +24,45 @@ __all__ = [
     "check_precision",
     "check_prediction",
     "check_range",
+    "meaning_of",
     "rounded_fingerprints",
+    "unlike",
 ]
+
+
+def meaning_of(noise: NoiseProcess, autoencoder: Autoencoder) -> dict[str, Any]:
+    """What a denoiser's weights mean: what it predicts, of which noise, and how its latents are scaled."""
+    scaled: dict[str, Any] = {}
+    if isinstance(noise, DDPM):
+        scaled["noise_schedule"] = noise.schedule
+    if isinstance(noise, EDM):
+        scaled["sigma_data"] = noise.sigma_data
+    return {
+        "prediction_type": noise.prediction_type,
+        **scaled,
+        "latent_shift": [round(value, 6) for value in autoencoder.shift.flatten().tolist()],
+        "latent_scale": [round(value, 6) for value in autoencoder.scale.flatten().tolist()],
+    }
+
+
+def unlike(own: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """What differs between two meanings, in words; nothing where they agree, or the one found does not say.
+
+    Args:
+        own: A model's, by ``meaning_of``.
+        found: A checkpoint's, in which a key of a later release may be missing.
+    """
+    other = {key: found[key] for key in own if found.get(key, own[key]) != own[key]}
+    return "; ".join(
+        f"{key} {_apart(value, own[key])} there, {_apart(own[key], value)} here" for key, value in other.items()
+    )
+
+
+def _apart(one: Any, other: Any) -> Any:
+    """A value or, of one with several by name, those that are not the other's."""
+    if not isinstance(one, dict):
+        return one
+    return ", ".join(f"{key} {value}" for key, value in one.items() if value != other.get(key))
 
 
 def autoencoder_fingerprint(autoencoder: Autoencoder, dtype: torch.dtype | None = None) -> str:

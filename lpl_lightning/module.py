@@ -27,6 +27,8 @@ from lpl_lightning.agreement import (
     check_precision,
     check_prediction,
     check_range,
+    meaning_of,
+    unlike,
 )
 from lpl_lightning.arguments import check_divides, check_sizes
 from lpl_lightning.autoencoder import Autoencoder
@@ -36,7 +38,7 @@ from lpl_lightning.draws import Draws, Generators, normal
 from lpl_lightning.fine_tuning import FineTuning
 from lpl_lightning.generation import GeneratingModule
 from lpl_lightning.mixin import LPLMixin
-from lpl_lightning.noise import DDPM, NoiseProcess
+from lpl_lightning.noise import NoiseProcess
 from lpl_lightning.optimization import Maker, build_optimizers, check_optimizer
 from lpl_lightning.pretrained import check_fit, read_state, resize_positions
 from lpl_lightning.processes import counted, process_means
@@ -226,16 +228,9 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
             check_optimizer(self.configure_optimizers(), checkpoint)
         self._draw_seed = checkpoint.get(DRAW_SEED)
         self.base = checkpoint.get(BASE, self.base)
-        own, found = self.meaning(), checkpoint.get(MEANING)
-        # Of what an older release wrote down.
-        other = {} if found is None else {key: found[key] for key in own if found.get(key, own[key]) != own[key]}
-        if other:
-            differ = [
-                f"{key} {_unlike(value, own[key])} there, {_unlike(own[key], value)} here"
-                for key, value in other.items()
-            ]
+        if differing := unlike(self.meaning(), checkpoint.get(MEANING, {})):
             raise ValueError(
-                f"The checkpoint's model was trained for something else: {'; '.join(differ)}. "
+                f"The checkpoint's model was trained for something else: {differing}. "
                 "Give the noise process and the autoencoder that it was trained with."
             )
         super().on_load_checkpoint(checkpoint)
@@ -250,13 +245,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
 
     def meaning(self) -> dict[str, Any]:
         """What the weights mean: what the denoiser predicts, of which noise, and how latents are scaled."""
-        chain = {"noise_schedule": self.noise.schedule} if isinstance(self.noise, DDPM) else {}
-        return {
-            "prediction_type": self.noise.prediction_type,
-            **chain,
-            "latent_shift": [round(value, 6) for value in self.autoencoder.shift.flatten().tolist()],
-            "latent_scale": [round(value, 6) for value in self.autoencoder.scale.flatten().tolist()],
-        }
+        return meaning_of(self.noise, self.autoencoder)
 
     def _step(self, batch: dict[str, Any], stage: Literal["train", "val", "test"], batch_idx: int) -> Tensor:
         training = stage == "train"
@@ -341,10 +330,3 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         """The optimizer over the trainable parameters, and its schedule."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return build_optimizers(trained, self.optimizer, self.lr_scheduler)
-
-
-def _unlike(one: Any, other: Any) -> Any:
-    """A value or, of one with several by name, those that are not the other's."""
-    if not isinstance(one, dict):
-        return one
-    return ", ".join(f"{key} {value}" for key, value in one.items() if value != other.get(key))

@@ -357,6 +357,23 @@ def test_a_checkpoint_trained_for_something_else_is_refused(
     linear.on_load_checkpoint(older)
 
 
+def test_a_checkpoint_of_edm_says_the_scale_of_its_data(
+    make_module: MakeModule, data: ShapesDataModule, tmp_path: Path
+) -> None:
+    run = trainer(tmp_path)
+    run.fit(fits(make_module, noise=EDM(sigma_data=0.5)), data)
+    run.save_checkpoint(tmp_path / "edm.ckpt")
+    path = str(tmp_path / "edm.ckpt")
+    trainer(tmp_path).test(fits(make_module, noise=EDM(sigma_data=0.5)), data, ckpt_path=path, verbose=False)
+    other = fits(make_module, noise=EDM(sigma_data=1.0))
+    for start in (trainer(tmp_path).test, trainer(tmp_path, max_steps=3).fit):
+        with pytest.raises(ValueError, match=r"trained for something else: sigma_data 0\.5 there, 1\.0 here"):
+            start(other, data, ckpt_path=path)
+    older = torch.load(path, weights_only=True)
+    del older["lpl_lightning"]["sigma_data"]
+    other.on_load_checkpoint(older)
+
+
 def test_a_sampler_that_adds_noise_draws_it_from_the_seeds(make_module: MakeModule) -> None:
     process = DDPM()
     scheduler = DDPMScheduler.from_config(process.sampling_scheduler().config)
