@@ -74,10 +74,10 @@ class Sampler:
         self.precision = precision
 
     def check(self, noise: NoiseProcess) -> None:
-        """Refuse a scheduler made for another prediction than the noise process's.
+        """Refuse a scheduler made for another prediction than the noise process's, or for pixels.
 
         Raises:
-            ValueError: They do not fit.
+            ValueError: They do not fit, the scheduler clips what it samples, or it asks for a shift of each image size.
         """
         if self.scheduler is None:
             return
@@ -104,6 +104,20 @@ class Sampler:
                     f"The scheduler {type(self.scheduler).__name__} has {key}={config[key]!r}, but the noise process "
                     f"was trained with {trained[key]!r}: set it so, or leave `scheduler` out to have the matching one."
                 )
+        for key in ("clip_sample", "thresholding"):
+            if config.get(key):
+                raise ValueError(
+                    f"The scheduler {type(self.scheduler).__name__} has {key}=True, which confines clean images to the "
+                    "range of pixels; latents reach beyond it. Set `clip_sample` and `thresholding` to False (for some "
+                    "schedulers the first is True by default), or leave `scheduler` out to have the matching one."
+                )
+        if config.get("use_dynamic_shifting"):
+            raise ValueError(
+                f"The scheduler {type(self.scheduler).__name__} has use_dynamic_shifting=True, which asks for a shift "
+                "(`mu`) of each image size, and the sampler gives it none. Set it to False, with a fixed shift "
+                "(`shift`, or `flow_shift` where it is called so), or leave `scheduler` out to have that of the noise "
+                "process."
+            )
 
     @torch.no_grad()
     def __call__(

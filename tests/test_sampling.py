@@ -15,6 +15,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -184,6 +185,43 @@ def test_a_scheduler_of_another_prediction_is_refused() -> None:
         Sampler(num_steps=0)
     with pytest.raises(ValueError, match="must be a diffusers scheduler"):
         Sampler(scheduler="ddim")
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "said"),
+    [
+        (DDIMScheduler, {}, "DDIMScheduler has clip_sample=True"),
+        (DDPMScheduler, {}, "DDPMScheduler has clip_sample=True"),
+        (DDPMScheduler, {"clip_sample": False, "thresholding": True}, "DDPMScheduler has thresholding=True"),
+        (DPMSolverMultistepScheduler, {"thresholding": True}, "DPMSolverMultistepScheduler has thresholding=True"),
+    ],
+    ids=["ddim", "ddpm", "ddpm thresholding", "dpm thresholding"],
+)
+def test_a_scheduler_that_confines_latents_to_the_range_of_pixels_is_refused(
+    family: Any, options: dict[str, Any], said: str
+) -> None:
+    """What is refused by its settings is what loses large latents in the scheduler's own last step."""
+    z0 = torch.tensor([0.5, 3.0]).view(2, 1, 1, 1).expand(2, 1, 4, 4).clone()
+    plain = {name: False for name in ("clip_sample", "thresholding") if name in family().config}
+    kept = []
+    for settings in (options, plain):
+        scheduler = family(**CHAIN, prediction_type="sample", **settings)
+        scheduler.set_timesteps(1)
+        last = scheduler.step(z0, scheduler.timesteps[0], z0, generator=torch.Generator().manual_seed(0))
+        kept.append(torch.allclose(getattr(last, "pred_original_sample", last.prev_sample), z0))
+    assert kept == [False, True]
+    with pytest.raises(ValueError, match=f"{said}, .*Set `clip_sample` and `thresholding` to False"):
+        Sampler(scheduler=family(**CHAIN, prediction_type="sample", **options)).check(DDPM("sample"))
+    Sampler(scheduler=family(**CHAIN, prediction_type="sample", **plain)).check(DDPM("sample"))
+
+
+def test_a_scheduler_that_asks_for_a_shift_of_each_size_is_refused() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="`mu` must be passed"):
+        scheduler.set_timesteps(3)
+    with pytest.raises(ValueError, match=r"has use_dynamic_shifting=True.*Set it to False, with a fixed shift"):
+        Sampler(scheduler=scheduler).check(FlowMatching())
+    Sampler(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)).check(FlowMatching(shift=3.0))
 
 
 @pytest.mark.parametrize("around", [False, True], ids=["alone", "inside_autocast"])
