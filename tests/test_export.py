@@ -234,6 +234,27 @@ def test_flux(tmp_path: Path, distilled: bool) -> None:
     assert_same(got, images(module, expected))
 
 
+@pytest.mark.parametrize("noise", [DDPM(), EDM(), FlowMatching()], ids=["ddpm", "edm", "flow"])
+def test_a_flux_that_its_pipeline_cannot_sample_is_said_to_be_one(
+    tmp_path: Path, noise: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The pipeline loads with any scheduler, and runs with that of a flow alone."""
+    module = module_of(flux(), ClassTokens(3, token_dim=8, pooled_dim=8), noise=noise)
+    with caplog.at_level("INFO"):
+        folder = export_diffusers(module, tmp_path / "out")
+    pipe = load(FluxPipeline, folder, **without(*TEXT[:4]))
+    given = {name: value for name, value in embeddings(folder, "pooled_prompt_embeds").items() if name[:3] != "neg"}
+    options = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
+    runs = True
+    try:
+        pipe(**given, **options)
+    except (TypeError, ValueError):  # the scheduler's, of `mu`, or the pipeline's, of `sigmas`
+        runs = False
+    assert runs == isinstance(noise, FlowMatching)
+    said = f"FluxPipeline cannot sample by a {type(pipe.scheduler).__name__}: sample with `lpl predict`"
+    assert (said in caplog.text) == (not runs)
+
+
 def test_sana(tmp_path: Path) -> None:
     backbone = SanaTransformer2DModel(
         in_channels=4,

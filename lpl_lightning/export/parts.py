@@ -8,7 +8,8 @@ at the autoencoder's latents, which is the same function.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -164,7 +165,10 @@ def scheduler_part(module: LatentDiffusionModule, target: Target, said: list[str
     if scheduler is None:
         scheduler = module.noise.sampling_scheduler()
     name, kind = target.pipeline.__name__, type(scheduler).__name__
-    if target.scales and not hasattr(scheduler, "scale_model_input"):
+    # Flux's pipeline says itself where the steps lie, and how they are shifted for the size of the images.
+    if target.pipeline is diffusers.FluxPipeline and not _takes(scheduler.set_timesteps, "sigmas", "mu"):
+        said.append(f"{name} cannot sample by a {kind}: sample with `lpl predict`, or by your own loop")
+    elif target.scales and not hasattr(scheduler, "scale_model_input"):
         config = scheduler.config
         scheduler = diffusers.DPMSolverMultistepScheduler(
             num_train_timesteps=config.num_train_timesteps,
@@ -178,3 +182,7 @@ def scheduler_part(module: LatentDiffusionModule, target: Target, said: list[str
     ):
         said.append(f"{name} does not scale the noise as {kind} asks: sample with `lpl predict`, or by your own loop")
     return scheduler
+
+
+def _takes(function: Callable[..., object], *names: str) -> bool:
+    return set(names) <= set(inspect.signature(function).parameters)
