@@ -151,7 +151,9 @@ def check_config(parameters: Mapping[str, Any], module: type[nn.Module], source:
         return
     if parameters["_instantiator"] not in INSTANTIATORS:
         raise _refused(source, parameters["_instantiator"])
-    for path in _named(parameters):
+    # At `weights` stands text, which no parser takes for a class, and a file's name can be like a class's path.
+    is_file = str(parameters.get("weights")).endswith((".ckpt", ".safetensors"))
+    for path in _named({name: value for name, value in parameters.items() if name != "weights" or not is_file}):
         if not _is_part(path, module):
             raise _refused(source, path)
 

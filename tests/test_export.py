@@ -973,6 +973,29 @@ def test_a_checkpoints_config_runs_no_program(
     assert "evil" not in sys.modules
 
 
+@pytest.mark.parametrize("name", ["evil.ckpt", "evil.safetensors"])
+def test_weights_that_are_called_like_a_module_are_no_program(
+    name: str, run: Path, tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of weights stands at ``weights``, and nothing is imported for it; elsewhere the name is refused."""
+    (tmp_path / "evil.py").write_text(EVIL.format(str(ran)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    changed = torch.load(run, weights_only=True)
+    if name.endswith(".ckpt"):
+        torch.save(changed, name)
+    else:
+        save_file(changed["state_dict"], name)
+    changed["hyper_parameters"]["weights"] = name
+    torch.save(changed, "changed.ckpt")
+    assert exported(export_checkpoint("changed.ckpt", "out"))
+    assert not ran.exists()
+    for key, value in (("denoiser", name), over(name), ("fine_tuning", {"weights": name})):
+        torch.save({**changed, "hyper_parameters": changed["hyper_parameters"] | {key: value}}, "other.ckpt")
+        refused(ran, f"would run '{name}'", lambda: LatentDiffusionModule.load_from_checkpoint("other.ckpt"))
+    assert "evil" not in sys.modules
+
+
 def test_a_program_in_the_place_of_an_optimizer_is_not_built(run: Path, tmp_path: Path, ran: Path) -> None:
     changed = torch.load(run, weights_only=True)
     changed["hyper_parameters"]["optimizer"] = {"class_path": "os.mkdir", "init_args": {"path": str(ran)}}
