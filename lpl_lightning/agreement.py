@@ -17,17 +17,21 @@ from lpl_lightning.frozen import weights_hash
 from lpl_lightning.noise import DDPM, EDM, NoiseProcess
 
 __all__ = [
+    "MEANING",
     "autoencoder_fingerprint",
     "check_batch",
     "check_encoded",
+    "check_meaning",
     "check_noise",
     "check_precision",
     "check_prediction",
     "check_range",
     "meaning_of",
     "rounded_fingerprints",
-    "unlike",
 ]
+
+MEANING = "lpl_lightning"
+"""Where a checkpoint says what its weights mean."""
 
 
 def meaning_of(noise: NoiseProcess, autoencoder: Autoencoder) -> dict[str, Any]:
@@ -45,13 +49,24 @@ def meaning_of(noise: NoiseProcess, autoencoder: Autoencoder) -> dict[str, Any]:
     }
 
 
-def unlike(own: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """What differs between two meanings, in words; nothing where they agree, or the one found does not say.
+def check_meaning(own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights mean something else than a model's.
 
     Args:
-        own: A model's, by ``meaning_of``.
-        found: A checkpoint's, in which a key of a later release may be missing.
+        own: The model's meaning, by ``meaning_of``.
+        checkpoint: What an older release wrote may lack the whole or some of it.
+
+    Raises:
+        ValueError: They mean something else.
     """
+    if differing := _unlike(own, checkpoint.get(MEANING, {})):
+        raise ValueError(
+            f"The checkpoint's model was trained for something else: {differing}. "
+            "Give the noise process and the autoencoder that it was trained with."
+        )
+
+
+def _unlike(own: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     other = {key: found[key] for key in own if found.get(key, own[key]) != own[key]}
     return "; ".join(
         f"{key} {_apart(value, own[key])} there, {_apart(own[key], value)} here" for key, value in other.items()

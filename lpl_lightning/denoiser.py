@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lpl_lightning.arguments import check_sizes
+from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.conditioning import ClassTokens, Condition, Conditioner, ConditionShape
 from lpl_lightning.model_loading import PRECISIONS, load_model
 from lpl_lightning.pretrained import is_untrained
 
-__all__ = ["Denoiser", "outermost"]
+__all__ = ["Denoiser", "check_image_sizes", "outermost"]
 
 _KERNELS = {
     "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -222,6 +224,30 @@ class Denoiser(nn.Module, ABC):
                 f"The backbone of the {name} is conditioned on sizes: set `size_conditions: true` of "
                 f"lpl_lightning.Captions, got {made_by} without."
             )
+
+
+def check_image_sizes(sizes: Sequence[tuple[int, int]], autoencoder: Autoencoder, denoiser: Denoiser) -> None:
+    """Refuse images of many sizes, such as those of aspect-ratio buckets, where one does not fit.
+
+    Args:
+        sizes: Their heights and widths; fewer than two are not looked at.
+        autoencoder: What encodes them.
+        denoiser: What takes their latents.
+
+    Raises:
+        ValueError: One of them cannot encode or take one of the sizes.
+    """
+    if len(sizes) < 2:
+        return
+    downscale, patch = autoencoder.downscale, denoiser.patch
+    if autoencoder.image_size is not None:
+        raise ValueError(
+            f"The autoencoder takes images of {autoencoder.image_size} x {autoencoder.image_size} alone: "
+            "leave `buckets` of the data out."
+        )
+    why = f"the autoencoder downscales by {downscale}, and sides of latents must be multiples of {patch}"
+    check_sizes(sizes, downscale * patch, why)
+    denoiser.check_sizes([(height // downscale, width // downscale) for height, width in sizes])
 
 
 def _regions(backbone: nn.Module, asked: bool | list[str]) -> Iterator[nn.Module]:

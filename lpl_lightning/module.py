@@ -10,7 +10,7 @@ with the prediction's target :math:`p^*` and the terms that callbacks add, such 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sized
 from hashlib import blake2b
 from typing import Any, Literal, cast
 
@@ -21,35 +21,35 @@ from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
 from lpl_lightning.agreement import (
+    MEANING,
     check_batch,
     check_encoded,
+    check_meaning,
     check_noise,
     check_precision,
     check_prediction,
     check_range,
     meaning_of,
-    unlike,
 )
-from lpl_lightning.arguments import check_divides, check_sizes
+from lpl_lightning.arguments import check_divides
 from lpl_lightning.autoencoder import Autoencoder
+from lpl_lightning.base_weights import BASE, BaseWeights
 from lpl_lightning.conditioning import Conditioner
-from lpl_lightning.denoiser import Denoiser
+from lpl_lightning.denoiser import Denoiser, check_image_sizes
 from lpl_lightning.draws import Draws, Generators, normal
 from lpl_lightning.fine_tuning import FineTuning
 from lpl_lightning.generation import GeneratingModule
 from lpl_lightning.mixin import LPLMixin
 from lpl_lightning.noise import NoiseProcess
 from lpl_lightning.optimization import Maker, build_optimizers, check_optimizer
-from lpl_lightning.pretrained import check_fit, read_state, resize_positions
+from lpl_lightning.pretrained import check_fit, read_notes, read_state, resize_positions
 from lpl_lightning.processes import counted, process_means
 from lpl_lightning.sampling import Sampler
 from lpl_lightning.sharding import shard
 
 __all__ = ["LatentDiffusionModule"]
 
-MEANING = "lpl_lightning"
 DRAW_SEED = "lpl_lightning_seed"
-BASE = "lpl_lightning_base"
 PARTS = ["autoencoder", "noise", "denoiser", "conditioner", "optimizer", "lr_scheduler", "sampler", "fine_tuning"]
 
 
@@ -71,7 +71,8 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         sampler: How images are sampled; by default 50 steps with guidance 2.
         weights: Weights to start from, for post-training: a checkpoint (.ckpt), a .safetensors file or
             ``embedded:NAME``. Optimizer and step count start anew; to go on with a run give its checkpoint as
-            ``ckpt_path`` instead. Grids of position embeddings are resized to this model's.
+            ``ckpt_path`` instead. Grids of position embeddings are resized to this model's. Of a run of LoRA, its
+            LoRA is gone on with, over the weights that it was trained over, loaded from where they were.
         weights_ema: Decay of the moving average to take from a checkpoint given as ``weights``; by default its weights
             are taken as they were trained.
         fine_tuning: Which weights are trained; by default all of the denoiser's and the conditioner's.
@@ -107,6 +108,8 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         self.base = weights
         """What the weights were trained from, also where a checkpoint has taken their place since."""
         self.fine_tuning = fine_tuning
+        self._base: BaseWeights | None = None
+        """What a LoRA is trained over, which checkpoints do not hold."""
         self._draw_seed: int | None = None
         self._evaluated = 0  # samples of the set at hand, by this process
         if weights is None and weights_ema is not None:
@@ -121,15 +124,25 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         tuning = self.fine_tuning
         found = None if source is None else read_state(source, ema)
         is_tuned = tuning is not None and found is not None and tuning.made(found)
-        if tuning is not None and is_tuned:
-            tuning.prepare(self.denoiser)
-        if source is not None and found is not None:
+        base = BaseWeights(source, ema)
+        if source is not None and is_tuned and tuning is not None and not tuning.saves_all:
+            base = BaseWeights.said_by(read_notes(source))
+            if base.must_be_loaded(self.denoiser, source) and base.source is not None:
+                self._load(read_state(base.source, base.ema), base.source)
+                BaseWeights.of(self.denoiser, base.source, base.ema).agreed(base)
+        elif source is not None and found is not None and not is_tuned:
             self._load(found, source)
-            if is_tuned or tuning is None or tuning.saves_all:
-                # A checkpoint of this module holds its own weights and asks for no others.
-                self.hparams["weights"] = self.hparams["weights_ema"] = None
-        if tuning is not None and not is_tuned:
+        if tuning is not None:
+            if not tuning.saves_all:
+                self._base = BaseWeights.of(self.denoiser, base.source, base.ema)
+                self.base = base.source
             tuning.prepare(self.denoiser)
+        if source is not None and found is not None and is_tuned:
+            self._load(found, source)
+        if source is not None:
+            # A checkpoint of this module holds its own weights and asks for no others but a LoRA's base.
+            own = self._base if self._base is not None else BaseWeights()
+            self.hparams["weights"], self.hparams["weights_ema"] = own.source, own.ema
 
     def configure_model(self) -> None:
         """Share the weights out between processes, where the strategy is FSDP2's."""
@@ -163,26 +176,13 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
             check_divides(self._image_size, self.autoencoder.downscale)
         latent_size = None if self._image_size is None else self.latent_size
         self.denoiser.check(self.autoencoder.latent_channels, latent_size, self.conditioner)
-        self._check_sizes(getattr(getattr(self.trainer, "datamodule", None), "image_sizes", ()))
+        sizes = getattr(getattr(self.trainer, "datamodule", None), "image_sizes", ())
+        check_image_sizes(sizes, self.autoencoder, self.denoiser)
         self.conditioner.check(getattr(self.trainer, "datamodule", None))
         self.sampler.check(self.noise)
         check_encoded(getattr(self.trainer, "datamodule", None), self.autoencoder, self.conditioner)
         if self.trainer.training:
             check_precision(self.parameters(), str(self.trainer.precision))
-
-    def _check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Refuse images of many sizes, such as those of aspect-ratio buckets, where one does not fit."""
-        if len(sizes) < 2:
-            return
-        downscale, patch = self.autoencoder.downscale, self.denoiser.patch
-        if self.autoencoder.image_size is not None:
-            raise ValueError(
-                f"The autoencoder takes images of {self.autoencoder.image_size} x {self.autoencoder.image_size} alone: "
-                "leave `buckets` of the data out."
-            )
-        why = f"the autoencoder downscales by {downscale}, and sides of latents must be multiples of {patch}"
-        check_sizes(sizes, downscale * patch, why)
-        self.denoiser.check_sizes([(height // downscale, width // downscale) for height, width in sizes])
 
     def on_train_start(self) -> None:
         """Take the seed that samples' random numbers come from: a checkpoint's, or PyTorch's of the first process."""
@@ -210,9 +210,12 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
             ema: Decay of the moving average to take; None takes the weights as they were trained.
 
         Raises:
-            ValueError: The weights are of another model.
+            ValueError: The weights are of another model, or of a LoRA that was trained over other weights than its.
         """
-        self._load(read_state(source, ema), source)
+        found = read_state(source, ema)
+        if self._base is not None:
+            self._base = self._base.agreed(BaseWeights.said_by(read_notes(source)))
+        self._load(found, source)
 
     def _load(self, found: Mapping[str, Tensor], source: str) -> None:
         own = self.state_dict()
@@ -227,12 +230,15 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         if self._trainer is not None and self.trainer.state.fn == "fit":
             check_optimizer(self.configure_optimizers(), checkpoint)
         self._draw_seed = checkpoint.get(DRAW_SEED)
-        self.base = checkpoint.get(BASE, self.base)
-        if differing := unlike(self.meaning(), checkpoint.get(MEANING, {})):
-            raise ValueError(
-                f"The checkpoint's model was trained for something else: {differing}. "
-                "Give the noise process and the autoencoder that it was trained with."
-            )
+        if self._base is None:
+            self.base = checkpoint.get(BASE, self.base)
+        else:
+            found = BaseWeights.said_by(checkpoint)
+            # One that was drawn at random is another wherever the config of a checkpoint alone is built again.
+            if self._trainer is not None or self.denoiser.is_pretrained or found.source is not None:
+                self._base = self._base.agreed(found)
+            self.base = self._base.source
+        check_meaning(self.meaning(), checkpoint)
         super().on_load_checkpoint(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -241,6 +247,8 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         checkpoint[DRAW_SEED] = self._draw_seed
         if self.base is not None:
             checkpoint[BASE] = self.base
+        if self._base is not None:
+            self._base.note(checkpoint)
         super().on_save_checkpoint(checkpoint)
 
     def meaning(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ __all__ = [
     "is_untrained",
     "locate",
     "read_checkpoint",
+    "read_notes",
     "read_safetensors",
     "read_state",
     "resize_positions",
@@ -120,6 +121,20 @@ def read_state(source: str, ema: float | None = None) -> dict[str, Tensor]:
             )
         return read_safetensors(path, "weights")
     return chosen_state(read_checkpoint(source), source, ema)
+
+
+def read_notes(source: str) -> dict[str, Any]:
+    """What a checkpoint says beside its weights; nothing where a .safetensors file is given.
+
+    Args:
+        source: As for ``read_state``.
+
+    Raises:
+        ValueError: The file is neither.
+    """
+    path = locate(source, "weights")
+    is_bare = isinstance(path, Path) and path.suffix == ".safetensors"
+    return {} if is_bare else read_checkpoint(source, weights=False)
 
 
 def read_safetensors(path: Path, argument: str) -> dict[str, Tensor]:

@@ -52,6 +52,7 @@ ORDER = [
     "strategies",
     "backbones",
     "fine_tuning",
+    "base_weights",
     "multiply_adds",
     "losses",
     "sampling",

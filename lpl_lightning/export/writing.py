@@ -17,6 +17,7 @@ from diffusers.utils import logging
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save_file, save_model
 
+from lpl_lightning.agreement import MEANING
 from lpl_lightning.arguments import refusal
 from lpl_lightning.captions import Captions
 from lpl_lightning.conditioning import ClassTokens
@@ -25,7 +26,7 @@ from lpl_lightning.export.provenance import note, provenance
 from lpl_lightning.export.text import text_parts
 from lpl_lightning.fine_tuning import LoRA
 from lpl_lightning.model_loading import PRECISIONS
-from lpl_lightning.module import MEANING, LatentDiffusionModule
+from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.own_files import find_own_modules
 from lpl_lightning.pretrained import chosen_state, read_checkpoint
 
