@@ -10,6 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -242,7 +243,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             own = torch.initial_seed() % 2**63
             self._order_seed = own if trainer is None else int(trainer.strategy.broadcast(own))
         dataset, plan = self.training_batches(self.batch_size * ranks)
-        return TrainingLoader(dataset, plan, self._order_seed, rank, ranks, self.num_workers)
+        # A loader that is taken by hand, also after a run, is for no trainer's epochs.
+        is_asked = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
+        limit = getattr(trainer, "limit_train_batches", None) if is_asked else None
+        return TrainingLoader(dataset, plan, self._order_seed, rank, ranks, self.num_workers, limit)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Validation batches, in order."""

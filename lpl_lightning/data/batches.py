@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import count, islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -112,7 +113,7 @@ class _Sampler(DistributedSampler[Any]):
 
     def __init__(self, plan: EpochPlan, seed: int, rank: int, world_size: int) -> None:
         self.plan, self.seed, self.rank, self.num_replicas = plan, seed, rank, world_size
-        self.epoch, self.first = 0, 0
+        self.epoch, self.first, self.number = 0, 0, len(plan)
 
     def set_epoch(self, epoch: int) -> None:
         """The loader counts epochs, which it goes on with after a stop; trainers count them otherwise."""
@@ -121,12 +122,15 @@ class _Sampler(DistributedSampler[Any]):
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Any]:
-        for number, indices in enumerate(self.plan(self.seed, self.epoch)):
-            if number >= self.first:
+        return islice(self._requests(self.epoch, self.first), self.number)
+
+    def _requests(self, epoch: int, first: int) -> Iterator[Request]:
+        for later in count(epoch):
+            for indices in islice(self.plan(self.seed, later), first if later == epoch else 0, None):
                 share = -(-len(indices) // self.num_replicas)
                 # Round from the start where they do not come out even: each process must have a batch.
                 own = [indices[at % len(indices)] for at in range(self.rank * share, (self.rank + 1) * share)]
-                yield Request(self.seed, self.epoch, own)
+                yield Request(self.seed, later, own)
 
 
 class TrainingLoader(DataLoader[Any]):
@@ -143,6 +147,9 @@ class TrainingLoader(DataLoader[Any]):
         rank: Number of this process.
         world_size: Number of processes.
         num_workers: Loader processes; 0 loads in this one.
+        limit: Batches of an iteration, as a trainer's ``limit_train_batches`` says: their number, at most that of an
+            epoch, or their share of it. What is left of an epoch is no iteration of its own: the next epoch goes on
+            where it ends. None gives what is left of the epoch.
     """
 
     dataset: _Batches
@@ -156,6 +163,7 @@ class TrainingLoader(DataLoader[Any]):
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        limit: float | None = None,
     ) -> None:
         super().__init__(
             _Batches(dataset),
@@ -169,23 +177,31 @@ class TrainingLoader(DataLoader[Any]):
             generator=torch.Generator(),
         )
         self._epoch, self._done = 0, 0
+        share = limit if limit is None or isinstance(limit, int) else int(limit * len(self))
+        self._limit = None if share is None else min(share, len(self))
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Batches of the next epoch, or those left of the one that was stopped.
+        """Batches of the next epoch, or those left of the one that was stopped; with a limit as many as it says.
 
         Nothing happens before the first is asked for: trainers make iterators that they do not use.
         """
-        if self._done >= len(self):
-            self._epoch, self._done = self._epoch + 1, 0
+        self._begin()
         self.sampler.epoch, self.sampler.first = self._epoch, self._done
+        self.sampler.number = len(self) - self._done if self._limit is None else self._limit
         batches = super().__iter__()
         runs_in_thread = self.num_workers == 0 and getattr(self.dataset.items, "runs_in_thread", False)
         for batch in _made_ahead(batches) if runs_in_thread else batches:
+            self._begin()
             self._done += 1
             yield batch
+
+    def _begin(self) -> None:
+        """Count the next epoch where one is at its end."""
+        if self._done >= len(self):
+            self._epoch, self._done = self._epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on: the seed, the epoch, and how many of its batches were given out."""

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from lpl_lightning.data import ImageDataModule
 from lpl_lightning.data.base import Split
@@ -34,9 +34,15 @@ class Draws(Dataset[dict[str, Tensor]]):
 
 
 def loader(
-    count: int = 23, batch_size: int = 4, seed: int = 5, rank: int = 0, ranks: int = 1, workers: int = 0
+    count: int = 23,
+    batch_size: int = 4,
+    seed: int = 5,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 0,
+    limit: float | None = None,
 ) -> TrainingLoader:
-    return TrainingLoader(Draws(count), Shuffled(count, batch_size * ranks), seed, rank, ranks, workers)
+    return TrainingLoader(Draws(count), Shuffled(count, batch_size * ranks), seed, rank, ranks, workers, limit)
 
 
 def said(batch: dict[str, Tensor]) -> list[tuple[int, float]]:
@@ -117,6 +123,24 @@ def test_going_on_gives_what_comes_next(stop: int, workers: int) -> None:
     assert seen + joined(epochs(other, 2)) == whole[: stop + (-stop % 5 or 5) + 5]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("limit", "given"), [(3, 3), (0.6, 3), (0.5, 2), (1, 1), (1.0, 5), (9, 5)])
+def test_a_limit_shares_out_the_batches_of_epochs(limit: float, given: int, workers: int) -> None:
+    whole = joined(epochs(loader(), 4))
+    taken = epochs(loader(workers=workers, limit=limit), 4)
+    assert [len(batches) for batches in taken] == [given] * 4
+    assert joined(taken) == whole[: 4 * given]
+
+
+def test_going_on_within_a_limit_offers_enough_for_the_rest() -> None:
+    """The trainer, which counts what it had, stops by itself."""
+    whole, stopped, other = joined(epochs(loader(), 4)), loader(limit=3), loader(limit=3)
+    for taken in (3, 1):
+        assert len([said(batch) for _, batch in zip(range(taken), stopped, strict=False)]) == taken
+    other.load_state_dict(stopped.state_dict())
+    assert epochs(other, 2) == [whole[4:7], whole[7:10]]
+
+
 class Thread(Dataset[Any]):
     """Makes batches where it is told it may, until one holds an item that is broken."""
 
@@ -153,6 +177,8 @@ def test_batches_are_made_in_a_thread_where_they_may_be() -> None:
     thread.join(timeout=60)
     assert not thread.is_alive()
     assert list(loading) == list(plan(5, 1))
+    limited = TrainingLoader(Thread(), plan, seed=5, limit=3)
+    assert [list(limited), list(limited)] == [list(plan(5, 0))[:3], [*list(plan(5, 0))[3:], *list(plan(5, 1))[:1]]]
 
     going_on = TrainingLoader(Thread(), plan, seed=0)
     going_on.load_state_dict({"seed": 5, "epoch": 2, "batches": 3, "settings": loading.state_dict()["settings"]})
@@ -268,6 +294,9 @@ SAVED: dict[str, Callable[[Path, int], ModelCheckpoint]] = {
         ("after_a_step", 5, {}),
         ("after_a_step", 7, {}),
         ("after_a_step", 3, {"limit_train_batches": 2}),
+        ("after_a_step", 7, {"limit_train_batches": 3}),
+        ("after_a_step", 11, {"limit_train_batches": 0.8}),
+        ("after_an_epoch", 6, {"limit_train_batches": 3}),
         ("after_a_step", 2, {"accumulate_grad_batches": 2}),
         ("after_validation", 7, {"val_check_interval": 7, "check_val_every_n_epoch": None}),
         ("after_an_epoch", 5, {}),
@@ -283,6 +312,41 @@ def test_a_run_that_goes_on_sees_what_it_had_not_seen(
     taken = step * options.get("accumulate_grad_batches", 1)
     assert len(rest) == len(whole) - taken
     assert rest == whole[taken:]
+
+
+@pytest.mark.parametrize("limit", [3, 0.6, 1.0, 99])
+def test_epochs_of_a_trainer_are_as_long_as_those_of_a_plain_loader(tmp_path: Path, limit: float) -> None:
+    counted = []
+    for give_all in (False, True):
+        ends: list[tuple[int, int]] = []
+        validated: list[int] = []
+        counting = LambdaCallback(
+            on_train_epoch_end=lambda trainer, _, ends=ends: ends.append(
+                (trainer.fit_loop.epoch_loop.batch_progress.current.completed, trainer.global_step)
+            ),
+            on_validation_end=lambda trainer, _, validated=validated: validated.append(trainer.current_epoch),
+        )
+        trainer = pl.Trainer(
+            max_epochs=5,
+            limit_train_batches=limit,
+            accumulate_grad_batches=2,
+            num_sanity_val_steps=0,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            callbacks=[counting],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        if give_all:
+            trainer.fit(Line(), DataLoader(Draws(23), 4, shuffle=True, drop_last=True), DataLoader(Draws(23), 4))
+        else:
+            trainer.fit(Line(), DrawsModule())
+        counted.append((ends, validated, trainer.global_step, trainer.estimated_stepping_batches))
+    ours, plain = counted
+    assert ours == plain
+    assert ours[2] == ours[3]
 
 
 def test_overfitting_takes_the_same_batches_in_order(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def loader(
     seed: int = 5,
     faults: Faults | None = None,
     count: int | None = None,
+    limit: int | None = None,
 ) -> TrainingLoader:
     prepare = Preparation(SquareCrop(3, "random", True), True)
     count = sum(stream.lengths) if count is None else count
@@ -61,7 +62,7 @@ def loader(
     dataset = StreamDataset(stream, range(len(stream.lengths)), prepare, faults or Faults("skip", 1.0), lengths, count)
     shards = len(stream.lengths) if lengths is None else lengths
     dataset.plan = StreamPlan(count, shards, 6, LaneSize(batch_size, ranks, max(1, workers)))
-    return TrainingLoader(dataset, dataset.plan, seed, rank, ranks, workers)
+    return TrainingLoader(dataset, dataset.plan, seed, rank, ranks, workers, limit)
 
 
 def said(batch: dict[str, Any]) -> list[tuple[int, str, tuple[int, ...]]]:
@@ -127,6 +128,14 @@ def test_going_on_gives_what_comes_next(stop: int, workers: int, known: bool) ->
     rest = [said(batch) for batch in other] + [said(batch) for batch in other]
     assert len(whole) == 33
     assert seen + rest == whole[: len(seen) + len(rest)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_limit_shares_out_the_batches_of_epochs(workers: int) -> None:
+    whole = list(chain.from_iterable(epochs(loader(Numbered(), workers), 3)))
+    taken = epochs(loader(Numbered(), workers, limit=4), 6)
+    assert [len(batches) for batches in taken] == [4] * 6
+    assert list(chain.from_iterable(taken)) == whole[:24]
 
 
 def test_going_on_reads_only_what_was_not_given_out() -> None:
