@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import lightning.pytorch as pl
 import torch
@@ -244,9 +244,22 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             self._order_seed = own if trainer is None else int(trainer.strategy.broadcast(own))
         dataset, plan = self.training_batches(self.batch_size * ranks)
         # A loader that is taken by hand, also after a run, is for no trainer's epochs.
-        is_asked = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
-        limit = getattr(trainer, "limit_train_batches", None) if is_asked else None
-        return TrainingLoader(dataset, plan, self._order_seed, rank, ranks, self.num_workers, limit)
+        if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
+            return TrainingLoader(dataset, plan, self._order_seed, rank, ranks, self.num_workers)
+        # Lightning asks anew in the middle of a run, and gives a loader no state where a run goes on at an epoch's end.
+        # So it begins where the epochs that the trainer has counted end, as `set_epoch` would have it.
+        limit, progress = trainer.limit_train_batches, cast(Any, trainer.fit_loop.epoch_progress.current)
+        return TrainingLoader(
+            dataset, plan, self._order_seed, rank, ranks, self.num_workers, limit, iteration=progress.processed
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What checkpoints keep: the seed of order and draws."""
+        return {} if self._order_seed is None else {"order_seed": self._order_seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the seed of ``state_dict``, in all loaders that the trainer asks for."""
+        self._order_seed = state_dict.get("order_seed", self._order_seed)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Validation batches, in order."""

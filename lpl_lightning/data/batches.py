@@ -150,6 +150,7 @@ class TrainingLoader(DataLoader[Any]):
         limit: Batches of an iteration, as a trainer's ``limit_train_batches`` says: their number, at most that of an
             epoch, or their share of it. What is left of an epoch is no iteration of its own: the next epoch goes on
             where it ends. None gives what is left of the epoch.
+        iteration: Number of the first iteration, from 0: those before it, as long, were had from another loader.
     """
 
     dataset: _Batches
@@ -164,6 +165,7 @@ class TrainingLoader(DataLoader[Any]):
         world_size: int = 1,
         num_workers: int = 0,
         limit: float | None = None,
+        iteration: int = 0,
     ) -> None:
         super().__init__(
             _Batches(dataset),
@@ -176,9 +178,10 @@ class TrainingLoader(DataLoader[Any]):
             # Seeds of workers are drawn from it; what training draws stays as it is without workers.
             generator=torch.Generator(),
         )
-        self._epoch, self._done = 0, 0
         share = limit if limit is None or isinstance(limit, int) else int(limit * len(self))
         self._limit = None if share is None else min(share, len(self))
+        given = iteration * (len(self) if self._limit is None else self._limit)
+        self._epoch, self._done = divmod(given, max(1, len(self)))
 
     def __len__(self) -> int:
         return len(self.sampler)

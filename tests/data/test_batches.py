@@ -256,22 +256,25 @@ class Seen(Callback):
         self.batches.append(said(batch))
 
 
-def fitted(
-    folder: Path, steps: int, checkpoint: ModelCheckpoint | None = None, ckpt_path: Path | None = None, **options: Any
-) -> list[list[tuple[int, float]]]:
-    seen = Seen()
-    trainer = pl.Trainer(
-        max_steps=steps,
-        max_epochs=-1,
+def quiet(folder: Path, *callbacks: Callback, **options: Any) -> pl.Trainer:
+    return pl.Trainer(
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=checkpoint is not None,
-        callbacks=[seen, *([] if checkpoint is None else [checkpoint])],
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        callbacks=[*callbacks],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
         **options,
     )
+
+
+def fitted(
+    folder: Path, steps: int, checkpoint: ModelCheckpoint | None = None, ckpt_path: Path | None = None, **options: Any
+) -> list[list[tuple[int, float]]]:
+    seen = Seen()
+    callbacks = [seen, *([] if checkpoint is None else [checkpoint])]
+    trainer = quiet(folder, *callbacks, **{"max_steps": steps, "max_epochs": -1, **options})
     torch.manual_seed(0 if ckpt_path is None else 1)
     trainer.fit(Line(), DrawsModule(), ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=True)
     return seen.batches
@@ -314,6 +317,41 @@ def test_a_run_that_goes_on_sees_what_it_had_not_seen(
     assert rest == whole[taken:]
 
 
+RELOADING: list[dict[str, Any]] = [
+    {},
+    {"reload_dataloaders_every_n_epochs": 1},
+    {"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 3},
+]
+
+
+@pytest.mark.parametrize("options", RELOADING)
+def test_a_loader_that_is_made_anew_goes_on_counting(tmp_path: Path, options: dict[str, Any]) -> None:
+    """As Lightning makes them in a run, and for each fit; a new trainer begins anew."""
+    torch.manual_seed(0)
+    whole = joined(epochs(loader(seed=torch.initial_seed()), 4))
+    length, data = options.get("limit_train_batches", 5), DrawsModule()
+    for _ in range(2):
+        seen = Seen()
+        trainer = quiet(tmp_path, seen, max_epochs=2, **options)
+        trainer.fit(Line(), data)
+        trainer.fit_loop.max_epochs = 4
+        trainer.fit(Line(), data)
+        assert seen.batches == whole[: 4 * length]
+        assert [said(batch) for batch in data.train_dataloader()] == whole[:5], "by hand, after a run"
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+@pytest.mark.parametrize("options", RELOADING)
+def test_a_run_of_whole_epochs_goes_on_with_the_next(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Such runs are given no state of their loader by Lightning."""
+    options = options | {"max_epochs": 4}
+    whole = fitted(tmp_path, -1, SAVED["after_an_epoch"](tmp_path / "saved", 0), **options)
+    taken = 2 * options.get("limit_train_batches", 5)
+    rest = fitted(tmp_path, -1, ckpt_path=tmp_path / "saved" / f"step={taken}.ckpt", **options)
+    assert len(whole) == 2 * taken
+    assert rest == whole[taken:]
+
+
 @pytest.mark.parametrize("limit", [3, 0.6, 1.0, 99])
 def test_epochs_of_a_trainer_are_as_long_as_those_of_a_plain_loader(tmp_path: Path, limit: float) -> None:
     counted = []
@@ -326,18 +364,13 @@ def test_epochs_of_a_trainer_are_as_long_as_those_of_a_plain_loader(tmp_path: Pa
             ),
             on_validation_end=lambda trainer, _, validated=validated: validated.append(trainer.current_epoch),
         )
-        trainer = pl.Trainer(
+        trainer = quiet(
+            tmp_path,
+            counting,
             max_epochs=5,
             limit_train_batches=limit,
             accumulate_grad_batches=2,
             num_sanity_val_steps=0,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            callbacks=[counting],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
         )
         if give_all:
             trainer.fit(Line(), DataLoader(Draws(23), 4, shuffle=True, drop_last=True), DataLoader(Draws(23), 4))
