@@ -15,6 +15,7 @@ from lpl_lightning.captions import Captions
 from lpl_lightning.conditioning import Conditioner
 from lpl_lightning.frozen import weights_hash
 from lpl_lightning.noise import DDPM, EDM, NoiseProcess
+from lpl_lightning.pretrained import read_notes
 
 __all__ = [
     "MEANING",
@@ -28,6 +29,7 @@ __all__ = [
     "check_range",
     "meaning_of",
     "rounded_fingerprints",
+    "warn_of_meaning",
 ]
 
 MEANING = "lpl_lightning"
@@ -63,6 +65,20 @@ def check_meaning(own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None
         raise ValueError(
             f"The checkpoint's model was trained for something else: {differing}. "
             "Give the noise process and the autoencoder that it was trained with."
+        )
+
+
+def warn_of_meaning(own: Mapping[str, Any], source: str) -> None:
+    """Warn of weights to start from that mean something else than a model's, which training may change on purpose.
+
+    Args:
+        own: The model's meaning, by ``meaning_of``.
+        source: Where the weights are from, as for ``read_state``; a .safetensors file does not say what they mean.
+    """
+    if differing := _unlike(own, read_notes(source).get(MEANING, {})):
+        rank_zero_warn(
+            f"The weights of {source} were trained for something else: {differing}. Without training they need the "
+            "noise process and the autoencoder that they were trained with."
         )
 
 

@@ -30,6 +30,7 @@ from lpl_lightning.agreement import (
     check_prediction,
     check_range,
     meaning_of,
+    warn_of_meaning,
 )
 from lpl_lightning.arguments import check_divides
 from lpl_lightning.autoencoder import Autoencoder
@@ -71,8 +72,9 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         sampler: How images are sampled; by default 50 steps with guidance 2.
         weights: Weights to start from, for post-training: a checkpoint (.ckpt), a .safetensors file or
             ``embedded:NAME``. Optimizer and step count start anew; to go on with a run give its checkpoint as
-            ``ckpt_path`` instead. Grids of position embeddings are resized to this model's. Of a run of LoRA, its
-            LoRA is gone on with, over the weights that it was trained over, loaded from where they were.
+            ``ckpt_path`` instead. Grids of position embeddings are resized to this model's. Of a checkpoint whose
+            weights mean something else is warned. Of a run of LoRA, its LoRA is gone on with, over the weights that it
+            was trained over, loaded from where they were.
         weights_ema: Decay of the moving average to take from a checkpoint given as ``weights``; by default its weights
             are taken as they were trained.
         fine_tuning: Which weights are trained; by default all of the denoiser's and the conditioner's.
@@ -205,6 +207,8 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
     def load_weights(self, source: str, ema: float | None = None) -> None:
         """Load trained weights, of this model with any autoencoder, at any resolution.
 
+        Of a checkpoint whose weights were trained for another noise process or other latents is warned.
+
         Args:
             source: A checkpoint (.ckpt), a .safetensors file or ``embedded:NAME``.
             ema: Decay of the moving average to take; None takes the weights as they were trained.
@@ -221,6 +225,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         own = self.state_dict()
         fitted = resize_positions(own, found)
         check_fit(own, fitted, source)
+        warn_of_meaning(self.meaning(), source)
         self.load_state_dict(fitted)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -357,6 +357,27 @@ def test_a_checkpoint_trained_for_something_else_is_refused(
     linear.on_load_checkpoint(older)
 
 
+def test_weights_trained_for_something_else_are_warned_of(
+    make_module: MakeModule, data: ShapesDataModule, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A flow's may become a DDPM's by training: they are taken, as a checkpoint to go on from is not."""
+    flow = fits(make_module)
+    run = trainer(tmp_path)
+    run.fit(flow, data)
+    run.save_checkpoint(tmp_path / "flow.ckpt")
+    save_file(flow.state_dict(), tmp_path / "flow.safetensors")
+    said = r"flow\.ckpt were trained for something else: prediction_type flow there, epsilon here\. Without training"
+    with pytest.warns(UserWarning, match=said):
+        taken = fits(make_module, noise=DDPM(), weights=str(tmp_path / "flow.ckpt"))
+    assert all(torch.equal(tensor, flow.state_dict()[name]) for name, tensor in taken.state_dict().items())
+    with pytest.warns(UserWarning, match=said):
+        fits(make_module, noise=DDPM()).load_weights(str(tmp_path / "flow.ckpt"))
+    recwarn.clear()
+    fits(make_module, weights=str(tmp_path / "flow.ckpt"))
+    fits(make_module, noise=DDPM(), weights=str(tmp_path / "flow.safetensors"))
+    assert not [warning for warning in recwarn if "something else" in str(warning.message)]
+
+
 def test_a_checkpoint_of_edm_says_the_scale_of_its_data(
     make_module: MakeModule, data: ShapesDataModule, tmp_path: Path
 ) -> None:
