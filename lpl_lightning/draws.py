@@ -2,8 +2,8 @@
 
 Sample n takes two blocks of the counter-based generator Philox (Salmon et al., 2011) with the run's seed as its key. So
 neither the number of processes that share out a batch, nor of the parts that it is accumulated in, nor where a run was
-stopped, changes what a sample draws. Noise is drawn on the device of its latents, by a generator for each sample whose
-seed is one of these numbers.
+stopped, changes what a sample draws. Where batches differ in size, each takes as many numbers as the largest so far.
+Noise is drawn on the device of its latents, by a generator for each sample whose seed is one of these numbers.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ from lpl_lightning.sharding import shard
 __all__ = ["LatentDiffusionModule"]
 
 DRAW_SEED = "lpl_lightning_seed"
+LARGEST = "lpl_lightning_largest_batch"
 PARTS = ["autoencoder", "noise", "denoiser", "conditioner", "optimizer", "lr_scheduler", "sampler", "fine_tuning"]
 
 
@@ -113,6 +114,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         self._base: BaseWeights | None = None
         """What a LoRA is trained over, which checkpoints do not hold."""
         self._draw_seed: int | None = None
+        self._largest = 0  # batch of the run so far, by this process
         self._evaluated = 0  # samples of the set at hand, by this process
         if weights is None and weights_ema is not None:
             raise ValueError(
@@ -170,7 +172,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         """Check that the parts and the data fit, before the first step."""
         self._check_parts()
         if stage == "fit":
-            self._draw_seed = None
+            self._draw_seed, self._largest = None, 0
 
     def _check_parts(self) -> None:
         check_noise(self.noise)
@@ -234,7 +236,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
             check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
         if self._trainer is not None and self.trainer.state.fn == "fit":
             check_optimizer(self.configure_optimizers(), checkpoint)
-        self._draw_seed = checkpoint.get(DRAW_SEED)
+        self._draw_seed, self._largest = checkpoint.get(DRAW_SEED), checkpoint.get(LARGEST, 0)
         if self._base is None:
             self.base = checkpoint.get(BASE, self.base)
         else:
@@ -249,7 +251,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the weights mean, which their shapes do not tell, and the seed to go on with."""
         checkpoint[MEANING] = self.meaning()
-        checkpoint[DRAW_SEED] = self._draw_seed
+        checkpoint[DRAW_SEED], checkpoint[LARGEST] = self._draw_seed, self._largest
         if self.base is not None:
             checkpoint[BASE] = self.base
         if self._base is not None:
@@ -296,9 +298,10 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
             return Draws.of(0, batch_idx * size, size), size
         rank, ranks = trainer.global_rank, trainer.world_size
         if stage == "train":
-            # Processes have a batch's samples one after the other.
-            batch = trainer.fit_loop.epoch_loop.total_batch_idx
-            seed, first = cast(int, self._draw_seed), (batch * ranks + rank) * size
+            # Processes have a batch's samples one after the other. A batch that is smaller than one before it, such as
+            # an epoch's last, leaves numbers out: counted by its own size, it would draw what earlier samples did.
+            batch, self._largest = trainer.fit_loop.epoch_loop.total_batch_idx, max(self._largest, size)
+            seed, first = cast(int, self._draw_seed), (batch * ranks + rank) * self._largest
             return Draws.of(seed, first, size, device=self.device, batch=batch), size
         # They take turns in a set for evaluation, and those that get less begin again.
         first, self._evaluated = self._evaluated * ranks + rank, self._evaluated + size

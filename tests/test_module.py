@@ -3,9 +3,9 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lpl_lightning import (
     DDPM,
@@ -30,7 +31,7 @@ from lpl_lightning import (
     ShapesDataModule,
 )
 from lpl_lightning.draws import Draws
-from lpl_lightning.noise import NoiseProcess
+from lpl_lightning.noise import NoiseProcess, NoisyLatents
 from lpl_lightning.times import CosMap, LogitNormal
 
 MakeModule = Callable[..., LatentDiffusionModule]
@@ -411,6 +412,56 @@ def test_without_classes_there_is_nothing_to_guide_by(make_module: MakeModule) -
     module.denoiser.register_forward_hook(lambda _m, inputs, _o: sizes.append(len(inputs[0])))
     module.generate([0, 1])
     assert sizes == [2, 2]
+
+
+class Uneven(pl.LightningDataModule):
+    """Images of one's own, in batches of these sizes."""
+
+    image_size, num_classes = 16, 8
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        item = {"image": torch.zeros(3, 16, 16), "label": torch.tensor(0)}
+        return DataLoader(cast(Any, [item] * 4), batch_sampler=cast(Any, [range(size) for size in self.sizes]))
+
+
+def drawn(module: LatentDiffusionModule) -> list[torch.Tensor]:
+    """Noise of all batches that a module trains on, as they come."""
+    found: list[torch.Tensor] = []
+    plain: Callable[..., NoisyLatents] = module.noise.noised
+
+    def watched(z0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> NoisyLatents:
+        if z0.shape[1] == 4:  # not the latents that the process is checked on
+            found.append(noise.clone())
+        return plain(z0, noise, t)
+
+    module.noise.noised = watched  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.parametrize("sizes", [(4, 4, 3), (3, 4)], ids=["short_last", "short_first"])
+def test_a_short_batch_draws_nothing_twice(make_module: MakeModule, tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    """Two epochs, whose samples have each a noise of its own; of a run that was stopped between them, the same."""
+    options: dict[str, Any] = {"limit_val_batches": 0, "max_steps": -1}
+    whole, first, second = (fits(make_module) for _ in range(3))
+    noise, before, after = (drawn(module) for module in (whole, first, second))
+    pl.seed_everything(3, verbose=False)
+    trainer(tmp_path, max_epochs=2, **options).fit(whole, Uneven(sizes))
+    assert [len(batch) for batch in noise] == [*sizes, *sizes]
+    assert len({float(sample.sum()) for batch in noise for sample in batch}) == 2 * sum(sizes)
+    pl.seed_everything(3, verbose=False)
+    run = trainer(tmp_path, max_epochs=1, **options)
+    run.fit(first, Uneven(sizes))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = trainer(tmp_path, max_epochs=2, **options)
+    again.fit(second, Uneven(sizes), ckpt_path=str(tmp_path / "a.ckpt"))
+    for one, other in zip(noise, [*before, *after], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_frozen_model_has_nothing_to_train(make_module: MakeModule) -> None:
