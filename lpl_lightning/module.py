@@ -114,7 +114,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         self._base: BaseWeights | None = None
         """What a LoRA is trained over, which checkpoints do not hold."""
         self._draw_seed: int | None = None
-        self._largest = 0  # batch of the run so far, by this process
+        self._largest = 0  # batch of all processes together in the run so far
         self._evaluated = 0  # samples of the set at hand, by this process
         if weights is None and weights_ema is not None:
             raise ValueError(
@@ -300,8 +300,8 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         if stage == "train":
             # Processes have a batch's samples one after the other. A batch that is smaller than one before it, such as
             # an epoch's last, leaves numbers out: counted by its own size, it would draw what earlier samples did.
-            batch, self._largest = trainer.fit_loop.epoch_loop.total_batch_idx, max(self._largest, size)
-            seed, first = cast(int, self._draw_seed), (batch * ranks + rank) * self._largest
+            batch, self._largest = trainer.fit_loop.epoch_loop.total_batch_idx, max(self._largest, size * ranks)
+            seed, first = cast(int, self._draw_seed), batch * self._largest + rank * (self._largest // ranks)
             return Draws.of(seed, first, size, device=self.device, batch=batch), size
         # They take turns in a set for evaluation, and those that get less begin again.
         first, self._evaluated = self._evaluated * ranks + rank, self._evaluated + size

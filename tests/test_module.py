@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -462,6 +463,27 @@ def test_a_short_batch_draws_nothing_twice(make_module: MakeModule, tmp_path: Pa
     again.fit(second, Uneven(sizes), ckpt_path=str(tmp_path / "a.ckpt"))
     for one, other in zip(noise, [*before, *after], strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_run_that_goes_on_by_other_processes_draws_on(make_module: MakeModule) -> None:
+    """One of two with half of each batch draws what the first of one process would have drawn for that half."""
+    one, two = fits(make_module), fits(make_module)
+    checkpoint: dict[str, Any] = {"state_dict": one.state_dict()}
+    one._draw_seed = two._draw_seed = 7
+
+    def draws(module: LatentDiffusionModule, size: int, rank: int, ranks: int, batch: int) -> torch.Tensor:
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=batch))
+        module._trainer = cast(Any, SimpleNamespace(global_rank=rank, world_size=ranks, fit_loop=loop))
+        found, _ = module._draw(size, "train", batch)
+        module._trainer = None
+        return found.time
+
+    draws(one, 6, 0, 1, 0)
+    one.on_save_checkpoint(checkpoint)
+    whole = draws(one, 6, 0, 1, 1)
+    two.on_load_checkpoint(checkpoint)
+    halves = [draws(two, 3, rank, 2, 1) for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), whole)
 
 
 def test_a_frozen_model_has_nothing_to_train(make_module: MakeModule) -> None:
