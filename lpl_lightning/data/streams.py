@@ -8,6 +8,7 @@ from the beginning of its shards, without decoding what it had given out.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count as numbers
 from itertools import islice
@@ -168,6 +169,7 @@ class StreamDataset(SampleDataset):
         self._forget()
 
     def _forget(self) -> None:
+        self._process = os.getpid()
         self._cursor: _Cursor | None = None
         self._last: tuple[int, Sample | Unreadable] | None = None
         self._lane: tuple[tuple[int, ...], _Lane] | None = None
@@ -175,6 +177,11 @@ class StreamDataset(SampleDataset):
     def __getstate__(self) -> dict[str, Any]:
         # Open files stay in their process.
         return self.__dict__ | {"_cursor": None, "_last": None, "_lane": None}
+
+    def _leave_inherited(self) -> None:
+        # A process that was forked shares the place in open files with the one that it comes from, and with its others.
+        if self._process != os.getpid():
+            self._forget()
 
     def __len__(self) -> int:
         return self.count
@@ -189,6 +196,7 @@ class StreamDataset(SampleDataset):
         return repr([[self.stream.shards[shard] for shard in self.shards], self.lengths])
 
     def _sample(self, index: int) -> Sample:
+        self._leave_inherited()
         if self._cursor is None:
             stops: Sequence[int | None] = [None] * len(self.shards) if self.lengths is None else self.lengths
             segments = [Segment(shard, 0, stop) for shard, stop in zip(self.shards, stops, strict=True)]
@@ -204,6 +212,7 @@ class StreamDataset(SampleDataset):
     def batch(self, request: Request) -> Any:
         """The batch that a ``TrainingLoader`` asks for by its number in the plan."""
         assert self.plan is not None
+        self._leave_inherited()
         plan, seed, epoch = self.plan, request.seed, request.epoch
         rank, worker, first = plan.place(request.indices[0])
         key, places = (seed, epoch, rank, worker, first), range(first, first + plan.size.batch_size)

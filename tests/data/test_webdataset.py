@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,32 @@ def test_validation_is_the_same_with_workers(tmp_path: Path) -> None:
     loader = data.val_dataloader()
     for _ in range(2):
         assert captions(loader) == [f"photo {number}" for number in range(19)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forked_process_reads_for_itself(tmp_path: Path, training: bool) -> None:
+    """It inherits the files that this one has opened, by a look at an image, with one place in them for both.
+
+    A compressed shard shows it each time; in a plain one readers seek, and are wrong where two do so at once.
+    """
+    large = [[(f"{at:03}.png", png(photo(at, (48, 40)))), *sample(at)[1:]] for at in range(30)]
+    (tmp_path / "a.tar.gz").write_bytes(bare_tar(chain.from_iterable(large), "w:gz"))
+    data = module(str(tmp_path))
+    sampler, dataset = data.train_dataloader().sampler, data.dataset("train")
+    asked: list[Any] = list(sampler) if training else list(range(30))
+
+    def given(part: list[Any]) -> list[Any]:
+        return [dataset.batch(one)["caption"] if training else dataset[one]["caption"] for one in part]
+
+    whole, again = given(asked), given(asked[:1])
+    assert again == whole[:1]
+    child = get_context("fork").Process(target=lambda: os._exit(0 if given(asked[1:]) == whole[1:] else 3))
+    child.start()
+    child.join(timeout=60)
+    assert child.exitcode == 0
+    assert given(asked[1:]) == whole[1:], "nor does it move the place of the one that it comes from"
+    assert not data.faults.met
 
 
 def test_each_loader_process_has_a_lane_of_its_own(tmp_path: Path) -> None:
