@@ -121,6 +121,9 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         self.prompts = None if prompts is None else Path(prompts).expanduser().absolute()
         self.faults = Faults() if faults is None else faults
         self._order_seed: int | None = None
+        self._reporting: pl.Trainer | None = None
+        self._run_report: Path | None = None
+        self._found_beforehand: dict[str, str] = {}
 
     @property
     @abstractmethod
@@ -187,14 +190,18 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         return Shuffled(len(dataset), batch_size)
 
     def _write_faults_into_run(self) -> None:
-        """Let the report of bad images lie in the run's folder; all processes must call this."""
+        """Let the report of bad images lie in the run's folder, one for each trainer; all processes must call this."""
         trainer = self.trainer
-        folder = None if trainer is None or self.faults.report is not None else run_folder(trainer)
-        if folder is not None:
-            self.faults.report = folder / REPORT
+        if trainer is None or trainer is self._reporting or self.faults.report not in (None, self._run_report):
+            return
+        folder = run_folder(trainer)
+        self._reporting, self._run_report = trainer, None if folder is None else folder / REPORT
+        self.faults.begin(self._run_report)
+        self._write_faults(self._found_beforehand)  # which is looked for once
 
     def _write_faults(self, bad: Mapping[str, str]) -> None:
-        """Write bad images down, reasons by name, once for all processes."""
+        """Write images down that were found bad beforehand, reasons by name, once for all processes."""
+        self._found_beforehand |= bad
         if self.trainer is None or self.trainer.is_global_zero:
             self.faults.write(bad)
 

@@ -71,6 +71,16 @@ class Faults:
         self._written: set[str] = set()
         self._read_to = 0
 
+    def begin(self, report: Path | None) -> None:
+        """Count anew, for another run.
+
+        Args:
+            report: File of the items that this one skips; None writes none.
+        """
+        self.report, self.good, self._read_to = report, 0, 0
+        self.met.clear()
+        self._written.clear()
+
     def passed(self, count: int = 1) -> None:
         """Count items that this process could use.
 

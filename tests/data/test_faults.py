@@ -12,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -201,6 +202,44 @@ def test_too_many_bad_ones_end_the_run_with_the_list(tmp_path: Path) -> None:
     faults.passed(69)
     with pytest.raises(ValueError, match=r"30 of 100 items"):
         faults.passed()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.filterwarnings("ignore:Left out")
+def test_each_run_has_a_report_of_its_own(tmp_path: Path, verify: bool) -> None:
+    """Of one data module with several trainers, what is found once beforehand too, and none of a run without files."""
+    root, reports = folder_of(tmp_path / "photos"), []
+    data = module(root, verify=verify)
+    bad = {str(root / name) for name in BAD}
+    for name in ("first", "second"):
+        trainer = quiet(tmp_path / name)
+        for _ in range(2):
+            trainer.validate(Nothing(), data, verbose=False)
+        reports.append(data.faults.report)
+        assert set(read_faults(tmp_path / name / "bad_data.jsonl")) == bad
+        assert len((tmp_path / name / "bad_data.jsonl").read_text().splitlines()) == len(bad)
+    assert reports == [tmp_path / name / "bad_data.jsonl" for name in ("first", "second")]
+    quiet(tmp_path / "third", fast_dev_run=1).validate(Nothing(), data, verbose=False)
+    assert data.faults.report is None
+
+
+def test_a_report_that_was_asked_for_is_that_of_all_runs(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "photos")
+    data = module(root, verify=False, report=tmp_path / "all.jsonl")
+    for name in ("first", "second"):
+        quiet(tmp_path / name).validate(Nothing(), data, verbose=False)
+        assert data.faults.report == tmp_path / "all.jsonl"
+        assert not (tmp_path / name / "bad_data.jsonl").exists()
+    assert set(read_faults(tmp_path / "all.jsonl")) == {str(root / name) for name in BAD}
+
+
+class Nothing(pl.LightningModule):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing."""
+
+
+def quiet(folder: Path, **options: Any) -> pl.Trainer:
+    return pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=folder, **options)
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
