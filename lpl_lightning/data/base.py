@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lpl_lightning.arguments import at_least
-from lpl_lightning.data.batches import EpochPlan, Shuffled, TrainingLoader
+from lpl_lightning.data.batches import EpochPlan, Shuffled, TrainingLoader, own_place
 from lpl_lightning.data.buckets import Assignment
 from lpl_lightning.data.captions import read_prompts
 from lpl_lightning.data.faults import Faults, Unreadable, read_faults
@@ -240,18 +240,23 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         )
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Shuffled training batches; the same ones in order where the trainer is to overfit some."""
+        """Shuffled training batches; the same ones in order where the trainer is to overfit some.
+
+        A loader that is taken by hand is for the processes that torch.distributed has by then, which need equal seeds,
+        and knows of no ``limit_train_batches``: what that leaves of an epoch is one of its own.
+        """
         self._write_faults_into_run()
         if getattr(self.trainer, "overfit_batches", 0):
             return self._eval_loader("train")
         trainer = self.trainer
-        rank, ranks = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        # A loader that is taken by hand, also after a run, is for no trainer's epochs.
+        is_asked = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
+        rank, ranks = (trainer.global_rank, trainer.world_size) if trainer is not None and is_asked else own_place()
         if self._order_seed is None:
             own = torch.initial_seed() % 2**63
             self._order_seed = own if trainer is None else int(trainer.strategy.broadcast(own))
         dataset, plan = self.training_batches(self.batch_size * ranks)
-        # A loader that is taken by hand, also after a run, is for no trainer's epochs.
-        if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
+        if trainer is None or not is_asked:
             return TrainingLoader(dataset, plan, self._order_seed, rank, ranks, self.num_workers)
         # Lightning asks anew in the middle of a run, and gives a loader no state where a run goes on at an epoch's end.
         # So it begins where the epochs that the trainer has counted end, as `set_epoch` would have it.

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
-__all__ = ["EpochPlan", "Request", "Shuffled", "TrainingLoader", "drawing"]
+__all__ = ["EpochPlan", "Request", "Shuffled", "TrainingLoader", "drawing", "own_place"]
 
 
 class EpochPlan(Protocol):
@@ -89,6 +89,13 @@ def drawing(*numbers: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(before)
+
+
+def own_place() -> tuple[int, int]:
+    """Number of this process and of all, as torch.distributed has them; (0, 1) where it is not set up."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 class _Batches(Dataset[Any]):
@@ -190,7 +197,16 @@ class TrainingLoader(DataLoader[Any]):
         """Batches of the next epoch, or those left of the one that was stopped; with a limit as many as it says.
 
         Nothing happens before the first is asked for: trainers make iterators that they do not use.
+
+        Raises:
+            ValueError: The loader was made for no trainer, and for fewer processes than there are by now.
         """
+        if self._limit is None and (found := own_place()[1]) > self.sampler.num_replicas:
+            raise ValueError(
+                f"`train_dataloader()` must be called where all {found} processes have joined, but was called for "
+                f"{self.sampler.num_replicas} of them, so that some would train on the same batches. Give the trainer "
+                "`datamodule=` in place of the loader, or call it in a `train_dataloader` of your own module."
+            )
         self._begin()
         self.sampler.epoch, self.sampler.first = self._epoch, self._done
         self.sampler.number = len(self) - self._done if self._limit is None else self._limit

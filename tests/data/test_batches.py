@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -9,6 +13,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -385,3 +390,39 @@ def test_epochs_of_a_trainer_are_as_long_as_those_of_a_plain_loader(tmp_path: Pa
 def test_overfitting_takes_the_same_batches_in_order(tmp_path: Path) -> None:
     seen = fitted(tmp_path, 4, overfit_batches=2)
     assert [[index for index, _ in batch] for batch in seen] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
+
+
+def test_a_loader_taken_by_hand_is_for_the_processes_that_there_are(tmp_path: Path) -> None:
+    """Two real ones: taken before they are joined, it would give both the same."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank)], env=environment, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()[-3000:]
+    (first, refused), (second, also) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    together = [[tuple(item) for item in a + b] for a, b in zip(first, second, strict=True)]
+    assert together == epochs(loader(batch_size=8, seed=3), 1)[0]
+    assert refused == also
+    assert "where all 2 processes have joined, but was called for 1 of them" in refused
+    assert "Give the trainer `datamodule=`" in refused
+
+
+def share(folder: Path, rank: int) -> None:
+    torch.manual_seed(3)
+    early = DrawsModule().train_dataloader()
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    batches = [said(batch) for batch in DrawsModule().train_dataloader()]
+    try:
+        next(iter(early))
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    (folder / f"{rank}.json").write_text(json.dumps([batches, refusal]))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    share(Path(sys.argv[1]), int(sys.argv[2]))
