@@ -19,7 +19,7 @@ from lpl_lightning.rebuilding import RebuiltModule
 from lpl_lightning.sampling import Sampler, initial_noise
 from lpl_lightning.sharding import unsharded
 
-__all__ = ["GeneratingModule"]
+__all__ = ["GeneratingModule", "evaluating"]
 
 
 class GeneratingModule(RebuiltModule):
@@ -128,7 +128,7 @@ class GeneratingModule(RebuiltModule):
         # Without classes the condition is the null condition, and there is nothing to guide by.
         unconditional = self.conditioner.num_classes == 0
         null_of_all = torch.ones(size, dtype=torch.bool)
-        with _evaluating(self):
+        with evaluating(self):
             return self.sampler(
                 self.denoiser,
                 self.noise,
@@ -140,7 +140,7 @@ class GeneratingModule(RebuiltModule):
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Have a module in eval mode for a while; each of its parts is then in the mode it was in."""
     modes = {part: part.training for part in module.modules()}
     module.eval()

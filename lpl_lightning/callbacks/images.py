@@ -25,6 +25,7 @@ from lpl_lightning.evaluation.generated import (
     to_uint8,
     write_png,
 )
+from lpl_lightning.generation import evaluating
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.run_folder import log_picture, run_folder
 from lpl_lightning.sharding import unsharded
@@ -110,7 +111,7 @@ class SampleGrid(Callback):
         requests = self._requests(trainer, pl_module)
         asked = [requests[i] for i in range(self.num_images)]
         images = []
-        with averaged(trainer, pl_module), unsharded(pl_module):
+        with averaged(trainer, pl_module), unsharded(pl_module), evaluating(pl_module):
             for start in range(0, self.num_images, self.batch_size):
                 part = asked[start : start + self.batch_size]
                 captions = [r["caption"] for r in part if "caption" in r] or None

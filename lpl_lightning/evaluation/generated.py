@@ -21,6 +21,7 @@ from lpl_lightning.data.listing import some
 from lpl_lightning.evaluation.image_files import ImageFiles
 from lpl_lightning.evaluation.report import write_whole
 from lpl_lightning.evaluation.settings import as_json, described, differing, model_settings
+from lpl_lightning.generation import evaluating
 from lpl_lightning.module import LatentDiffusionModule
 
 __all__ = [
@@ -208,7 +209,7 @@ def generate(
     what was there already.
 
     Args:
-        module: What generates them, whatever mode it is in.
+        module: What generates them; its training mode is put back.
         requests: Images asked for.
         folder: Where to.
         batch_size: Images generated at once.
@@ -229,7 +230,7 @@ def generate(
     own = missing[rank::world_size]
     rounds = math.ceil(len(missing) / (world_size * batch_size))
     done = len(requests) - len(missing)
-    with tqdm(total=len(requests), initial=done, desc="Images", disable=not progress) as bar:
+    with evaluating(module), tqdm(total=len(requests), initial=done, desc="Images", disable=not progress) as bar:
         for number in range(rounds):
             # A sharded model runs on all processes or on none: who has nothing left makes an image once more.
             batch = own[number * batch_size : (number + 1) * batch_size]
