@@ -9,7 +9,14 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-__all__ = ["counted", "process_means", "process_sums"]
+__all__ = ["counted", "own_place", "process_means", "process_sums"]
+
+
+def own_place() -> tuple[int, int]:
+    """Number of this process and of all, as torch.distributed has them; (0, 1) where it is not set up."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def process_sums(values: Tensor) -> Tensor:
@@ -21,7 +28,7 @@ def process_sums(values: Tensor) -> Tensor:
     Returns:
         The sums, float32; in one process the values as they came, without gradients.
     """
-    if _processes() == 1:
+    if own_place()[1] == 1:
         return values.detach()
     together = values.detach().to(torch.float32, copy=True)
     torch.distributed.all_reduce(together)
@@ -39,16 +46,11 @@ def process_means(values: Mapping[str, Tensor], device: torch.device) -> dict[st
         The means, on the device; in one process the values as they came, without gradients.
     """
     found = {name: value.detach() for name, value in values.items()}
-    processes = _processes()
+    _, processes = own_place()
     if processes == 1 or not found:
         return found
     together = torch.stack([value.to(device, torch.float32, non_blocking=True) for value in found.values()])
     return dict(zip(found, (process_sums(together) / processes).unbind(), strict=True))
-
-
-def _processes() -> int:
-    is_one = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return 1 if is_one else torch.distributed.get_world_size()
 
 
 def counted(samples: int) -> int:

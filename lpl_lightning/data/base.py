@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lpl_lightning.arguments import at_least
-from lpl_lightning.data.batches import EpochPlan, Shuffled, TrainingLoader, own_place
+from lpl_lightning.data.batches import EpochPlan, Shuffled, TrainingLoader
 from lpl_lightning.data.buckets import Assignment
 from lpl_lightning.data.captions import read_prompts
 from lpl_lightning.data.faults import Faults, Unreadable, read_faults
 from lpl_lightning.data.listing import some
+from lpl_lightning.processes import own_place
 from lpl_lightning.run_folder import run_folder
 
 __all__ = ["ImageDataModule", "SampleRequests"]
@@ -250,17 +251,17 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             return self._eval_loader("train")
         trainer = self.trainer
         # A loader that is taken by hand, also after a run, is for no trainer's epochs.
-        is_asked = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
-        rank, ranks = (trainer.global_rank, trainer.world_size) if trainer is not None and is_asked else own_place()
+        asking = trainer if trainer is not None and trainer.state.status == TrainerStatus.RUNNING else None
+        rank, ranks = own_place() if asking is None else (asking.global_rank, asking.world_size)
         if self._order_seed is None:
             own = torch.initial_seed() % 2**63
             self._order_seed = own if trainer is None else int(trainer.strategy.broadcast(own))
         dataset, plan = self.training_batches(self.batch_size * ranks)
-        if trainer is None or not is_asked:
+        if asking is None:
             return TrainingLoader(dataset, plan, self._order_seed, rank, ranks, self.num_workers)
         # Lightning asks anew in the middle of a run, and gives a loader no state where a run goes on at an epoch's end.
         # So it begins where the epochs that the trainer has counted end, as `set_epoch` would have it.
-        limit, progress = trainer.limit_train_batches, cast(Any, trainer.fit_loop.epoch_progress.current)
+        limit, progress = asking.limit_train_batches, cast(Any, asking.fit_loop.epoch_progress.current)
         return TrainingLoader(
             dataset, plan, self._order_seed, rank, ranks, self.num_workers, limit, iteration=progress.processed
         )

@@ -20,7 +20,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
-__all__ = ["EpochPlan", "Request", "Shuffled", "TrainingLoader", "drawing", "own_place"]
+from lpl_lightning.processes import own_place
+
+__all__ = ["EpochPlan", "Request", "Shuffled", "TrainingLoader", "drawing"]
 
 
 class EpochPlan(Protocol):
@@ -89,13 +91,6 @@ def drawing(*numbers: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(before)
-
-
-def own_place() -> tuple[int, int]:
-    """Number of this process and of all, as torch.distributed has them; (0, 1) where it is not set up."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 class _Batches(Dataset[Any]):

@@ -63,10 +63,10 @@ def check_lists(options: LossOptions, compared: Sequence[str]) -> None:
     Raises:
         ValueError: A list that is too short, or stages given in another order than they run beside a list.
     """
+    given = compared if isinstance(options.depth, int) else options.depth
     for name in ("depth_weights", *(("dilation", "erosion") if options.mask_outliers else ())):
         options.of_map(name, 0, len(compared))
-        given = tuple(compared) if isinstance(options.depth, int) else options.depth
-        if isinstance(getattr(options, name), tuple) and given != tuple(compared):
+        if isinstance(getattr(options, name), tuple) and list(given) != list(compared):
             raise ValueError(
                 f"`depth` must name stages in the order they run where `{name}` is a list with an entry for each: give "
                 f"{list(compared)}, got {list(given)}, and order `{name}` likewise."
