@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, SD3Transformer2DModel
+from forked import FORKED
 
 from lpl_lightning import (
     DDPM,
@@ -28,6 +29,9 @@ from lpl_lightning import (
     Sampler,
     SD3Denoiser,
 )
+
+# Here, since it has no effect once a test has started such processes in a way of its own.
+FORKED.set_forkserver_preload(["lightning.pytorch", "torchvision", "diffusers", "lpl_lightning.cli"])
 
 # Lightning 2.6 calls what jsonargparse 4.49 calls deprecated.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from enum import Enum
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_kl, tiny_sd3
+from forked import FORKED
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
@@ -82,32 +84,30 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, small_files: None) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
-WRITES_FOREVER = """
-import sys, torch
-from lpl_lightning.checkpoints import SafeCheckpointIO
-number = 0
-while True:
-    number += 1
-    SafeCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.full((500_000,), float(number))}}, sys.argv[1])
-    print(number, flush=True)
-"""
+def write_forever(path: Path, written: Connection) -> None:
+    for number in itertools.count(1):
+        SafeCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.full((500_000,), float(number))}}, path)
+        written.send(number)
 
 
 def test_a_kill_while_writing_leaves_a_whole_one(tmp_path: Path) -> None:
     """Of a real process, at moments that are anywhere in the writing; the next one tidies up."""
     path = tmp_path / "a.ckpt"
     for delay in (0.0, 0.003, 0.011):
-        process = subprocess.Popen([sys.executable, "-c", WRITES_FOREVER, str(path)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        seen = [process.stdout.readline() for _ in range(3)]
+        read, write = FORKED.Pipe(duplex=False)
+        process = FORKED.Process(target=write_forever, args=(path, write))
+        process.start()
+        write.close()
+        seen = [read.recv() for _ in range(3)]
         time.sleep(delay)
         process.kill()
-        seen += process.stdout.readlines()
-        process.wait()
-        process.stdout.close()
+        with suppress(EOFError):
+            while True:
+                seen.append(read.recv())
+        process.join()
         weight = SafeCheckpointIO().load_checkpoint(path)["state_dict"]["weight"]
         assert (weight == weight[0]).all()
-        assert int(weight[0]) >= int(seen[-1])
+        assert weight[0] >= seen[-1]
     SafeCheckpointIO().save_checkpoint(checkpoint(), path)
     assert list(tmp_path.iterdir()) == [path]
 

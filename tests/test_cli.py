@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, tiny_taesd
+from forked import LPL, Script
 from PIL import Image
 
 from lpl_lightning import Autoencoder, LatentDiffusionModule
@@ -372,18 +373,13 @@ def test_a_test_of_an_untrained_model_is_refused(photos: Path, tmp_path: Path) -
     assert not list(tmp_path.rglob("report.json"))
 
 
-def on_the_terminal(args: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lpl_lightning", *args]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-
-
 def test_what_is_refused_on_the_terminal_is_one_line(tmp_path: Path) -> None:
     args = ["compare", str(tmp_path / "a"), str(tmp_path / "b")]
-    done = on_the_terminal(args)
+    done = Script(LPL, *args).end()
     assert done.returncode == 1
     said = f"`runs`: there is no {tmp_path / 'a'}. Give the folder of an evaluation, or its report.json."
     assert done.stderr.strip() == f"lpl: error: {said}"
-    told = on_the_terminal(args, LPL_TRACEBACK="1")
+    told = Script(LPL, *args, LPL_TRACEBACK="1").end()
     assert told.returncode == 1
     assert "Traceback (most recent call last)" in told.stderr
     assert told.stderr.strip().splitlines()[-1] == f"FileNotFoundError: {said}"

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import SD3Transformer2DModel
+from forked import run_script
 from PIL import Image
 from safetensors.torch import load_file
 from test_cli import in_folder
@@ -71,11 +72,8 @@ def torchrun(folder: Path, *ways: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of one process, and then of two, which go on with what the one has left."""
     found = tmp_path_factory.mktemp("devices")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     one = ["one-life", "one-plain", "one-mixed", "one-true", "one-lora", "one-auto"]
-    command = [sys.executable, str(ROOT / "tests" / "device_run.py"), str(found), *one]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_script(device_run.__file__, found, *one)
     torchrun(found, *WAYS)
     return found
 

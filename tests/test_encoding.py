@@ -3,12 +3,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import re
 import resource
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_kl, tiny_taesd
+from forked import Script, run_script
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from test_captions import Letters
@@ -210,10 +208,7 @@ def test_a_draw_depends_on_seed_epoch_and_item_alone(make_module: MakeModule, tm
     assert few[0] != few[1]
 
 
-def run_script(devices: int, photos: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    script = Path(__file__).with_name("encoding_run.py")
-    command = [sys.executable, str(script), str(devices), str(photos), str(out), *more]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+SCRIPT = Path(__file__).with_name("encoding_run.py")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -224,30 +219,24 @@ def test_a_killed_encoding_that_goes_on_equals_one_never_killed(tmp_path: Path) 
     """Byte for byte, killed three times; two processes write the same as one."""
     photos = photos_in(tmp_path / "photos", 60)
     (photos / "a" / "bad.png").write_bytes(b"no image")
-    whole = run_script(1, photos, tmp_path / "whole")
-    _, said = whole.communicate(timeout=240)
-    assert whole.returncode == 0, said
+    run_script(SCRIPT, 1, photos, tmp_path / "whole")
     expected = content(tmp_path / "whole")
     assert sum(name.endswith(".tar") for name in expected) == 9
     out = tmp_path / "killed"
     for shards in (1, 4, 7):
-        process = run_script(1, photos, out)
+        encoding = Script(SCRIPT, 1, photos, out)
         start = time.monotonic()
-        while len(list(out.rglob("*.json"))) < shards + 1 and process.poll() is None:
+        while len(list(out.rglob("*.json"))) < shards + 1 and encoding.process.is_alive():
             assert time.monotonic() - start < 120
             time.sleep(0.001)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        encoding.process.kill()
+        encoding.end()
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
     assert len(kept) >= 7
     (out / "train" / "000001.tar.0.unfinished").write_bytes(b"left behind")
-    last = run_script(1, photos, out)
-    _, said = last.communicate(timeout=240)
-    assert last.returncode == 0, said
+    run_script(SCRIPT, 1, photos, out)
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items()), "finished shards are not made again"
-    both = run_script(2, photos, tmp_path / "both")
-    _, said = both.communicate(timeout=240)
-    assert both.returncode == 0, said
+    run_script(SCRIPT, 2, photos, tmp_path / "both")
     for folder in (out, tmp_path / "both"):
         found = content(folder)
         (report,) = (name for name in found if name.endswith("bad_data.jsonl"))
@@ -258,15 +247,12 @@ def test_a_killed_encoding_that_goes_on_equals_one_never_killed(tmp_path: Path) 
 
 def test_a_full_disk_ends_it_with_one_error_and_what_is_finished_stays(tmp_path: Path) -> None:
     photos = photos_in(tmp_path / "photos", 20)
-    process = run_script(1, photos, tmp_path / "out", "6000")
-    _, said = process.communicate(timeout=240)
-    assert process.returncode != 0
-    assert "000000.tar cannot be written" in said.splitlines()[-1]
-    assert "make room, and call the same command again" in said.splitlines()[-1]
+    done = Script(SCRIPT, 1, photos, tmp_path / "out", 6000).end()
+    assert done.returncode != 0
+    assert "000000.tar cannot be written" in done.stderr.splitlines()[-1]
+    assert "make room, and call the same command again" in done.stderr.splitlines()[-1]
     assert not list((tmp_path / "out").rglob("*.unfinished"))
-    process = run_script(1, photos, tmp_path / "out")
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
+    run_script(SCRIPT, 1, photos, tmp_path / "out")
     assert LatentCacheDataModule(tmp_path / "out").dataset("train")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from forked import Script
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
@@ -53,9 +54,9 @@ class Drawn(Dataset[int]):
         return torch.initial_seed() % 2**31
 
 
-@pytest.mark.parametrize("context", ["fork", "forkserver"])
+@pytest.mark.parametrize("context", ["fork", "forkserver", "spawn"])
 def test_loader_processes_outlive_signals(context: str) -> None:
-    """By either way of starting them; in the second, threads of libraries are there before."""
+    """By each way of starting them; in the last, threads of libraries are there before."""
     options: dict[str, Any] = {"num_workers": 2, "multiprocessing_context": context}
     loader = DataLoader(Slow(200), batch_size=4, worker_init_fn=OutliveSignals(), **options)
     batches = iter(loader)
@@ -191,8 +192,7 @@ class SignalsToAll(pl.Callback):
 
 
 def fit(folder: str, number: int, where: str) -> None:
-    """Train in a process group of its own, with loader processes, until the signal comes."""
-    os.setpgrp()
+    """Train with loader processes until the signal comes, which it does to all of this process's group."""
     saving = ModelCheckpoint(folder, every_n_train_steps=1000)
     options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     callbacks = [SignalsToAll(number, where), Preemption(), saving]
@@ -203,8 +203,7 @@ def fit(folder: str, number: int, where: str) -> None:
 
 @pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, "training"), (signal.SIGUSR1, "validation")])
 def test_a_signal_to_the_whole_job_saves(tmp_path: Path, number: int, where: str) -> None:
-    ended = subprocess.run([sys.executable, __file__, str(tmp_path), str(int(number)), where], timeout=90, check=False)
-    assert ended.returncode == 128 + number
+    assert Script(__file__, tmp_path, int(number), where).end(90).returncode == 128 + number
     assert torch.load(tmp_path / "preempted.ckpt", weights_only=True)["global_step"] == 4
 
 

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ import pytest
 import torch
 from conftest import image_batch, tiny_dit, tiny_kl, tiny_sd3
 from diffusers import DDPMScheduler
+from forked import run_ranks
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -495,9 +494,7 @@ def test_a_frozen_model_has_nothing_to_train(make_module: MakeModule) -> None:
 
 def test_ranks_draw_their_own_times_and_noise(tmp_path: Path) -> None:
     """Two real processes, seeded alike as a config seeds them."""
-    script = Path(__file__).with_name("distinct_ranks.py")
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_ranks(Path(__file__).with_name("distinct_ranks.py"), tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name in ("t", "noise"):
         assert not (first[name] == second[name]).any(), name

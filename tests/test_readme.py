@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from forked import run_script
 
 from lpl_lightning.cli import main
 
@@ -69,12 +70,13 @@ def test_links_and_pictures_exist() -> None:
         assert path.startswith("http") or (ROOT / path).exists(), path
 
 
-def test_python_examples_run(tmp_path: Path) -> None:
+def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks
-    for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    for number, block in enumerate(blocks):
+        (tmp_path / f"{number}.py").write_text(block)
+        run_script(tmp_path / f"{number}.py")
 
 
 def test_the_command_is_installed() -> None:

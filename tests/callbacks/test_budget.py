@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import tiny_kl
+from lightning.pytorch.strategies import DDPStrategy
 from test_lpl_callback import Latents, run, ungated
 from torch import Tensor
 
@@ -197,7 +198,8 @@ def test_two_processes_find_and_correct_the_same(tmp_path: Path) -> None:
         block.register_forward_hook(pass_by_clock)
     callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=Autoencoder(model), budget=0.25)
     callback.budget.most = 40
-    options: dict[str, Any] = {"strategy": "ddp_spawn", "devices": 2}
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="forkserver")
+    options: dict[str, Any] = {"strategy": strategy, "devices": 2}
     run(Uneven(), tmp_path, callback, WriteBudget(tmp_path), max_steps=61, num_batches=122, **options)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found[0] == found[1]

@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_kl, tiny_sd3
 from evaluations import Corners, Weights, data, evaluation, suite, values
+from forked import FORKED, run_ranks
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import save_image
 
-from lpl_lightning import EMA, ClassTokens, Evaluation, LatentDiffusionModule, Sampler
+from lpl_lightning import EMA, Autoencoder, ClassTokens, Evaluation, FlowMatching, LatentDiffusionModule, Sampler
 from lpl_lightning.evaluation import (
     FeatureMetrics,
     ReconstructionMetrics,
@@ -151,35 +150,28 @@ def test_images_that_are_there_are_not_made_again(module: LatentDiffusionModule,
         measured(module, tmp_path, evaluation(dirname=str(tmp_path / "out")))
 
 
-SCRIPT = """
-import sys
-sys.path[:0] = [sys.argv[1], sys.argv[2]]
-import torch, pytest
-from pathlib import Path
-from evaluations import data, evaluation
-from test_module import trainer
-from conftest import tiny_kl, tiny_sd3
-from lpl_lightning import Autoencoder, ClassTokens, FlowMatching, LatentDiffusionModule, Sampler
-torch.manual_seed(0)
-module = LatentDiffusionModule(
-    Autoencoder(tiny_kl()), FlowMatching(), tiny_sd3(), ClassTokens(8, token_dim=8, pooled_dim=8), sampler=Sampler(4)
-)
-callback = evaluation(num_images=300, dirname=sys.argv[3], batch_size=4)
-trainer(Path(sys.argv[3]), callbacks=[callback]).test(module, data(), verbose=False)
-"""
+def measure_300(folder: Path) -> None:
+    """What a process does until it is killed, and another one then."""
+    torch.manual_seed(0)
+    parts = (FlowMatching(), tiny_sd3(), ClassTokens(8, token_dim=8, pooled_dim=8))
+    module = LatentDiffusionModule(Autoencoder(tiny_kl()), *parts, sampler=Sampler(4))
+    callback = evaluation(num_images=300, dirname=str(folder), batch_size=4)
+    trainer(folder, callbacks=[callback]).test(module, data(), verbose=False)
 
 
 def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
-    here = Path(__file__).resolve().parent
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(here), str(here.parent), str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        while run.poll() is None and len(list(tmp_path.rglob("*.png"))) < 20:
-            time.sleep(0.02)
-        run.send_signal(signal.SIGKILL)
+    killed, last = (FORKED.Process(target=measure_300, args=(tmp_path / "out",)) for _ in range(2))
+    killed.start()
+    while killed.is_alive() and len(list(tmp_path.rglob("*.png"))) < 20:
+        time.sleep(0.02)
+    killed.kill()
+    killed.join()
     there = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     assert 20 <= len(there) < 300
     assert not (tmp_path / "out" / "report.json").exists()
-    subprocess.run(command, check=True, capture_output=True)
+    last.start()
+    last.join()
+    assert last.exitcode == 0
     assert {path: path.stat().st_mtime_ns for path in there} == there
     assert Report.read(tmp_path / "out").images["count"] == 300
 
@@ -371,7 +363,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     reports = []
     for devices in (1, 2):
         folder = tmp_path / str(devices)
-        subprocess.run([sys.executable, str(script), str(devices), str(folder)], check=True, timeout=300)
+        run_ranks(script, devices, folder, devices=devices)
         reports.append(Report.read(next((folder / "evaluation").rglob("report.json"))))
     one, two = reports
     assert one.images["hash"] == two.images["hash"]

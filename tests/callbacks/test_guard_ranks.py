@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import guard_ranks
 import pytest
+from forked import run_ranks
 from safetensors.torch import load_file
 
 from lpl_lightning.replay import ReplayingTrainer
@@ -21,14 +19,7 @@ from lpl_lightning.step_record import StepRecord
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes have left."""
     folder = tmp_path_factory.mktemp("ranks")
-    run = subprocess.run(
-        [sys.executable, str(Path(guard_ranks.__file__)), str(folder)],
-        capture_output=True,
-        text=True,
-        env={name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"},
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_ranks(guard_ranks.__file__, folder)
     return folder
 
 

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import csv
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from evaluations import Weights, data
+from forked import run_ranks
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from test_images import Letters
@@ -143,8 +142,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     found = []
     for devices in (1, 2):
         script = Path(__file__).with_name("evaluation_ranks.py")
-        command = [sys.executable, str(script), str(devices), str(tmp_path / str(devices)), "validate"]
-        subprocess.run(command, check=True, timeout=300)
+        run_ranks(script, devices, tmp_path / str(devices), "validate", devices=devices)
         found.append(read_loss_by_noise(next((tmp_path / str(devices)).rglob("*.json"))))
     one, two = found
     assert one["made"] == two["made"]

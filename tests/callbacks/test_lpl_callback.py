@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import ROOT, tiny_kl
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from test_mixin import Foreign, fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -341,7 +342,7 @@ def test_auto_finds_one_weight_on_two_processes(tmp_path: Path) -> None:
         callback,
         WriteWeight(tmp_path),
         max_steps=3,
-        strategy="ddp_spawn",
+        strategy=DDPStrategy(process_group_backend="gloo", start_method="forkserver"),
         devices=2,
         num_batches=4,
     )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import image_batch
+from forked import run_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -88,12 +86,7 @@ def test_a_run_ends_with_the_same_weights(
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_processes_end_with_the_same_weights(strategy: str, tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    script = Path(__file__).with_name("ranks.py")
-    run = subprocess.run(
-        [sys.executable, script, strategy, tmp_path], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_ranks(Path(__file__).with_name("ranks.py"), strategy, tmp_path)
     plain, streamed = (torch.load(tmp_path / f"{name}.pt") for name in ("plain", "streamed"))
     assert plain
     for key, value in plain.items():

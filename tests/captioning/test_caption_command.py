@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from captioners import blip, florence, make_photos, photo, qwen, transformers
-from conftest import ROOT
+from forked import LPL, Script
 from PIL import Image
 
 from lpl_lightning.cli import main
@@ -167,19 +164,14 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings(UNREADABLE)
 def test_killed_and_continued_it_is_as_if_it_had_not_been(whole: Path, tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "photos", tmp_path / "photos")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lpl_lightning", "caption", str(tmp_path / "photos"), f"--model={tiny}"]
-        + [*SHORT, *LONG, "--format=sidecar"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
+    words = ["caption", tmp_path / "photos", f"--model={tiny}", *SHORT, *LONG, "--format=sidecar"]
+    captioning = Script(LPL, *words)
     part = tmp_path / "photos" / "captions-parts" / "part-0-of-1.jsonl"
     until = time.monotonic() + 120
     while not (part.exists() and part.read_bytes().count(b"\n") >= 8) and time.monotonic() < until:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    captioning.process.kill()
+    assert captioning.end().returncode == -signal.SIGKILL
     assert 8 <= part.read_bytes().count(b"\n") < 41, "it was to be killed in the middle"
     assert not (tmp_path / "photos" / "captions-report.json").exists()
     for format in ("sidecar", "metadata"):
@@ -187,35 +179,11 @@ def test_killed_and_continued_it_is_as_if_it_had_not_been(whole: Path, tiny: Pat
     assert files_of(tmp_path / "photos") == files_of(whole / "captioned")
 
 
-KILLED_IN_A_WRITE = """
-import os, signal, sys
-from pathlib import Path
-from lpl_lightning.cli import main
-
-fsync, left = os.fsync, [12]
-
-def kill_at_the_twelfth(file):
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(file)
-
-os.fsync = kill_at_the_twelfth
-main(sys.argv[1:])
-"""
-
-
 def test_killed_while_it_writes_it_leaves_no_trace(photos: Path, tiny: Path, tmp_path: Path) -> None:
     whole = shutil.copytree(photos, tmp_path / "whole")
     caption(whole, tiny, "--format=sidecar")
-    args = ["caption", str(photos), f"--model={tiny}", *SHORT, "--format=sidecar"]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_A_WRITE, *args],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL
+    words = ["caption", photos, f"--model={tiny}", *SHORT, "--format=sidecar"]
+    assert Script(Path(__file__).with_name("dying_run.py"), "", 12, *words).end().returncode == -signal.SIGKILL
     assert [path.name for path in photos.rglob("*.unfinished")], "it was to be killed within a write"
     assert files_of(photos).keys() - files_of(whole).keys()
     caption(photos, tiny, "--format=sidecar")

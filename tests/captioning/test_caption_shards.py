@@ -5,14 +5,12 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import pytest
 import torch
 from captioners import blip, florence, full_disk, photo, transformers
 from conftest import ROOT
+from forked import LPL, Script, ended_well
 from PIL import Image
 
 from lpl_lightning.captioning.shards import ShardImages
@@ -388,40 +387,9 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Runs:
-    """Real processes that caption; see ``forked_runs.py``."""
-
-    def __init__(self) -> None:
-        self.server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("forked_runs.py"))],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def _ask(self, order: object) -> int:
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        self.server.stdin.write(json.dumps(order) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def start(self, images: Path, model: Path, out: Path, *args: str, die_in: str | None = None) -> int:
-        given = ["caption", str(images), f"--model={model}", f"--out={out}", *SHORT, *LONG, *args]
-        return self._ask({"args": given, "die_in": die_in})
-
-    def end(self, process: int) -> int:
-        return self._ask(process)
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    found = Runs()
-    yield found
-    found.server.kill()
-    found.server.communicate()
+def captioning(images: Path, model: Path, out: Path, *args: str, script: Sequence[str | Path] = (LPL,)) -> Script:
+    """A real process that captions."""
+    return Script(*script, "caption", images, f"--model={model}", f"--out={out}", *SHORT, *LONG, *args)
 
 
 def rows(out: Path, name: str) -> int:
@@ -432,38 +400,36 @@ def rows(out: Path, name: str) -> int:
 @BAD
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_continued_it_is_as_if_it_had_not_been(
-    whole: Path, tiny: Path, tmp_path: Path, runs: Runs, processes: int
+    whole: Path, tiny: Path, tmp_path: Path, processes: int
 ) -> None:
     out = tmp_path / "out"
     shares = [f"--shard={index}/{processes}" for index in range(processes)]
-    running = [runs.start(whole / "old", tiny, out, share) for share in shares]
+    running = [captioning(whole / "old", tiny, out, share) for share in shares]
     until = time.monotonic() + 120
     # Each is within its second shard.
     second = [f"{index + processes:05}.tar" for index in range(processes)]
     alive = dict(zip(running, second, strict=True))
     while alive and time.monotonic() < until:
-        for process in [process for process, name in alive.items() if rows(out, name)]:
-            os.kill(process, signal.SIGKILL)
-            del alive[process]
+        for one in [one for one, name in alive.items() if rows(out, name)]:
+            one.process.kill()
+            del alive[one]
         time.sleep(0.002)
-    assert [runs.end(process) for process in running] == [-signal.SIGKILL] * processes
+    assert [one.end().returncode for one in running] == [-signal.SIGKILL] * processes
     written = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert out / "00000.tar" in written
     assert len(written) < 4, "it was to be killed in the middle"
     if processes == 1:
         assert 3 <= rows(out, second[0]) < 14
-    again = [runs.start(whole / "old", tiny, out, share) for share in shares]
-    assert [runs.end(process) for process in again] == [0] * processes
+    ended_well(*(captioning(whole / "old", tiny, out, share) for share in shares))
     assert files_of(out) == files_of(whole / "new")
     assert all(path.stat().st_mtime_ns == then for path, then in written.items()), "what is finished is left alone"
 
 
 @BAD
-def test_killed_while_it_writes_a_shard_it_loses_no_caption(
-    whole: Path, tiny: Path, tmp_path: Path, runs: Runs
-) -> None:
+def test_killed_while_it_writes_a_shard_it_loses_no_caption(whole: Path, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert runs.end(runs.start(whole / "old", tiny, out, die_in=".00001.tar.")) == -signal.SIGKILL
+    script = (Path(__file__).with_name("dying_run.py"), ".00001.tar.", "1")
+    assert captioning(whole / "old", tiny, out, script=script).end().returncode == -signal.SIGKILL
     assert [path.name for path in out.rglob("*.unfinished")] == [".00001.tar.part-0-of-1.unfinished"]
     assert [path.name for path in out.glob("[0-9]*.tar")] == ["00000.tar"]
     part = out / "captions-parts" / "00001.tar" / "part-0-of-1.jsonl"

@@ -1,4 +1,4 @@
-"""Trains an epoch on tar shards on two CPU processes, and writes what each saw.
+"""Trains an epoch on tar shards on two CPU processes, of which this is one, and writes what it saw.
 
 ``python stream_ranks.py FOLDER SHARDS``
 """
@@ -55,7 +55,7 @@ if __name__ == "__main__":
     pl.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo", start_method="fork"),
+        strategy=DDPStrategy(process_group_backend="gloo"),
         max_epochs=1,
         num_sanity_val_steps=0,
         logger=False,

@@ -3,10 +3,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
-import socket
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from itertools import chain
@@ -17,6 +13,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from forked import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -352,20 +349,7 @@ def test_overfitting_takes_the_same_batches_in_order(root: Path, tmp_path: Path)
 
 def test_two_processes_train_on_one_shape_at_a_time(root: Path, tmp_path: Path) -> None:
     """Two real processes, stopped and gone on: together they see what one process with twice the batch sees."""
-    script = Path(__file__).with_name("bucket_ranks.py")
-    command = [sys.executable, str(script), str(root), str(tmp_path)]
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = str(listening.getsockname()[1])
-    shared = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
-    # Both at once: to Lightning they were started by something else.
-    running = [
-        subprocess.Popen(command, env=shared | {"LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
+    run_ranks(Path(__file__).with_name("bucket_ranks.py"), root, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert [part["weight"] for part in first] == [part["weight"] for part in second]
     shares = [[batch for part in rank for batch in part["train"]] for rank in (first, second)]

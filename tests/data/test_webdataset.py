@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from itertools import chain
 from multiprocessing import get_context
@@ -11,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from forked import run_ranks
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from shard_files import bare_tar, photo, png, sample, write_shards
 from torch import Tensor
@@ -320,12 +320,8 @@ def test_a_run_that_goes_on_sees_what_it_had_not_seen(
 def test_two_processes_share_out_an_epoch(tmp_path: Path) -> None:
     """By gloo, each with a loader process; and as one process counts on both."""
     shards = write_shards(tmp_path / "shards", [7, 5, 8])
-    script = Path(__file__).with_name("stream_ranks.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), *shards], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert "before they are needed: []" in done.stdout
+    for done in run_ranks(Path(__file__).with_name("stream_ranks.py"), tmp_path, *shards):
+        assert "before they are needed: []" in done.stdout
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert len(first["train"]) == len(second["train"]) == 2
     seen = [*chain.from_iterable(first["train"]), *chain.from_iterable(second["train"])]

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import FORKED
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -174,7 +174,7 @@ def write(folder: Path, value: float) -> None:
 
 
 def test_processes_may_write_at_once(tmp_path: Path) -> None:
-    other = multiprocessing.get_context("spawn").Process(target=write, args=(tmp_path, 1.0))
+    other = FORKED.Process(target=write, args=(tmp_path, 1.0))
     other.start()
     cache, seen = ReferenceCache(tmp_path), set()
     while other.is_alive():

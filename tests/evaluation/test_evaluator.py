@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from evaluator_ranks import (
     small_autoencoder,
     whole_suite,
 )
+from forked import Script, ended_well
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -301,16 +299,7 @@ def on_processes(data: dict[str, Any], count: int, folder: Path) -> list[dict[st
     folder.mkdir(exist_ok=True)
     torch.save(data, folder / "data.pt")
     script = Path(__file__).with_name("evaluator_ranks.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(count), folder], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(count)
-    ]
-    for process in running:
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said[-3000:]
+    ended_well(*(Script(script, rank, count, folder) for rank in range(count)))
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import torch
 import yaml
 from conftest import ROOT
 from evaluator_ranks import save_tower_config
+from forked import LPL, Script
 from PIL import Image, ImageFilter
 from torch import nn
 from torchvision.models import squeezenet1_0
@@ -303,13 +301,9 @@ def test_numbers_that_are_none_are_refused(folders: list[str], tmp_path: Path) -
 
 def test_no_network_for_weights_is_one_clear_error(folders: list[str], tmp_path: Path) -> None:
     """In a process of its own, with the proxy at a port where nobody listens."""
-    environment = os.environ | {
-        "HTTPS_PROXY": "http://127.0.0.1:9",
-        "https_proxy": "http://127.0.0.1:9",
-        "TORCH_HOME": str(tmp_path / "torch"),
-    }
-    command = [sys.executable, "-m", "lpl_lightning", *folders, "--suite", str(ROOT / "configs/metrics/paper.yaml")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    environment = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    words = [*folders, "--suite", ROOT / "configs/metrics/paper.yaml"]
+    done = Script(LPL, *words, **environment, TORCH_HOME=str(tmp_path / "torch")).end()
     assert done.returncode != 0
     said = done.stderr.strip().splitlines()[-1]
     assert "weights-inception-2015-12-05-6726825d.pth cannot be downloaded" in said

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forked import Script, ended_well
 from metric_ranks import measure
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -195,18 +193,7 @@ def test_two_processes_are_equal_to_one(tmp_path: Path) -> None:
     data |= {"images": torch.rand(10, 3, 20, 20) * 2 - 1, "captions": captions}  # type: ignore[dict-item]
     torch.save(data, tmp_path / "data.pt")
     script = Path(__file__).with_name("metric_ranks.py")
-    runs = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), tmp_path],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for run in runs:
-        _, said = run.communicate(timeout=240)
-        assert run.returncode == 0, said[-3000:]
+    ended_well(*(Script(script, rank, tmp_path) for rank in (0, 1)))
     expected = measure(data, slice(None), tmp_path)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from forked import run_script
 from image_ranks import SIDE, values
 
 
@@ -15,11 +13,6 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     images = {name: torch.rand(20, 3, SIDE, SIDE) * 2 - 1 for name in ("real", "generated")}
     images["real"][:7] *= 0.3  # the ranks' shares are not alike
     torch.save(images, tmp_path / "images.pt")
-    script = Path(__file__).with_name("image_ranks.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_script(Path(__file__).with_name("image_ranks.py"), tmp_path)
     found = torch.load(tmp_path / "values.pt")
     torch.testing.assert_close(found, values(images, slice(None), alone=True), rtol=1e-9, atol=1e-12)

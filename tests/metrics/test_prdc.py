@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from forked import Script, ended_well
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -346,15 +345,7 @@ def test_updates_of_other_dimensions_are_refused() -> None:
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     real, generated = normal(61, 47, 9)
     torch.save((real, generated), tmp_path / "data.pt")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank)], env=environment) for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    ended_well(*(Script(__file__, tmp_path, rank) for rank in range(2)))
     expected = measure([(real, True), (generated, False)])
     for rank in range(2):
         unequal, empty, dimensions = torch.load(tmp_path / f"{rank}.pt")
