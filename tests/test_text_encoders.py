@@ -234,7 +234,7 @@ def test_fingerprints_tell_encoders_apart() -> None:
         t5(),
     ]
     with torch.no_grad():
-        copied = TransformersText(CLIPTextModelWithProjection(one.model.config), None, tokenizer)  # type: ignore[arg-type]
+        copied = TransformersText(CLIPTextModelWithProjection(one.model.config), None, tokenizer)
         copied.model.load_state_dict(one.model.state_dict())
         assert copied.fingerprint() == alike[0]
         next(copied.model.parameters()).view(-1)[0] += 1
