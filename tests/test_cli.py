@@ -37,6 +37,8 @@ SHORT = [
     "--data.batch_size=4",
 ]
 FEW_STEPS = ["--model.sampler.num_steps=2"]
+FEW = [*FEW_STEPS, '--stand_ins={"lpl_lightning.SampleGrid": {"num_images": 2}}']
+"""Small grids, where they are not looked at."""
 
 
 def in_folder(tmp_path: Path) -> list[str]:
@@ -127,7 +129,7 @@ def test_the_same_module_trains_an_autoencoder_on_a_folder(photos: Path, tmp_pat
 
 
 def test_denoiser_shapes(tmp_path: Path) -> None:
-    main(["fit", "-c", str(CONFIGS / "denoiser_shapes.yaml"), *SHORT, *FEW_STEPS, *in_folder(tmp_path)])
+    main(["fit", "-c", str(CONFIGS / "denoiser_shapes.yaml"), *SHORT, *FEW, *in_folder(tmp_path)])
     assert (last_run(tmp_path) / "weights.safetensors").is_file()
 
 
@@ -135,7 +137,7 @@ def test_denoiser_shapes(tmp_path: Path) -> None:
 def test_folder_with_and_without_the_overlay(photos: Path, tmp_path: Path, overlay: list[str]) -> None:
     main(
         ["fit", "-c", str(CONFIGS / "folder.yaml"), *overlay]
-        + [*SHORT, *FEW_STEPS, *folder_args(photos), *in_folder(tmp_path)]
+        + [*SHORT, *FEW, *folder_args(photos), *in_folder(tmp_path)]
     )
     metrics = logged(last_run(tmp_path))
     assert ("loss_lpl" in metrics) == bool(overlay)
@@ -143,7 +145,7 @@ def test_folder_with_and_without_the_overlay(photos: Path, tmp_path: Path, overl
 
 
 def test_post_training_validation_and_prediction_from_a_checkpoint(photos: Path, tmp_path: Path) -> None:
-    base = ["-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *folder_args(photos), *in_folder(tmp_path)]
+    base = ["-c", str(CONFIGS / "folder.yaml"), *FEW, *folder_args(photos), *in_folder(tmp_path)]
     main(["fit", *base, *SHORT])
     checkpoint = last_run(tmp_path) / "checkpoints" / "last.ckpt"
     main(["fit", *base, "-c", str(CONFIGS / "lpl.yaml"), *SHORT, f"--model.weights={checkpoint}"])
@@ -162,7 +164,7 @@ def test_post_training_validation_and_prediction_from_a_checkpoint(photos: Path,
 
 
 def test_a_run_saves_the_config_that_makes_it_again(tmp_path: Path) -> None:
-    main(["fit", "-c", str(CONFIGS / "quickstart.yaml"), *SHORT, *FEW_STEPS, *in_folder(tmp_path)])
+    main(["fit", "-c", str(CONFIGS / "quickstart.yaml"), *SHORT, *FEW, *in_folder(tmp_path)])
     first = last_run(tmp_path)
     main(["fit", "-c", str(first / "config.yaml")])
     second = last_run(tmp_path)
@@ -171,7 +173,7 @@ def test_a_run_saves_the_config_that_makes_it_again(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_the_command_line_builds_its_own_parts(photos: Path, tmp_path: Path) -> None:
-    main(["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *SHORT, *folder_args(photos), *in_folder(tmp_path)])
+    main(["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW, *SHORT, *folder_args(photos), *in_folder(tmp_path)])
     checkpoint = last_run(tmp_path) / "checkpoints" / "last.ckpt"
     module = LatentDiffusionModule.load_from_checkpoint(checkpoint, weights_only=True)
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
@@ -204,7 +206,7 @@ def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_checkpoint_is_left_at_the_end(photos: Path, tmp_path: Path) -> None:
     """Also where the run ends in the middle of an epoch and between two validations."""
-    args = ["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *SHORT, *folder_args(photos), *in_folder(tmp_path)]
+    args = ["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW, *SHORT, *folder_args(photos), *in_folder(tmp_path)]
     main([*args, "--trainer.val_check_interval=1000", "--trainer.max_steps=1"])
     assert torch.load(last_run(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
 
@@ -230,14 +232,14 @@ def test_a_bad_folder_is_one_clear_error(
 
 def test_an_unreadable_photo_among_good_ones_is_one_warning(photos: Path, tmp_path: Path) -> None:
     (photos / "cat" / "bad.png").write_bytes((photos / "cat" / "1.png").read_bytes()[:60])
-    args = ["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *SHORT, *folder_args(photos), *in_folder(tmp_path)]
+    args = ["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW, *SHORT, *folder_args(photos), *in_folder(tmp_path)]
     with pytest.warns(UserWarning, match=r"Left out 1 of 17 images that cannot be read: .*bad\.png"):
         main(args)
     assert len(logged(last_run(tmp_path))["loss"]) == 2
 
 
 def test_prediction_needs_weights_and_a_failed_one_stands_in_no_ones_way(photos: Path, tmp_path: Path) -> None:
-    base = ["-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *folder_args(photos), *in_folder(tmp_path)]
+    base = ["-c", str(CONFIGS / "folder.yaml"), *FEW, *folder_args(photos), *in_folder(tmp_path)]
     base += ["--trainer.enable_progress_bar=false", "--data.num_generate=2", f"--writer.dirname={tmp_path / 'out'}"]
     with pytest.raises(ValueError, match="`lpl predict` needs trained weights"):
         main(["predict", *base])
@@ -310,7 +312,7 @@ def test_lightnings_averages_and_time_limit(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(photos: Path, tmp_path: Path) -> None:
-    base = ["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *SHORT, *folder_args(photos), *in_folder(tmp_path)]
+    base = ["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW, *SHORT, *folder_args(photos), *in_folder(tmp_path)]
     main(base)
     checkpoint = last_run(tmp_path) / "checkpoints" / "last.ckpt"
     with pytest.raises(ValueError, match="of another model"):
@@ -321,7 +323,7 @@ def test_prediction_goes_on_in_another_process(tmp_path: Path) -> None:
     """What the first process recorded is what the second one finds, whatever the order of Python's sets."""
     out = tmp_path / "out"
     for number, seed in ((1, "1"), (2, "2")):
-        command = [sys.executable, "-m", "lpl_lightning", "predict", "-c", str(CONFIGS / "quickstart.yaml"), *FEW_STEPS]
+        command = [sys.executable, "-m", "lpl_lightning", "predict", "-c", str(CONFIGS / "quickstart.yaml"), *FEW]
         command += [f"--data.num_generate={number}", f"--writer.dirname={out}", "--trainer.accelerator=cpu"]
         command += [*in_folder(tmp_path), "--trainer.enable_progress_bar=false"]
         environment = os.environ | {"PYTHONHASHSEED": seed}
@@ -342,7 +344,7 @@ def test_the_losss_options_from_the_command_line(tmp_path: Path) -> None:
         f"{LOSS}.depth_weights=[0.5, 2]",
         f"{LOSS}.statistics=separate",
     ]
-    main(["fit", "-c", str(CONFIGS / "quickstart.yaml"), *SHORT, *FEW_STEPS, *options, *in_folder(tmp_path)])
+    main(["fit", "-c", str(CONFIGS / "quickstart.yaml"), *SHORT, *FEW, *options, *in_folder(tmp_path)])
     metrics = logged(last_run(tmp_path))
     assert "lpl_depth/image" in metrics
     assert "lpl_depth/up_1" not in metrics
@@ -365,7 +367,7 @@ def test_a_bad_option_of_the_loss_is_one_clear_sentence(tmp_path: Path, options:
 
 
 def test_a_test_of_an_untrained_model_is_refused(photos: Path, tmp_path: Path) -> None:
-    base = ["test", "-c", str(CONFIGS / "folder.yaml"), *FEW_STEPS, *folder_args(photos), *in_folder(tmp_path)]
+    base = ["test", "-c", str(CONFIGS / "folder.yaml"), *FEW, *folder_args(photos), *in_folder(tmp_path)]
     base += ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     with pytest.raises(ValueError, match="`lpl test` needs trained weights.*For the loss alone, set .*num_images 0"):
         main(base)
