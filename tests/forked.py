@@ -32,7 +32,9 @@ class Script:
     def __init__(self, path: str | Path, *arguments: object, **environment: str) -> None:
         self.words = [str(path), *map(str, arguments)]
         self.streams = tempfile.TemporaryDirectory()
-        given = (self.words, dict(os.environ) | environment, os.getcwd(), self.streams.name)
+        # What an earlier test's `seed_everything` left there, it would be seeded by.
+        inherited = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+        given = (self.words, inherited | environment, os.getcwd(), self.streams.name)
         self.process = FORKED.Process(target=_run, args=given)
         self.process.start()
 
