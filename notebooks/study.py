@@ -10,7 +10,8 @@
 
 PHOTOS has ``train`` and ``val``, each with a folder a class. The autoencoder is the one that lies beside this file,
 unless ``--anew`` asks for one of your own. ``run`` makes what is missing and nothing twice: stopped and called again,
-it goes on, also within a training. ``--scale gpu`` lays ``configs/study/gpu.yaml`` over all models, ``--jobs 8`` runs
+it goes on, also within a training. ``--scale gpu`` lays ``configs/study/gpu.yaml`` over all models, ``--scale gpu-128``
+``configs/study/imagenette.yaml`` too, for photos of 128 px in an ``--out`` of their own, ``--jobs 8`` runs
 so many commands at a time, as many small models as it takes to fill a GPU, and ``--minutes 9`` begins none later.
 Commands run in the repository's folder, with ``PYTHONPATH=notebooks``.
 """
@@ -38,8 +39,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, SPECTRA, DIFFERENCES = (ROOT / "notebooks" / f"{name}.csv" for name in ("results", "spectra", "differences"))
 AUTOENCODER = ROOT / "notebooks" / "autoencoder"
 BASE = "configs/study/mmdit.yaml"
-SIDE = 64
-"""Pixels."""
 SEEDS = (1, 2, 3)
 LOGGED = ("loss_diffusion", "gate_share", "lpl_weight", "lpl_gradient_ratio", "lpl_variance_ratio", "lpl_masked")
 """Beginnings of names of what is collected from the trainings' logs, too."""
@@ -90,7 +89,8 @@ class Scale:
         short: Of post-training where one choice is compared with others.
         setting: How images are made, unless that is what is compared.
         choice: How they are made where one choice is compared with others.
-        overlay: Config that is laid over the models'.
+        overlays: Config files that are laid over the models'.
+        side: Of the photos, in pixels.
     """
 
     pretrain: int
@@ -98,13 +98,17 @@ class Scale:
     short: int
     setting: Setting
     choice: Setting
-    overlay: str | None = None
+    overlays: tuple[str, ...] = ()
+    side: int = 64
 
 
 SCALES = {
     "cpu": Scale(4000, 500, 250, Setting(5000, "0.995", 10), Setting(2000, "0.99", 10)),
-    "gpu": Scale(10000, 3000, 1500, Setting(10000, "0.995", 50), Setting(10000, "0.995", 50), "configs/study/gpu.yaml"),
+    "gpu": Scale(10000, 3000, 1500, *2 * (Setting(10000, "0.995", 50),), ("configs/study/gpu.yaml",)),
 }
+SCALES["gpu-128"] = replace(
+    SCALES["gpu"], side=128, overlays=(*SCALES["gpu"].overlays, "configs/study/imagenette.yaml")
+)
 
 
 @dataclass(frozen=True)
@@ -258,7 +262,7 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
 def overlays(run: Run, scale: Scale) -> list[str]:
     """Config files of a run, in their order."""
     of_process = OTHERS.get(run.process, (f"configs/{run.process}.yaml",))
-    files = [BASE, *of_process, *([scale.overlay] if scale.overlay else [])]
+    files = [BASE, *of_process, *scale.overlays]
     added = run.rival if run.rival is not None else "lpl" if run.loss is not None else None
     return [*files, *([f"configs/study/{added}.yaml"] if added else [])]
 
@@ -308,7 +312,8 @@ def encode(process: str, given: argparse.Namespace) -> list[str]:
     """The command that makes the latents."""
     words = ["lpl", "encode", *(word for file in (BASE, *OTHERS.get(process, ())) for word in ("-c", file))]
     words += ["--data=lpl_lightning.data.ImageFolderDataModule", f"--data.root={given.photos / 'train'}"]
-    words += [f"--data.val_root={given.photos / 'val'}", "--data.horizontal_flip=true", f"--data.image_size={SIDE}"]
+    words += [f"--data.val_root={given.photos / 'val'}", "--data.horizontal_flip=true"]
+    words += [f"--data.image_size={SCALES[given.scale].side}"]
     words += [f"--model.autoencoder.model={decoder(given, process)}", "--data.batch_size=64"]
     return [*words, f"--out={latents(given.out, process)}"]
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, SHARED
 
 from lpl_lightning import Autoencoder
 from lpl_lightning.cli import main
+from lpl_lightning.stand_ins import merged
 
 SCRIPT = ROOT / "notebooks" / "study.py"
 
@@ -36,6 +38,7 @@ def planned(folder: Path, experiment: str, scale: str) -> list[list[str]]:
     [
         ("cpu", ("main", "rivals", "thin", "ceilings", "dit", "taesd3"), 24),
         pytest.param("gpu", ("thin",), 6, marks=pytest.mark.slow),
+        pytest.param("gpu-128", ("thin", "dit"), 10, marks=pytest.mark.slow),
     ],
 )
 def test_commands_are_understood(
@@ -110,6 +113,23 @@ def test_paths_are_of_where_one_stands(tmp_path: Path) -> None:
         assert f"save_dir={expected} " in said
         assert ("lpl encode" in said) == (cwd != tmp_path)
     assert "--data.root=mine/train" in said
+
+
+@pytest.mark.parametrize(("scale", "image_size"), [("gpu", 64), ("gpu-128", 128)])
+def test_latents_are_as_large_as_the_denoiser_takes_them(tmp_path: Path, scale: str, image_size: int) -> None:
+    """The autoencoder's f is 4, and a token is 2 x 2 latents."""
+    encode, fit, *_ = (
+        words for words in planned(tmp_path, "main", scale) if "study/autoencoder.yaml" not in str(words)
+    )
+    assert (encode[1], fit[1]) == ("encode", "fit")
+    assert f"--data.image_size={image_size}" in encode
+    base, *overlays = (yaml.safe_load((ROOT / word).read_text()) for word in fit if word.endswith(".yaml"))
+    backbone = base["model"]["init_args"]["denoiser"]["init_args"]["backbone"]
+    rules = merged(config.get("stand_ins", {}) for config in overlays)[backbone["class_path"]]
+    assert isinstance(rules, dict)
+    size = backbone["init_args"] | rules
+    assert (size["sample_size"], size["pos_embed_max_size"]) == (image_size // 4, image_size // 8)
+    assert size["num_attention_heads"] == 4
 
 
 def test_a_budget_is_not_profiled(tmp_path: Path) -> None:
