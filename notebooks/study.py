@@ -7,6 +7,7 @@
     python notebooks/study.py compare                          # with LPL against without, run by run
     python notebooks/study.py collect                          # what has been measured so far, as notebooks/*.csv
     python notebooks/study.py table                            # with LPL against without, over seeds
+    python notebooks/study.py grid                             # images of the same seeds, as notebooks/results_grid.png
 
 PHOTOS has ``train`` and ``val``, each with a folder a class. The autoencoder is the one that lies beside this file,
 unless ``--anew`` asks for one of your own. ``run`` makes what is missing and nothing twice: stopped and called again,
@@ -37,6 +38,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, SPECTRA, DIFFERENCES = (ROOT / "notebooks" / f"{name}.csv" for name in ("results", "spectra", "differences"))
+GRID = ROOT / "notebooks" / "results_grid.png"
 AUTOENCODER = ROOT / "notebooks" / "autoencoder"
 BASE = "configs/study/mmdit.yaml"
 SEEDS = (1, 2, 3)
@@ -642,6 +644,33 @@ def table(path: Path, first: str = "none", second: str = "lpl") -> str:
     return "\n".join(lines)
 
 
+def grid(out: Path, scale: Scale, columns: int = 12, gap: int = 2) -> None:
+    """Draw the first images of the main comparison's first seed.
+
+    Of each process four rows: by 10 and by 50 sampling steps, without LPL and with it. A column has one seed and class.
+    """
+    from PIL import Image
+
+    folders = {(name, Setting.of(report)): folder for name, report, folder in reports(out) if report["generation"]}
+    settings = [replace(scale.setting, num_steps=count) for count in (10, 50)]
+    rows = [
+        (f"{process}-{name}-{SEEDS[0]}", setting)
+        for process in PROCESSES
+        for setting in settings
+        for name in ("none", "lpl")
+    ]
+    if missing := [f"{name} by {setting.num_steps} steps" for name, setting in rows if (name, setting) not in folders]:
+        sys.exit(f"Not measured yet, in {out}: {', '.join(missing)}. `study.py run main main_by_50` makes them.")
+    pitch = scale.side + gap
+    drawn = Image.new("RGB", (columns * pitch - gap, len(rows) * pitch - gap), "white")
+    for row, found in enumerate(rows):
+        of_run = sorted((folders[found].parent / "images").glob("*/*.png"), key=lambda path: path.name)
+        for column, path in enumerate(of_run[:columns]):
+            with Image.open(path) as image:
+                drawn.paste(image, (column * pitch, row * pitch))
+    drawn.save(GRID)
+
+
 def rooted(given: str) -> Path:
     """A path of the command line, as it is called from the repository's folder."""
     path = Path(os.path.abspath(given))
@@ -652,7 +681,7 @@ def main() -> None:
     """Plan, run, collect or show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*experiments(SCALES["cpu"])]
-    parser.add_argument("action", choices=("plan", "run", "compare", "collect", "table"))
+    parser.add_argument("action", choices=("plan", "run", "compare", "collect", "table", "grid"))
     parser.add_argument("experiments", nargs="*", metavar="experiment", help=f"of {', '.join(names)}, ceilings")
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
     parser.add_argument("--photos", type=rooted, default=Path("photos"))
@@ -678,6 +707,9 @@ def main() -> None:
         return
     if given.action == "table":
         print(table(RESULTS))
+        return
+    if given.action == "grid":
+        grid(given.out, SCALES[given.scale])
         return
     if unknown := set(given.experiments) - {*names, "ceilings"}:
         parser.error(f"There is no experiment {', '.join(sorted(unknown))}. Known: {', '.join(names)}, ceilings.")

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, SHARED
+from PIL import Image
 
 from lpl_lightning import Autoencoder
 from lpl_lightning.cli import main
@@ -252,3 +253,32 @@ def test_tasks_wait_for_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"first", "second", "third", "bad", "say.py", "logs"}
     times = [(tmp_path / name).stat().st_mtime_ns for name in ("first", "second", "third")]
     assert times == sorted(times)
+
+
+def test_grid_has_a_row_a_run_and_a_column_a_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the order that its text says; nothing is drawn where a run has not been measured."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    study = import_module("study")
+    monkeypatch.setattr(study, "GRID", tmp_path / "grid.png")
+    order = [(name, count, loss) for name in study.PROCESSES for count in (10, 50) for loss in ("none", "lpl")]
+    scale = study.SCALES["cpu"]
+    for row, (process, count, loss) in enumerate(order):
+        if row == len(order) - 1:
+            with pytest.raises(SystemExit, match=f"{process}-{loss}-1 by {count} steps"):
+                study.grid(tmp_path, scale, columns=2)
+        folder = tmp_path / f"{process}-{loss}-1" / "version_0" / "evaluation" / f"step=500-{count}"
+        made = {"global_step": 500, "ema": 0.995, "num_steps": count, "guidance_scale": 2.0}
+        (folder / "val").mkdir(parents=True)
+        (folder / "val" / "report.json").write_text(json.dumps({"generation": made, "images": {"count": 5000}}))
+        for seed, part in ((1, "0000"), (0, "0001"), (2, "0000")):  # files lie in folders, which do not order them
+            (folder / "images" / part).mkdir(parents=True, exist_ok=True)
+            colour = (20 * row, 100 * seed, 0)
+            Image.new("RGB", (64, 64), colour).save(folder / "images" / part / f"{seed:06}.png")
+    study.grid(tmp_path, scale, columns=2)
+    with Image.open(tmp_path / "grid.png") as drawn:
+        assert drawn.size == (2 * 66 - 2, 12 * 66 - 2)
+        for row in range(12):
+            assert [drawn.getpixel((66 * seed + 1, 66 * row + 63)) for seed in (0, 1)] == [
+                (20 * row, 100 * seed, 0) for seed in (0, 1)
+            ]
+        assert drawn.getpixel((65, 65)) == (255, 255, 255)
