@@ -7,10 +7,13 @@ and of diffusers alone.
 
 from __future__ import annotations
 
+import codecs
 import io
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import reduce
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,6 +24,7 @@ from typing import Any, Self, get_type_hints
 import diffusers
 import lightning.pytorch as pl
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
@@ -165,19 +169,55 @@ def _refused(source: str, what: object) -> ValueError:
     )
 
 
-def _named(value: Any) -> Iterator[str]:
-    """All that a config has imported: what stands at ``class_path``, and strings that a parser could take for such."""
+def _named(value: Any, folder: Path = Path(), files: frozenset[Path] = frozenset()) -> Iterator[str]:
+    """All that a config has imported: what stands at ``class_path``, and strings that a parser could take for such.
+
+    A parser also takes text for the config that it holds, and the name of a file for the config in there.
+
+    Args:
+        value: The config, or a part of it.
+        folder: Where names of files are looked for.
+        files: Those that were read on the way here.
+    """
     if isinstance(value, Mapping):
         for key, part in value.items():
             if key in ("class_path", "_class_path"):
                 yield str(part)
             elif key != "_instantiator":
-                yield from _named(part)
+                yield from _named(part, folder, files)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _named(part)
-    elif isinstance(value, str) and (found := _PATH.fullmatch(value)) and _is_module(found[1]):
-        yield value
+            yield from _named(part, folder, files)
+    elif isinstance(value, str):
+        if (found := _PATH.fullmatch(value)) and _is_module(found[1]):
+            yield value
+        for config in _parsed(value):
+            yield from _named(config, folder, files)
+        path = folder / value
+        if path not in files and (text := _text(path)) is not None:
+            for config in _parsed(text):
+                yield from _named(config, path.parent, files | {path})
+
+
+def _parsed(text: str) -> Iterator[Any]:
+    """What a text holds, as JSON and as YAML, where that is more than a plain value."""
+    for read, error in ((json.loads, ValueError), (yaml.safe_load, yaml.YAMLError)):
+        with suppress(error, RecursionError):
+            found = read(text)
+            if isinstance(found, Mapping | list):
+                yield found
+
+
+def _text(path: Path) -> str | None:
+    """What a file says; None where there is none, or it holds other bytes, as weights do."""
+    decoder, parts = codecs.getincrementaldecoder("utf-8")(), []
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 16):
+                parts.append(decoder.decode(block))
+    except (OSError, ValueError):
+        return None
+    return "".join(parts)
 
 
 def _is_module(name: str) -> bool:

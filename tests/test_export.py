@@ -954,6 +954,24 @@ PROGRAMS: dict[str, tuple[str, Any]] = {
 }
 
 
+def written(path: str, value: Any) -> str:
+    """The name that a file is known by in its folder."""
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text(json.dumps(value))
+    return path
+
+
+HIDDEN: dict[str, Callable[[Any], Any]] = {
+    "as text": json.dumps,
+    "as text in text": lambda value: json.dumps({"class_path": value["class_path"], "init_args": json.dumps(value)}),
+    "with tabs": lambda value: json.dumps(value, indent="\t"),
+    "as YAML": yaml.safe_dump,
+    "in a file": lambda value: written("hidden/config.txt", value),
+    "beside a file": lambda value: written("hidden/config.txt", [Path(written("hidden/b.txt", value)).name]),
+}
+"""How a config that names a program may lie in a checkpoint's, which a parser reads nevertheless."""
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_checkpoints_config_runs_no_program(
     program: str, run: Path, tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
@@ -969,6 +987,21 @@ def test_a_checkpoints_config_runs_no_program(
     torch.save(changed, "changed.ckpt")
     message = f"would run '{program}': .*Set `trusted` to true if you trust"
     refused(ran, message, lambda: main(["export", "--ckpt", "changed.ckpt", "--out", "out"]))
+    refused(ran, message, lambda: LatentDiffusionModule.load_from_checkpoint("changed.ckpt"))
+    assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_a_program_in_a_text_is_not_built(
+    hidden: str, run: Path, tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil.py").write_text(EVIL.format(str(ran)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    changed = torch.load(run, weights_only=True)
+    changed["hyper_parameters"]["denoiser"] = HIDDEN[hidden](over("evil.Backbone")[1])
+    torch.save(changed, "changed.ckpt")
+    message = "would run 'evil.Backbone'"
     refused(ran, message, lambda: LatentDiffusionModule.load_from_checkpoint("changed.ckpt"))
     assert "evil" not in sys.modules
 
