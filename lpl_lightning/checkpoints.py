@@ -1,23 +1,14 @@
-"""Checkpoints that appear whole or not at all, run no code when they are read, and are looked at before they are used.
-
-``torch.save`` writes a zip archive, which holds a checksum (CRC-32) of each of its members. So that a checkpoint was
-cut off or changed on the disk is found by reading it once, and nothing needs to stand beside it. A distributed
-checkpoint is a folder of shards with an index, ``.metadata``, which comes last and is a pickle: it is looked through
-beforehand for anything but what torch writes there, and its shards for whether they are as long as it says.
-"""
+"""Checkpoints that appear whole or not at all, run no code when they are read, and are looked at beforehand."""
 
 from __future__ import annotations
 
 import io
 import os
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
-from uuid import uuid4
 
 import lightning.pytorch as pl
 import numpy as np
@@ -27,18 +18,17 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lpl_lightning.checkpoint_files import clear_drafts, draft_of, fault_of, sync
+
 __all__ = [
     "SafeCheckpointIO",
     "check_checkpoint",
     "check_settings",
     "checkpoint_folders",
-    "fault_of",
     "newest_checkpoint",
     "refusal_of",
+    "with_plain_settings",
 ]
-
-UNFINISHED = ".unfinished"
-"""End of the name of a file that is being written."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -59,19 +49,18 @@ class SafeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         place = _path(path)
-        part = place.with_name(f"{place.name}.{uuid4().hex}{UNFINISHED}")
+        part = draft_of(place)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            for left in place.parent.glob(f"{_literal(place.name)}.*{UNFINISHED}"):
-                left.unlink(missing_ok=True)  # by a process that was killed
+            clear_drafts(place)
             try:
                 with part.open("wb") as file:
-                    torch.save(_with_plain_settings(checkpoint), file)
+                    torch.save(with_plain_settings(checkpoint), file)
                     file.flush()
                     os.fsync(file.fileno())
                 _check_plain(part)
                 os.replace(part, place)
-                _sync(place.parent)
+                sync(place.parent)
             finally:
                 with suppress(OSError):  # it is there only where something failed
                     part.unlink()
@@ -136,7 +125,8 @@ def check_settings(part: Any, argument: str) -> None:
             ) from error
 
 
-def _with_plain_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def with_plain_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint whose hyperparameters can be read again without running code."""
     keys = (pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)
     return {**checkpoint, **{key: _plain(checkpoint[key]) for key in keys if key in checkpoint}}
 
@@ -199,68 +189,6 @@ def refusal_of(path: Any, error: Exception) -> str:
     return "it is no zip archive of torch.save's, or could run code" if is_other else said[0].rstrip(".")
 
 
-def fault_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None where all of it is as it was written.
-
-    Args:
-        path: A file, which is read once, or the folder of a distributed checkpoint.
-    """
-    if path.is_dir():
-        return _fault_of_folder(path)
-    if not path.stat().st_size:
-        return "it is empty"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
-        return f"it is cut off, or no checkpoint ({error})"
-    return None if damaged is None else f"{damaged} in it is not what was written"
-
-
-class _Index(pickle.Unpickler):
-    """Reads the index of a distributed checkpoint, and nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What torch writes there; else it ends."""
-        paths = [f"{place}.{kind}Path" for place in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")]
-        others = (*paths, "torch.Size", "collections.OrderedDict")
-        written = (*others, "torch.serialization._get_layout", "torch.distributed.checkpoint.filesystem._StorageInfo")
-        found: Any = None
-        if module == "torch.distributed.checkpoint.metadata":
-            found = super().find_class(module, name)
-            is_known = isinstance(found, type) and found.__module__ == module
-        elif f"{module}.{name}" in written:
-            found, is_known = super().find_class(module, name), True
-        else:
-            found = getattr(torch, name, None) if module == "torch" else None
-            is_known = isinstance(found, torch.dtype)
-        if not is_known:
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return found
-
-
-def _fault_of_folder(path: Path) -> str | None:
-    index = path / ".metadata"
-    if not index.is_file():
-        return "it is cut off, or no checkpoint: it has no .metadata"
-    try:
-        with index.open("rb") as file:
-            stored = _Index(file).load().storage_data.values()
-        needed: dict[str, int] = {}
-        for one in stored:
-            needed[one.relative_path] = max(needed.get(one.relative_path, 0), one.offset + one.length)
-    except pickle.UnpicklingError as error:
-        return f"its .metadata names {error}, which could run code, or is damaged"
-    except Exception as error:  # Damaged pickles do not agree on a type.
-        return f"its .metadata is damaged ({type(error).__name__})"
-    for name, size in needed.items():
-        if Path(name).name != name:
-            return f"its .metadata names the file {name} outside of it"
-        if not (path / name).is_file() or (path / name).stat().st_size < size:
-            return f"it is cut off: {name} is missing or short"
-    return None
-
-
 def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
     """Folders that runs of a trainer's configuration keep checkpoints in, those of earlier runs too.
 
@@ -280,13 +208,17 @@ def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def newest_checkpoint(trainer: pl.Trainer) -> Path | None:
+def newest_checkpoint(trainer: pl.Trainer, to_train: bool = False) -> Path | None:
     """The checkpoint written last, of all runs of a trainer's configuration, that is whole; None where there is none.
 
     Those that are not are named in a warning.
+
+    Args:
+        trainer: The trainer.
+        to_train: Whether training is to go on from it, which it cannot from weights alone.
     """
     for path in sorted(_files(checkpoint_folders(trainer)), key=_written, reverse=True):
-        why = fault_of(path)
+        why = fault_of(path) or ("it holds weights alone" if to_train and _is_weights_alone(path) else None)
         if why is None:
             return path
         rank_zero_warn(f"{path} is passed over for an older checkpoint: {why}.")
@@ -299,6 +231,16 @@ def _files(folders: list[Path]) -> Iterator[Path]:
         yield from {path.resolve() for path in folder.glob("*.ckpt") if path.exists()}
 
 
+def _is_weights_alone(path: Path) -> bool:
+    """Whether a checkpoint that is whole lacks what training goes on with; a folder never does."""
+    if path.is_dir():
+        return False
+    try:
+        return "optimizer_states" not in torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # Whoever loads it says what is wrong.
+        return False
+
+
 def _written(path: Path) -> tuple[int, str]:
     return path.stat().st_mtime_ns, path.name
 
@@ -309,21 +251,6 @@ def _is_local(path: Any) -> bool:
 
 def _path(path: Any) -> Path:
     return Path(str(path).removeprefix("file://")).expanduser().absolute()
-
-
-def _literal(name: str) -> str:
-    """A name as a pattern of ``glob`` that matches it alone."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder's list of files to the disk, where the system can do that."""
-    with suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -217,7 +217,7 @@ class LPLCLI(LightningCLI):
         """
         found = self.config[command].ckpt_path
         if found == "last":
-            newest = newest_checkpoint(self.trainer)
+            newest = newest_checkpoint(self.trainer, to_train=command == "fit")
             if newest is None:
                 where = ", ".join(map(str, checkpoint_folders(self.trainer))) or "any folder"
                 if command != "fit":

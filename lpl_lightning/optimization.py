@@ -46,9 +46,15 @@ def check_optimizer(configured: Any, checkpoint: Mapping[str, Any]) -> None:
         checkpoint: To go on with.
 
     Raises:
-        ValueError: Each of the two has settings that the other has not. One that alone has more is of another version
-            of PyTorch.
+        ValueError: The checkpoint is of weights alone, or each of the two has settings that the other has not. One that
+            alone has more is of another version of PyTorch.
     """
+    # Of a folder of shards, the optimizer's state has been loaded by then, with the weights.
+    if "state_dict" in checkpoint and "optimizer_states" not in checkpoint:
+        raise ValueError(
+            "The checkpoint holds weights alone (`save_weights_only`), from which training cannot go on. To begin anew "
+            "from them, give it as `model.weights`, and no `ckpt_path`."
+        )
     optimizer = configured.get("optimizer") if isinstance(configured, Mapping) else configured
     states = checkpoint.get("optimizer_states") or []
     if not isinstance(optimizer, Optimizer) or len(states) != 1:

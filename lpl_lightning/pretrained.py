@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from lpl_lightning.checkpoints import fault_of, refusal_of
+from lpl_lightning.checkpoint_files import META, fault_of
+from lpl_lightning.checkpoints import refusal_of
 
 __all__ = [
     "AVERAGES",
@@ -46,9 +47,6 @@ RANDOM = "random:"
 
 AVERAGES = "lpl_lightning_averages"
 """Where a checkpoint holds averages of the trained weights, by decay."""
-
-_META = "meta.pt"
-"""What a folder of shards holds beside them, as Lightning calls it."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -112,7 +110,7 @@ def read_state(source: str, ema: float | None = None) -> dict[str, Tensor]:
         ValueError: The file is neither, or holds no such average.
     """
     path = locate(source, "weights")
-    if isinstance(path, str) or (path.is_dir() and not (path / _META).is_file()):
+    if isinstance(path, str) or (path.is_dir() and not (path / META).is_file()):
         raise ValueError(f"`weights`={source!r} must be a Lightning checkpoint (.ckpt) or a .safetensors file.")
     if path.suffix == ".safetensors":
         if ema is not None:
@@ -170,7 +168,7 @@ def read_checkpoint(source: str, argument: str = "weights", weights: bool = True
     shards = path if isinstance(path, Path) and path.is_dir() else None
     if shards is not None and (why := fault_of(shards)):
         raise ValueError(f"`{argument}`={source!r} cannot be read as a checkpoint: {why}.")
-    found = path if shards is None else shards / _META
+    found = path if shards is None else shards / META
     try:
         checkpoint: Any = torch.load(found, map_location="cpu", weights_only=True, mmap=True)
         if shards is not None:

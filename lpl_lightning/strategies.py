@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,11 +14,13 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from lpl_lightning.checkpoints import check_checkpoint
+from lpl_lightning.checkpoint_files import draft_of, put_folder
+from lpl_lightning.checkpoints import check_checkpoint, with_plain_settings
 from lpl_lightning.pretrained import read_checkpoint
 from lpl_lightning.sharding import load_whole, reshard, shard_like, whole
 
@@ -100,12 +104,38 @@ class FSDP2Strategy(ModelParallelStrategy):
         states = {key: _on_first(state, self.is_global_zero) for key, state in found["state"].items()}
         return {**found, "state": states} if self.is_global_zero else {}
 
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint, which appears whole or not at all, as a folder too."""
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        place = Path(self.broadcast(filepath))
+        part = Path(self.broadcast(draft_of(place)))
+        super().save_checkpoint(with_plain_settings(checkpoint), part, storage_options)
+        self.barrier()  # until all have written their shards
+        if self.is_global_zero:
+            put_folder(part, place)
+        self.barrier()
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load weights and, in training, the optimizer's state."""
+        """Load weights and, in training, the optimizer's state.
+
+        Raises:
+            ValueError: It is cut off, changed, something else, or holds more than tensors and plain values.
+        """
         path = Path(self.broadcast(checkpoint_path))
         check_checkpoint(path)
         if path.is_dir():
-            return super().load_checkpoint(path, weights_only=True)
+            try:
+                with _plain_values_alone():
+                    return super().load_checkpoint(path, weights_only=True)
+            except CheckpointException as error:
+                (why, *_), *_ = error.failures.values()
+                if not isinstance(why, pickle.UnpicklingError):
+                    raise
+                raise ValueError(f"`ckpt_path`: {path} cannot be used: it holds what could run code.") from None
         module = self.lightning_module
         assert module is not None
         checkpoint = read_checkpoint(str(path), "ckpt_path")
@@ -114,6 +144,21 @@ class FSDP2Strategy(ModelParallelStrategy):
             for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
                 _load_optimizer(optimizer, state)
         return checkpoint
+
+
+@contextmanager
+def _plain_values_alone() -> Iterator[None]:
+    """Have torch unpickle nothing else, also where it is asked to, as for what an index says is no tensor."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _on_first(tensors: Mapping[str, Any], keep: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_kl, tiny_sd3
-from forked import FORKED
+from forked import FORKED, run_script
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
@@ -37,7 +37,8 @@ from lpl_lightning import (
     LPLCallback,
 )
 from lpl_lightning.captions import Captions
-from lpl_lightning.checkpoints import SafeCheckpointIO, check_settings, fault_of, newest_checkpoint
+from lpl_lightning.checkpoint_files import draft_of, fault_of, put_folder
+from lpl_lightning.checkpoints import SafeCheckpointIO, check_settings, newest_checkpoint
 from lpl_lightning.text_encoders import TransformersText
 
 
@@ -194,16 +195,25 @@ def test_the_newest_whole_one_of_all_runs_is_found(
     paths[1].unlink()
     with pytest.warns(UserWarning, match="passed over"):
         assert newest_checkpoint(trainer) == paths[0]
+    SafeCheckpointIO().save_checkpoint({**checkpoint(), "optimizer_states": []}, paths[0])
+    SafeCheckpointIO().save_checkpoint(checkpoint(), paths[2])
+    assert newest_checkpoint(trainer) == paths[2]
+    with pytest.warns(UserWarning, match="passed over for an older checkpoint: it holds weights alone"):
+        assert newest_checkpoint(trainer, to_train=True) == paths[0]
 
 
 @pytest.fixture
 def distributed(tmp_path: Path) -> Path:
-    """A distributed checkpoint as torch writes it."""
-    path = tmp_path / "a.ckpt"
+    """A distributed checkpoint as torch and Lightning write it."""
+    return sharded(tmp_path / "a.ckpt")
+
+
+def sharded(path: Path) -> Path:
     weights = {"weight": torch.ones(10, dtype=torch.bfloat16), "norm": torch.ones(3)}
     states = {"state": {"weight": {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]}
     save: Any = vars(distributed_checkpoint)["save"]
     save({"state_dict": weights, "optimizer_0": states}, checkpoint_id=path, no_dist=True)
+    torch.save({"global_step": 3}, path / "meta.pt")
     return path
 
 
@@ -225,6 +235,43 @@ def test_a_distributed_checkpoint_is_looked_through(distributed: Path) -> None:
         assert message in str(fault_of(distributed))
     index.unlink()
     assert "no .metadata" in str(fault_of(distributed))
+    index.write_bytes(content)
+    notes = distributed / "meta.pt"
+    os.truncate(notes, 100)
+    assert str(fault_of(distributed)).startswith("meta.pt: it is cut off")
+    notes.unlink()
+    assert fault_of(distributed) == "it is cut off: meta.pt is missing"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_folder_replaces_another_as_a_whole(distributed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At no moment is there none that ``last`` could take; what a kill left behind is removed by the next."""
+    trainer = trainer_of(distributed.parent, distributed.parent)
+    (distributed / "of_more_processes.distcp").touch()
+    (draft_of(distributed)).mkdir()
+    moments = []
+
+    def replace(one: Path, other: Path) -> None:
+        moments.append(newest_checkpoint(trainer))
+        rename(one, other)
+        moments.append(newest_checkpoint(trainer))
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", replace)
+    put_folder(sharded(draft_of(distributed)), distributed)
+    assert moments[0] == moments[-1] == distributed
+    assert None not in moments
+    assert [path.name for path in distributed.parent.iterdir()] == ["a.ckpt"]
+    assert fault_of(distributed) is None
+    assert not (distributed / "of_more_processes.distcp").exists()
+
+
+def test_a_folder_runs_no_code_where_it_is_gone_on_with(tmp_path: Path) -> None:
+    """Torch unpickles what an index says is no tensor; a file of it may say that of any weight."""
+    said = run_script(Path(__file__).with_name("sharded_run.py"), tmp_path).stdout
+    assert f"{tmp_path / 'stranger.ckpt'} cannot be used: it holds what could run code." in said
+    assert not (tmp_path / "ran").exists()
+    assert "[[2.0, 2.0]] {'path': 'somewhere'} ['own.ckpt']\n" in said, "one written over another, and read"
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")

@@ -16,6 +16,7 @@ ORDER = [
     "arguments",
     "own_files",
     "file_names",
+    "checkpoint_files",
     "checkpoints",
     "processes",
     "memory",
