@@ -172,6 +172,32 @@ def test_a_run_saves_the_config_that_makes_it_again(tmp_path: Path) -> None:
     assert logged(first)["loss"] == logged(second)["loss"]
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+@pytest.mark.parametrize("given", [True, False])
+def test_a_run_leaves_the_users_own_config_alone(
+    given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a logger the run's folder is where one stands; with one it may be that of the run that is repeated."""
+    monkeypatch.chdir(tmp_path)
+    own = Path("config.yaml")
+    text = "# mine\n" + (CONFIGS / "quickstart.yaml").read_text()
+    own.write_text(text)
+    config = str(own) if given else str(CONFIGS / "quickstart.yaml")
+    nothing = ["--trainer.max_steps=0", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
+    with caplog.at_level("INFO"):
+        main(["fit", "-c", config, *nothing, "--trainer.logger=false", "--trainer.callbacks=null"])
+    assert own.read_text() == text
+    assert f"{tmp_path / 'config.yaml'} is left as it is" in caplog.text
+    if given:
+        logger = [
+            "--trainer.logger=CSVLogger",
+            "--trainer.logger.save_dir=..",
+            f"--trainer.logger.name={tmp_path.name}",
+        ]
+        main(["fit", "-c", config, *nothing, *logger, "--trainer.logger.version=", "--trainer.callbacks=null"])
+        assert own.read_text() == text
+
+
 def test_a_checkpoint_of_the_command_line_builds_its_own_parts(photos: Path, tmp_path: Path) -> None:
     main(["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW, *SHORT, *folder_args(photos), *in_folder(tmp_path)])
     checkpoint = last_run(tmp_path) / "checkpoints" / "last.ckpt"
