@@ -102,11 +102,15 @@ class Autoencoder(FrozenModule):
         self.sample_posterior = sample_posterior
         self.autocast = autocast
         self._encoder, self._halving = ImageEncoder(), Halving()
-        self._overflows = bool(config_of(model).get("force_upcast", False))
+        settings = config_of(model)
+        # Where a config does not say it, as Stable Diffusion 1.5's, diffusers' default says nothing of the model.
+        said = "force_upcast" not in settings.get("_use_default_values", ())
+        self._overflows = said and bool(settings.get("force_upcast", False))
         if self._overflows and self.dtype == torch.float16:
             raise ValueError(
                 f"`dtype`: {type(model).__name__} must run in float32 or bfloat16, got float16, in which its decoder "
-                "overflows (force_upcast in its config). Give dtype='bfloat16', or weights made for float16."
+                "overflows (force_upcast in its config). Give dtype='bfloat16', or weights made for float16; of a "
+                "module that a loop runs in float16 give a copy, copy.deepcopy(vae).float()."
             )
         if feature_modules is None and decoder_stages.dispatch(type(model)) is decoder_stages.dispatch(object):
             feature_modules = compvis_modules(model)

@@ -33,7 +33,8 @@ class Execution:
             activations of one chunk are held at most, and without what a decoder that is not trained needs not hold.
             Otherwise those of the whole batch are, until the backward pass, which can then be differentiated again.
         chunk_size: Most samples in a chunk. ``auto`` measures what a sample's activations take, and makes chunks of up
-            to 256 MB of them, on a GPU up to 4 GB but no more than a quarter of the free memory; at least a sample.
+            to 256 MB of them, on a GPU up to 4 GB but no more than a quarter of the free memory; at least a sample. No
+            chunk is larger than the batch.
         channels_last: Whether feature maps, and the weights of convolutions, lie in memory with channels last.
             ``auto``: on a CPU.
         fold_upsampling: Whether convolutions of twofold enlarged maps are folded, see ``folded_convolution``. ``auto``:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_kl, tiny_taesd
+from diffusers import AutoencoderKL
 from families import scrambled, tiny_flux2, tiny_rae
 from torch import nn
 
@@ -123,10 +125,28 @@ def test_a_module_is_put_in_the_precision_asked_for() -> None:
 def test_float16_is_refused_where_the_decoder_overflows() -> None:
     message = "AutoencoderKL must run in float32 or bfloat16, got float16"
     with pytest.raises(ValueError, match=message):
-        Autoencoder(tiny_kl(), dtype="float16")
-    with pytest.raises(ValueError, match=message):
-        Autoencoder(tiny_kl().half())
-    assert Autoencoder(tiny_kl().half(), dtype="float32").dtype == torch.float32
+        Autoencoder(tiny_kl(force_upcast=True), dtype="float16")
+    shared = tiny_kl(force_upcast=True).half()
+    with pytest.raises(ValueError, match=message + r".* give a copy, copy.deepcopy\(vae\).float\(\)"):
+        Autoencoder(shared)
+    assert Autoencoder(copy.deepcopy(shared).float()).dtype == torch.float32
+    assert shared.dtype == torch.float16
+    assert Autoencoder(shared, dtype="float32").dtype == torch.float32
+
+
+def test_a_config_that_does_not_say_it_may_run_in_float16(tmp_path: Path) -> None:
+    """Stable Diffusion 1.5's is older than the key, for which diffusers takes true."""
+    tiny_kl(force_upcast=False).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["force_upcast"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    vae = AutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    assert vae.config.force_upcast
+    autoencoder = Autoencoder(vae, autocast=True)
+    assert autoencoder.dtype == torch.float16
+    with torch.autocast("cpu", torch.float16):
+        assert autoencoder.decode(torch.randn(1, 4, 4, 4)).dtype == torch.float16
+    assert Autoencoder(str(tmp_path), dtype="float16").dtype == torch.float16
 
 
 def test_an_unknown_precision_is_refused() -> None:

@@ -175,6 +175,7 @@ class EMA(WeightsCallback):
         if self._kept is not None:
             yield
             return
+        self._settle(pl_module)
         self._put(pl_module)
         try:
             yield
@@ -200,21 +201,8 @@ class EMA(WeightsCallback):
         """Put the weights back."""
         self._end(trainer, pl_module)
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the average in place."""
-        self.on_validation_start(trainer, pl_module)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the weights back."""
-        self._end(trainer, pl_module)
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the average in place."""
-        self.on_validation_start(trainer, pl_module)
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the weights back."""
-        self._end(trainer, pl_module)
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -225,6 +213,11 @@ class EMA(WeightsCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the average in place, to stay."""
+        self._put(pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same where there was nothing left to train, of which Lightning says nothing but this."""
+        self._settle(pl_module)
         self._put(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -9,6 +9,7 @@ backward pass, over the predictions of all processes; nothing is computed twice.
 from __future__ import annotations
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lpl_lightning.processes import process_sums
@@ -31,7 +32,8 @@ class GradientRatio:
             prediction: What the model predicted, and what all else in the loss is computed from.
 
         Returns:
-            ``z0_hat``, to compute the term from.
+            ``z0_hat``, to compute the term from. Where both come out of one compiled graph, which does not say how
+            they hang together, nothing is listened to.
 
         Raises:
             ValueError: ``z0_hat`` is not computed from the prediction, or not element by element.
@@ -40,6 +42,13 @@ class GradientRatio:
         (slope,) = torch.autograd.grad(
             z0_hat, prediction, torch.ones_like(z0_hat), retain_graph=True, allow_unused=True
         )
+        if slope is None and type(prediction.grad_fn).__name__.startswith("Compiled"):
+            rank_zero_warn(
+                "`lpl_gradient_ratio` is not logged: how `z0_hat` follows from the prediction lies within one compiled "
+                "graph. Compile the network alone, not what computes the loss, to have it."
+            )
+            self._squares = None
+            return z0_hat
         if slope is None or slope.shape != z0_hat.shape:
             raise ValueError(
                 "`prediction` given to auxiliary_loss must be the tensor that `z0_hat` was computed from, element by "

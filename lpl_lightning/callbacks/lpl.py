@@ -165,7 +165,8 @@ class LPLCallback(Callback):
     ) -> Tensor:
         """The weighted loss of a batch, a scalar."""
         loss.announce(z0)
-        training, step = pl_module.training, optimizer_steps(trainer)
+        # Not the module's mode: Lightning trains one that was left in eval mode as it is.
+        training, step = trainer.training, optimizer_steps(trainer)
         measuring = training and self.calibrating and self._due(step)
         weight = self.weight_at(step) if training else (self.weight or 0.0)
         if training and weight == 0 and not measuring:

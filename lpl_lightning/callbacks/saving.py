@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lpl_lightning.autoencoder_module import AutoencoderModule
-from lpl_lightning.callbacks.ema import decay_in_place
+from lpl_lightning.callbacks.ema import averaged, decay_in_place
 from lpl_lightning.export import export_diffusers
 from lpl_lightning.export.provenance import note, provenance
 from lpl_lightning.module import LatentDiffusionModule
@@ -40,6 +40,11 @@ class SaveWeights(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file."""
+        # The average is in place by now, but not where there was nothing left to train.
+        with averaged(trainer, pl_module):
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = run_folder(trainer)
         if folder is None:
             return
@@ -79,24 +84,31 @@ class SaveAutoencoder(Callback):
     ) -> None:
         self.dirname = dirname
         self.dtype = dtype
+        self._statistics: tuple[float, float] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a module that is not an autoencoder's."""
+        self._statistics = None
         if not isinstance(pl_module, AutoencoderModule):
             raise ValueError(
                 f"SaveAutoencoder saves the autoencoder of an AutoencoderModule, got {type(pl_module).__name__}; "
                 "take it out of trainer.callbacks."
             )
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add up the latents' statistics over processes, on their devices: the end of ``fit`` is on the CPU."""
+        if isinstance(pl_module, AutoencoderModule) and pl_module.latent_mean.update_count:
+            self._statistics = pl_module.latent_statistics()
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the folder."""
         folder = run_folder(trainer)
         if folder is None or not isinstance(pl_module, AutoencoderModule):
             return
-        if pl_module.latent_mean.update_count == 0:
+        if self._statistics is None:
             rank_zero_info("SaveAutoencoder: no validation has run, so the latents' scale is left as it was.")
         else:
-            mean, std = pl_module.latent_statistics()
+            mean, std = self._statistics
             # Numbers by channel, which it may have come with, would be read in the place of these.
             former = {key: None for key in ("latents_mean", "latents_std") if key in pl_module.autoencoder.config}
             pl_module.autoencoder.register_to_config(shift_factor=mean, scaling_factor=1.0 / std, **former)
@@ -134,10 +146,11 @@ class SaveDiffusers(Callback):
         folder = run_folder(trainer)
         if folder is None or not isinstance(pl_module, LatentDiffusionModule):
             return
-        module = gathered(pl_module, keep=trainer.is_global_zero)
-        if module is not None:
-            metadata = _metadata(trainer, module)
-            export_diffusers(module, folder / self.dirname, self.dtype, replace=True, metadata=metadata)
+        with averaged(trainer, pl_module):
+            module = gathered(pl_module, keep=trainer.is_global_zero)
+            if module is not None:
+                metadata = _metadata(trainer, module)
+                export_diffusers(module, folder / self.dirname, self.dtype, replace=True, metadata=metadata)
 
 
 def _metadata(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, str]:

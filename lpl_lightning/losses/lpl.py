@@ -325,7 +325,7 @@ class LatentPerceptualLoss(nn.Module):
         key = self._kind(z0)
         if key not in self._chunks:
             if self.execution.chunk_size != "auto":
-                return self.execution.chunk_size
+                return min(self.execution.chunk_size, batch or self.execution.chunk_size)
             single = len(z0) == 1 and not self.execution.static_shapes
             if self.execution.checkpoint or self.subset.crop is not None or single:
                 return 1  # what a sample takes is not to be measured where that may be too much, or need not be

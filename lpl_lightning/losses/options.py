@@ -177,7 +177,7 @@ class LossOptions:
             case "none":
                 return losses
             case "mean":
-                return losses.mean()
+                return losses.sum() / max(1, len(losses))  # none are left of a batch that fills up a process's share
             case "sum":
                 return losses.sum()
             case "mean_passed":

@@ -13,7 +13,7 @@ from test_module import trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lpl_lightning import EMA, Freeze, LatentDiffusionModule, LoRA, ShapesDataModule
+from lpl_lightning import EMA, Freeze, LatentDiffusionModule, LoRA, SaveWeights, ShapesDataModule
 from lpl_lightning.callbacks.ema import decay_in_place as in_place
 from lpl_lightning.conditioning import Condition
 from lpl_lightning.denoiser import Denoiser
@@ -104,6 +104,28 @@ def test_a_checkpoint_at_the_end_holds_both_and_resumes(tmp_path: Path) -> None:
     fit.validate(trained, data(), verbose=False)
     torch.testing.assert_close(watch.validated[-1], average)
     torch.testing.assert_close(key(trained), average)
+
+
+@pytest.mark.parametrize("first", ["EMA", "SaveWeights"])
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_run_with_nothing_left_to_train_writes_the_average_too(tmp_path: Path, first: str) -> None:
+    """As after a kill between the last step and the end: Lightning then says no more than that ``fit`` has ended."""
+    source = tmp_path / "last.ckpt"
+    found = []
+    for path in (None, source):
+        callbacks = [EMA(decay=0.5), SaveWeights()]
+        trained = module()
+        order = callbacks if first == "EMA" else callbacks[::-1]
+        fit = trainer(tmp_path, max_steps=3, callbacks=order, limit_val_batches=0)
+        fit.fit(trained, data(), ckpt_path=path)
+        fit.save_checkpoint(source)
+        assert fit.global_step == 3
+        found.append(read_state(str(tmp_path / "weights.safetensors")))
+        torch.testing.assert_close(dict(trained.state_dict()), found[-1])
+    torch.testing.assert_close(found[0], found[1])
+    average = read_state(str(source), ema=0.5)
+    assert not torch.equal(key(module(weights=str(source))), key(module(weights=str(source), weights_ema=0.5)))
+    torch.testing.assert_close(found[1], average)
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")

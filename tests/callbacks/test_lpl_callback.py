@@ -486,6 +486,37 @@ def test_a_prediction_that_cannot_be_compared_is_named(tmp_path: Path) -> None:
             run(module, tmp_path, callback, max_steps=1, logger=Recorder(), log_every_n_steps=1)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")
+def test_a_compiled_module_is_trained_without_the_ratio(tmp_path: Path) -> None:
+    """Its prediction and ``z0_hat`` come out of one graph, in which autograd sees no way from one to the other."""
+
+    class Compiled(Latents):
+        def training_step(self, z0: Tensor, batch_idx: int) -> Tensor:
+            prediction = self.net(z0)
+            z0_hat = z0 - 0.5 * prediction
+            term: Tensor = self.auxiliary_loss(z0_hat, z0, None, prediction=prediction)
+            loss: Tensor = prediction.square().mean() + term
+            return loss
+
+    logger = Recorder()
+    callback = LPLCallback(loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    module: Any = torch.compile(Compiled(), backend="aot_eager")
+    with pytest.warns(UserWarning, match="`lpl_gradient_ratio` is not logged: .* compiled graph"):
+        run(module, tmp_path, callback, max_steps=2, logger=logger, log_every_n_steps=1)
+    assert [metrics["loss_lpl"] > 0 for metrics in logger.seen if "loss_lpl" in metrics] == [True, True]
+    assert not [metrics for metrics in logger.seen if "lpl_gradient_ratio" in metrics]
+
+
+def test_a_module_that_was_left_in_eval_mode_is_trained_all_the_same(tmp_path: Path) -> None:
+    """Lightning leaves it so."""
+    logger, module = Recorder(), Latents().eval()
+    callback = LPLCallback("auto", calibration_steps=2, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    run(module, tmp_path, callback, max_steps=4, logger=logger, log_every_n_steps=1)
+    assert not module.training
+    assert [bool(term) for term in module.terms] == [False] * 2 + [True] * 2
+    assert {"loss_lpl", "gate_share"} <= {name for metrics in logger.seen for name in metrics}
+
+
 def test_a_module_may_have_a_prediction_of_its_own() -> None:
     module = Latents()
     module.prediction = nn.Linear(2, 2)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from diffusers import AutoencoderKL
 from test_ema import tied
 from test_mixin import Foreign, fit
 from test_module import trainer
+from torchmetrics import MeanMetric
 
 from lpl_lightning import (
     Autoencoder,
@@ -71,6 +73,28 @@ def test_saved_autoencoder_is_scaled_and_loads(tmp_path: Path) -> None:
     loaded = Autoencoder(str(tmp_path / "autoencoder"), sample_posterior=False)
     assert loaded.encode(images).std().item() == pytest.approx(1, abs=0.02)
     torch.testing.assert_close(loaded.decode(loaded.encode(images)), module(images), atol=1e-4, rtol=1e-4)
+
+
+def test_statistics_are_added_up_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of ``fit`` all is on the CPU, where processes that train on GPUs cannot talk to each other."""
+    run = trainer(tmp_path, max_steps=4, max_epochs=1, limit_val_batches=2, callbacks=[SaveAutoencoder()])
+    ended: list[bool] = []
+    compute = MeanMetric.compute
+    teardown = run.strategy.teardown
+
+    def end() -> None:
+        ended.append(True)
+        teardown()
+
+    def watched(self: MeanMetric) -> Any:
+        assert not ended
+        return compute(self)
+
+    monkeypatch.setattr(run.strategy, "teardown", end)
+    monkeypatch.setattr(MeanMetric, "compute", watched)
+    run.fit(AutoencoderModule(tiny_kl(scaling_factor=3.0)), small_data())
+    assert ended
+    assert AutoencoderKL.load_config(str(tmp_path / "autoencoder"))["scaling_factor"] != 3.0
 
 
 def test_the_measured_scale_takes_the_place_of_one_by_channel(tmp_path: Path) -> None:

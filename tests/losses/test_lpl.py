@@ -323,8 +323,9 @@ def test_reductions(autoencoder: Autoencoder) -> None:
     nsr = torch.tensor([0.1, 9.0, 0.2, 9.0])
     each = LatentPerceptualLoss(autoencoder)(z0_hat, z0, nsr)
     for reduction, expected in (("mean", each.sum() / 4), ("sum", each.sum()), ("mean_passed", each.sum() / 2)):
-        loss = LatentPerceptualLoss(autoencoder, reduction=reduction)(z0_hat, z0, nsr)  # type: ignore[arg-type]
-        torch.testing.assert_close(loss, expected)
+        lpl = LatentPerceptualLoss(autoencoder, reduction=reduction)  # type: ignore[arg-type]
+        torch.testing.assert_close(lpl(z0_hat, z0, nsr), expected)
+        assert lpl(z0_hat[:0], z0[:0], nsr[:0]) == 0
 
 
 def test_zero_at_the_clean_latent_and_nowhere_near(lpl: LatentPerceptualLoss) -> None:
