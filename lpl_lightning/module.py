@@ -308,7 +308,9 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         loaded: Any = trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
         sampler, end = getattr(loaded, "sampler", None), first + size * ranks
         if isinstance(sampler, DistributedSampler):
-            end = min(end, len(cast(Sized, sampler.dataset)))
+            held = len(cast(Sized, sampler.dataset))
+            # Where batches are made beforehand, as those of buckets are, it has whole batches to give.
+            end = min(end, held) if loaded.batch_size else end * (batch_idx * ranks + rank < held)
         kept = len(range(first, end, ranks))
         return Draws.of(0, first, size, step=ranks), kept
 

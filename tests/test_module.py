@@ -15,7 +15,7 @@ from forked import run_ranks
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lpl_lightning import (
     DDPM,
@@ -483,6 +483,25 @@ def test_a_run_that_goes_on_by_other_processes_draws_on(make_module: MakeModule)
     two.on_load_checkpoint(checkpoint)
     halves = [draws(two, 3, rank, 2, 1) for rank in (0, 1)]
     assert torch.equal(torch.cat(halves), whole)
+
+
+def test_processes_count_each_sample_of_buckets_once(make_module: MakeModule) -> None:
+    """Each item of their loader is a batch; the last that a process gets may be the first once more."""
+    sizes = [4, 4, 3, 4, 2]
+    images = [torch.zeros(size, 1) for size in sizes]
+    kept, numbers = [], []
+    for rank in (0, 1):
+        module = fits(make_module)
+        sampler: Any = DistributedSampler(cast(Any, images), 2, rank, shuffle=False)
+        loader = DataLoader(cast(Any, images), batch_size=None, sampler=sampler)
+        module._trainer = cast(Any, SimpleNamespace(global_rank=rank, world_size=2, val_dataloaders=loader))
+        for batch_idx, batch in enumerate(loader):
+            draws, count = module._draw(len(batch), "val", batch_idx)
+            kept.append(count)
+            numbers += [] if draws.time is None else draws.time[:count].tolist()
+        module._trainer = None
+    assert kept == [4, 3, 2, 4, 4, 0]
+    assert len(set(numbers)) == sum(sizes)
 
 
 def test_a_frozen_model_has_nothing_to_train(make_module: MakeModule) -> None:
