@@ -151,7 +151,7 @@ class Autoencoder(FrozenModule):
     @property
     def is_video(self) -> bool:
         """Whether latents are (B, C, T, h, w) with frames first."""
-        return self.space.frame_step is not None
+        return self.space.is_video
 
     @property
     def latent_channels(self) -> int:

@@ -136,7 +136,7 @@ class PixArtDenoiser(Denoiser):
         """Predict; see the base class."""
         sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.backbone.use_additional_conditions:
-            side = torch.tensor(z_t.shape[-2:], dtype=torch.float32, device=z_t.device) * 8
+            side = torch.tensor(z_t.shape[-2:], dtype=torch.float32).mul(8).to(z_t.device, non_blocking=True)
             sizes = {
                 "resolution": side.expand(len(z_t), 2),
                 "aspect_ratio": (side[0] / side[1]).expand(len(z_t), 1),

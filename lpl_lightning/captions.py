@@ -113,7 +113,7 @@ class Captions(Conditioner):
             raise ValueError(f"`captions` must be a list of one string or more, got {captions!r}.")
         unique = {text: row for row, text in enumerate(dict.fromkeys(captions))}
         found = self._joined(list(unique)) if self.cache_dir is None else self._cached(list(unique), self.cache_dir)
-        rows = torch.tensor([unique[text] for text in captions], device=self.device)
+        rows = torch.tensor([unique[text] for text in captions]).to(self.device, non_blocking=True)
         return _each(found, lambda tensor: tensor[rows])
 
     def forward(self, batch: Mapping[str, Any], batch_size: int, drop: Tensor | None = None) -> Condition:
@@ -223,8 +223,9 @@ class Captions(Conditioner):
             )
         crop = batch.get("crop_top_left")
         parts = (batch.get("original_size", target), (0, 0) if crop is None else crop, target)
-        columns = [torch.as_tensor(part, dtype=torch.float32, device=self.device) for part in parts]
-        return torch.cat([column.expand(batch_size, 2) for column in columns], dim=1)
+        # Made on the CPU, where it is not there already: to make a tensor elsewhere is to wait for that device.
+        columns = [torch.as_tensor(part, dtype=torch.float32).expand(batch_size, 2) for part in parts]
+        return torch.cat([column.to(self.device, non_blocking=True) for column in columns], dim=1)
 
     def _cached(self, captions: list[str], folder: Path) -> TextEmbedding:
         """Embeddings from files; what has none, or one that cannot be read, is encoded and written."""
@@ -255,11 +256,13 @@ def _mask(mask: Tensor | None, tokens: Tensor) -> Tensor:
 
 def _without(embedding: TextEmbedding, null: TextEmbedding, drop: Tensor) -> TextEmbedding:
     """The null condition in the place of samples that lose theirs."""
+    some = next((tensor for tensor in vars(embedding).values() if tensor is not None), drop)
+    drop = drop.to(some.device, non_blocking=True)
 
     def swap(own: Tensor | None, other: Tensor | None) -> Tensor | None:
         if own is None or other is None:
             return None
-        return torch.where(drop.to(own.device).view(-1, *[1] * (own.dim() - 1)), other.to(own.dtype), own)
+        return torch.where(drop.view(-1, *[1] * (own.dim() - 1)), other.to(own.dtype), own)
 
     mask, null_mask = embedding.mask, null.mask
     if embedding.tokens is not None and null.tokens is not None:

@@ -30,6 +30,9 @@ from torch import Tensor, nn
 __all__ = ["LatentSpace", "config_of", "latent_space"]
 
 
+_FRAMES = "temporal_compression_ratio"
+
+
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -45,6 +48,7 @@ class LatentSpace:
         image_channels: Channels of an image.
         image_size: The one side that an image may have.
         frame_step: Videos have one frame more than a multiple of this.
+        is_video: Whether the first of its positions are frames.
         shift: What is taken from an encoded image, one number or one per channel.
         scale: What it is then multiplied by, likewise.
         pack: From what the model encodes to, to the latent before shift and scale.
@@ -59,6 +63,7 @@ class LatentSpace:
     image_channels: int | None = None
     image_size: int | None = None
     frame_step: int | None = None
+    is_video: bool = False
     shift: tuple[float, ...] = (0.0,)
     scale: tuple[float, ...] = (1.0,)
     pack: Callable[[Tensor], Tensor] = _same
@@ -110,8 +115,7 @@ class LatentSpace:
         shape = tuple(images.shape)
         channels = self.image_channels or "C"
         layout = {4: f"{channels}, H, W", 5: f"{channels}, T, H, W"}.get(self.rank or 0, f"{channels}, ...")
-        video = self.frame_step is not None
-        sides = shape[-2:] if video else shape[2:]
+        sides = shape[-2:] if self.is_video else shape[2:]
         if self.image_size is not None:
             wanted, fits = f"sides of {self.image_size}", all(side == self.image_size for side in sides)
         else:
@@ -125,7 +129,7 @@ class LatentSpace:
         if not (right_rank and fits and shape[1] == (self.image_channels or shape[1])):
             raise ValueError(
                 f"`images` must be (B, {layout}) with {wanted}; got {shape}. Choose another `image_size`"
-                + (" or number of frames." if video else ".")
+                + (" or number of frames." if self.is_video else ".")
             )
 
     def checked(self, z: Tensor, images: Tensor) -> Tensor:
@@ -134,10 +138,12 @@ class LatentSpace:
         Raises:
             ValueError: Its channels or sides are not those that are known.
         """
-        sides = tuple(side // self.downscale if self.downscale else side for side in images.shape[2:])
-        fits = self.frame_step is not None or self.downscale is None or tuple(z.shape[2:]) == sides
+        # How many frames of latents there are to those of a video, each model has a rule of its own for.
+        kept = slice(-2 if self.is_video else 2, None)
+        sides = tuple(side // (self.downscale or 1) for side in images.shape[kept])
+        fits = self.downscale is None or tuple(z.shape[kept]) == sides
         if not fits or len(z) != len(images) or z.shape[1] != (self.channels or z.shape[1]):
-            wanted = (len(images), self.channels, *sides)
+            wanted = (len(images), self.channels, *["T"] * self.is_video, *sides)
             raise ValueError(
                 f"`model.encode` of images {tuple(images.shape)} must give latents {wanted}, of {self.channels} "
                 f"channels with a downscaling of {self.downscale}; got {tuple(z.shape)}."
@@ -168,6 +174,8 @@ def latent_space(model: nn.Module) -> LatentSpace:
         downscale=vars(model).get("spatial_compression_ratio") or (2 ** (len(levels) - 1) if levels else None),
         rank=None,
         image_channels=None,
+        # What diffusers' autoencoders of videos say, in one place or the other.
+        is_video=(vars(model).get(_FRAMES) or config.get(_FRAMES) or 1) > 1,
     )
 
 
@@ -256,6 +264,7 @@ def _(model: AutoencoderKLWan | AutoencoderKLQwenImage) -> LatentSpace:
         rank=5,
         image_channels=config.get("input_channels", config.get("in_channels", 3) // patch**2),
         frame_step=4,
+        is_video=True,
     )
 
 

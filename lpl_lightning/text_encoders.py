@@ -179,7 +179,7 @@ class TransformersText(TextEncoder):
         batch = self.tokenizer(list(captions), truncation=True, **options)
         if not self._cut_reported and bool(batch["attention_mask"][:, -1].any()):
             self._report_cut(max(map(len, self.tokenizer(list(captions), verbose=False)["input_ids"])), self.max_length)
-        ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+        ids, mask = (batch[name].to(self.device, non_blocking=True) for name in ("input_ids", "attention_mask"))
         masked = {"attention_mask": mask} if self.use_mask else {}
         output = self.model(input_ids=ids, output_hidden_states=self.layer != -1, **masked)
         hidden = output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]
@@ -239,7 +239,7 @@ class OpenCLIPText(TextEncoder):
             # Marks of start and end are added to what ``encode`` gives.
             self._report_cut(max(len(self.tokenizer.encode(caption)) + 2 for caption in captions), self.length)
         output = self.model.forward_intermediates(
-            text=ids.to(self.device),
+            text=ids.to(self.device, non_blocking=True),
             text_indices=[self.blocks + self.layer],  # the block whose output the one that ``layer`` names is given
             normalize=False,
             normalize_intermediates=self.layer == -1,

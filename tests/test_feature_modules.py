@@ -11,6 +11,7 @@ import pytest
 import torch
 from compvis import CompVisKL, frozen_as_they_do
 from conftest import tiny_kl
+from diffusers import AutoencoderKLLTXVideo
 from families import scrambled, tiny_rae
 from PIL import Image
 from torch import Tensor, nn
@@ -31,6 +32,31 @@ def hooked(model: nn.Module, names: Sequence[str], run: Any) -> tuple[list[Any],
 
 def hooks_left(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_a_video_of_diffusers() -> None:
+    """Frames count for nothing in the threshold, whichever model's they are; a volume's depth does."""
+    model = scrambled(
+        AutoencoderKLLTXVideo(
+            latent_channels=8,
+            block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+        )
+    )
+    names = ["decoder.mid_block", "decoder.up_blocks.0"]
+    autoencoder = Autoencoder(model, feature_modules=names, sample_posterior=False)
+    assert autoencoder.is_video
+    z = autoencoder.encode(torch.rand(1, 3, 9, 64, 64) * 2 - 1)
+    assert z.shape == (1, 8, 2, 2, 2)
+    with pytest.raises(ValueError, match="H and W divisible by 32|sides divisible by 32"):
+        autoencoder.encode(torch.zeros(1, 3, 9, 60, 64))
+    lpl = LatentPerceptualLoss(autoencoder)
+    assert [lpl.tau(torch.zeros(1, 8, frames, 32, 32)) for frames in (1, 4, 32)] == [3.0] * 3
+    assert lpl(z + 0.1, z).shape == (1,)
+    volume = Autoencoder(nn.Sequential(nn.Conv3d(8, 4, 1), nn.Conv3d(4, 3, 1)), feature_modules=["0"])
+    assert not volume.is_video
 
 
 def test_a_volume_of_monai() -> None:

@@ -117,6 +117,7 @@ class Evaluation(Callback):
         self._sets: Sets | None = None
         self._autoencoder = ""  # hash of its weights, taken once
         self._last_step = -1
+        self._said = False
 
     @property
     def state_key(self) -> str:
@@ -162,18 +163,33 @@ class Evaluation(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot be evaluated, before the validation loss is computed."""
-        if self._is_due("validate", trainer, pl_module):
+        if self._is_due("validate", trainer, pl_module) and self._has_real(trainer):
             self._check(trainer, cast(LatentDiffusionModule, pl_module))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate after the validation loss."""
-        if self._is_due("validate", trainer, pl_module):
+        if self._is_due("validate", trainer, pl_module) and self._has_real(trainer):
             self._evaluate_loaded(trainer, pl_module, "val")
 
     def _is_due(self, stage: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         is_asked = self.every_n_steps is None and self.num_images > 0 and self.stage == stage
         is_run = trainer.state.fn == stage and run_folder(trainer) is not None
         return is_asked and is_run and isinstance(pl_module, LatentDiffusionModule)
+
+    def _has_real(self, trainer: pl.Trainer) -> bool:
+        """Whether there is what a validation's spectra are held against; who asks for its losses need not have it."""
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, ImageDataModule):
+            found = data.has_images
+        else:
+            found = hasattr(getattr(trainer.val_dataloaders, "dataset", None), "__len__")
+        if self.reference is None and not found and not self._said:
+            self._said = True
+            rank_zero_info(
+                "No images are drawn to be compared: the data hold no real ones. Give `--validation.reference`, a "
+                "folder of them."
+            )
+        return self.reference is not None or found
 
     def _evaluate_loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> None:
         """Evaluate weights as they were given to the trainer."""

@@ -20,7 +20,9 @@ __all__ = ["Cell", "Comparison", "Row", "check_references", "differences", "draw
 RESAMPLES = {"mean": 1000, "spectrum": 1000, "frechet": 200}
 """Draws by kind; a Frechet distance takes the eigenvalues of a matrix for each."""
 
-LIBRARY = "library"
+NO_MATTER = frozenset({"library", "autoencoder"})
+"""What a provenance says that forbids no difference: what computed a value, and what is measured by it."""
+
 COUNTS = frozenset({"count", "images", "generated", "real", "reconstructed"})
 """Names under which a provenance holds numbers of images."""
 
@@ -253,7 +255,7 @@ def _incomparable(base: Value | None, value: Value) -> str:
     if base is None:
         return "the latter does not have it"
     one, other = base.provenance, value.provenance
-    keys = [key for key in dict.fromkeys((*one, *other)) if one.get(key) != other.get(key) and key != LIBRARY]
+    keys = [key for key in dict.fromkeys((*one, *other)) if one.get(key) != other.get(key) and key not in NO_MATTER]
     if keys and not COUNTS.issuperset(keys):
         differ = [f"`{key}` ({_text(other.get(key))}, not {_text(one.get(key))})" for key in keys if key not in COUNTS]
         return f"it was made with another {', '.join(differ)}"

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.evaluation.cache import Cached, ReferenceCache
 from lpl_lightning.evaluation.gathering import gathered_objects, of_first
-from lpl_lightning.evaluation.image_files import PixelHash, loader
+from lpl_lightning.evaluation.image_batches import loader
+from lpl_lightning.evaluation.image_files import PixelHash
 from lpl_lightning.evaluation.measure import Measure, Sets
 from lpl_lightning.evaluation.report import Report
 from lpl_lightning.evaluation.suite import Suite, versions

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
-from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistance
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.evaluation.gathering import Moments, Rows
@@ -26,6 +25,7 @@ from lpl_lightning.metrics.classifier_features import InceptionFeatures
 from lpl_lightning.metrics.features import FeatureExtractor
 from lpl_lightning.metrics.frechet import frechet_distance
 from lpl_lightning.metrics.gaussian import gaussian
+from lpl_lightning.metrics.memorization import memorization_distance
 from lpl_lightning.metrics.prdc import Neighbours, neighbours
 from lpl_lightning.metrics.reference import ReferenceStatistics
 
@@ -53,7 +53,8 @@ class FeatureMetrics(Measure):
     ``coverage_NAME``.
 
     FID is ``metrics.frechet_distance``, which stays exact with fewer images than features and in trainers of less
-    precision; on the same features torchmetrics gives the same. KID, Inception Score and MiFID are torchmetrics'.
+    precision, and MiFID ``metrics.memorization_distance``; on the same features torchmetrics gives the same. KID and
+    Inception Score are torchmetrics'.
 
     Args:
         extractor: The network.
@@ -259,14 +260,9 @@ class FeatureMetrics(Measure):
                 self._draws_are_one, spread = one, None if one else std
                 values[self._named("kid", "kernel")] = self._value(mean, "lower", settings, spread)
             if self.memorization:
-                passing = _Passing(self.extractor.dim)
-                memorized = MemorizationInformedFrechetInceptionDistance(passing, sync_on_compute=False)
-                # Its distance to the nearest is a mean over what it is told is real, that of Bai et al. (2021) one over
-                # generated images. The Frechet distance is the same either way.
-                memorized.update(generated, real=True)
-                memorized.update(real, real=False)
+                found = memorization_distance(generated, real)
                 # Both the distance and the nearest real image are nearer where there are more.
-                value = self._value(memorized.compute(), "lower", counts, biased_by=("generated", "real"))
+                value = self._value(found, "lower", counts, biased_by=("generated", "real"))
                 values[self._named("mifid", "memorization")] = value
         if self.neighbours is not None:
             members = neighbours(real, generated, self.neighbours)
@@ -340,11 +336,3 @@ class FeatureMetrics(Measure):
                 "far they would go with other generated ones."
             )
         return notes
-
-
-class _Passing(nn.Identity):
-    """Features for images, to a metric that asks a network how many it gives."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features: Any = num_features

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -71,9 +72,14 @@ def to_uint8(images: Tensor, names: Sequence[object] | None = None) -> Tensor:
 
 def write_png(image: Tensor, path: Path) -> None:
     """Write (3, H, W) uint8; the file appears whole or not at all."""
-    part = path.with_suffix(".part")
+    part = _draft(path)
     to_pil_image(image).save(part, format="PNG")
     os.replace(part, path)
+
+
+def _draft(path: Path) -> Path:
+    """Where a file is written first: a place of its own, since another command may be making the same images."""
+    return path.with_name(f"{path.name}.{uuid4().hex}.part")
 
 
 def goes_by_captions(module: LatentDiffusionModule) -> bool:
@@ -183,12 +189,14 @@ class GeneratedFolder:
         return self.folder / f"{label:04d}" / f"{index:06d}.png"
 
     def write(self, image: Tensor, index: int, label: int, caption: str | None = None) -> None:
-        """Write an image (3, H, W) uint8 and, if there is one, its caption."""
+        """Write an image (3, H, W) uint8 and, if there is one, its caption on one line, as such files have several."""
         path = self.path(index, label)
         path.parent.mkdir(parents=True, exist_ok=True)
         if caption is not None:
             # Before the image, which tells a later run that there is nothing left to do.
-            path.with_suffix(".txt").write_text(caption, encoding="utf-8", newline="\n")
+            text, part = path.with_suffix(".txt"), _draft(path)
+            part.write_text(" ".join(caption.split()), encoding="utf-8", newline="\n")
+            os.replace(part, text)
         write_png(image, path)
 
 

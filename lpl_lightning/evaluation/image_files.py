@@ -1,4 +1,4 @@
-"""Sets of images for evaluation: from a folder, as they are, shared out over processes, and told by their pixels.
+"""Sets of images for evaluation: from a folder, as they are, and told by their pixels.
 
 Metrics of image sets move with what is done to the images before (``metrics.preparation``), so that a folder is taken
 only if nothing has to be done to it, or if an argument says what may be.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from lpl_lightning.arguments import at_least
@@ -31,10 +31,9 @@ from lpl_lightning.data.crops import SquareCrop
 from lpl_lightning.data.listing import images_below, some
 from lpl_lightning.data.reading import load_rgb, reason
 from lpl_lightning.evaluation.content_key import content_key
-from lpl_lightning.loader_processes import OutliveSignals
 from lpl_lightning.metrics.preparation import check_images
 
-__all__ = ["ImageFiles", "PixelHash", "loader"]
+__all__ = ["ImageFiles", "PixelHash"]
 
 _CHUNK = 64  # files per task of a thread
 
@@ -219,63 +218,6 @@ class PixelHash:
     def _add(self, count: int, total: int) -> None:
         self.count += count
         self.total = (self.total + total) % 2**128
-
-
-def loader(
-    dataset: Dataset[Any],
-    batch_size: int,
-    num_workers: int,
-    rank: int = 0,
-    world_size: int = 1,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
-) -> DataLoader[Any]:
-    """Batches of one process's share of a set, without the repeats that ``DistributedSampler`` fills up with.
-
-    Args:
-        dataset: A map-style dataset whose items are dictionaries; each gets its position as ``index``.
-        batch_size: Images per batch.
-        num_workers: Loader processes; 0 loads in this one.
-        rank: Number of this process. It gets the positions ``rank``, ``rank + world_size``, and so on.
-        world_size: Number of processes.
-        collate_fn: How items become a batch; by default torch's.
-
-    Raises:
-        ValueError: A number is out of range, or the dataset is not such.
-    """
-    at_least(1, batch_size=batch_size, world_size=world_size)
-    at_least(0, num_workers=num_workers, rank=rank)
-    if rank >= world_size:
-        raise ValueError(f"`rank` must be below `world_size`, {world_size}, got {rank}.")
-    if not isinstance(dataset, Sized):
-        raise ValueError(f"`dataset` must be map-style, with a length, got {type(dataset).__name__}.")
-    return DataLoader(
-        _Share(dataset, range(rank, len(dataset), world_size)),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        pin_memory=torch.cuda.is_available(),
-        # Seeds of workers are drawn from it, so that an evaluation leaves the random numbers of a training run alone.
-        generator=torch.Generator(),
-        # A signal to the job of an evaluation in training is that of training to act on.
-        worker_init_fn=OutliveSignals() if num_workers else None,
-    )
-
-
-class _Share(Dataset[dict[str, Any]]):
-    """Some positions of a dataset."""
-
-    def __init__(self, dataset: Dataset[Any], positions: range) -> None:
-        self.dataset, self.positions = dataset, positions
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        position = self.positions[number]
-        item = self.dataset[position]
-        if not isinstance(item, Mapping):
-            raise ValueError(f"`dataset` must have dictionaries for items, got {type(item).__name__}.")
-        return {**item, "index": position}
 
 
 class _Header(NamedTuple):

@@ -4,8 +4,9 @@ By Hessel et al. (2021), "CLIPScore: A reference-free evaluation metric for imag
 
     score = w max(cos(E_image, E_caption), 0),   averaged over pairs.
 
-The paper has w = 2.5; in text-to-image generation, and torchmetrics, it is 100. torchmetrics clamps the average in
-place of each pair, which differs where a pair has a negative cosine.
+The paper has w = 2.5, and puts "A photo depicts " before each caption; in text-to-image generation, and torchmetrics, w
+is 100, and captions are as they are. torchmetrics clamps the average in place of each pair, which differs where a pair
+has a negative cosine.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class CLIPScore(DoubleMetric):
             ``local-dir:FOLDER`` or ``hf-hub:ID`` with its weights; or ``random:NAME`` to draw them anew, for trials.
         pretrained: A tag of open_clip's, such as ``openai``, or a file of weights.
         weight: w.
+        prefix: What is put before each caption, such as the paper's ``"A photo depicts "``.
         resize: Filter of images. By default the model's, which is bicubic for CLIP.
         antialias: Widen the filter in shrinking, as PIL does and CLIP was trained with.
         kwargs: Those of ``torchmetrics.Metric``.
@@ -58,6 +60,7 @@ class CLIPScore(DoubleMetric):
         weight: float = 100.0,
         resize: Filter | None = None,
         antialias: bool = True,
+        prefix: str = "",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -66,7 +69,7 @@ class CLIPScore(DoubleMetric):
         self.towers = _Towers(model)
         self.preparation = clip_preparation(model, resize, antialias)
         self.tokenizer: Any = optional("open_clip").get_tokenizer(is_untrained(model_name)[1])
-        self.name, self.weight = plain_name(model_name), weight
+        self.name, self.weight, self.prefix = plain_name(model_name), weight, prefix
         self._cut_reported = False
         self.add_state("score", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -111,7 +114,8 @@ class CLIPScore(DoubleMetric):
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """Tokens of B captions, (B, L), the last of a caption that is cut being the end of the text."""
-        ids: Tensor = self.tokenizer(list(captions))
+        captions = [self.prefix + caption for caption in captions]
+        ids: Tensor = self.tokenizer(captions)
         encode = getattr(self.tokenizer, "encode", None)
         if not self._cut_reported and encode is not None and bool(ids[:, -1].any()):
             lost = max(len(encode(caption)) + 2 for caption in captions) - ids.shape[1]
@@ -128,6 +132,7 @@ class CLIPScore(DoubleMetric):
             "weights": weights_hash(self.towers),
             "w": f"{self.weight:g}",
             "tokens": int(self.tokens([""]).shape[1]),
+            **({"prefix": self.prefix} if self.prefix else {}),
             **self.preparation.provenance(),
             "library": f"open_clip {optional('open_clip').__version__}",
         }

@@ -399,6 +399,30 @@ def test_in_validation(module: LatentDiffusionModule, tmp_path: Path) -> None:
         evaluation(stage="fit")
 
 
+@pytest.mark.parametrize("data_module", [True, False])
+def test_a_validation_without_real_images_is_of_the_losses_alone(
+    data_module: bool,
+    module: LatentDiffusionModule,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As of latents that were encoded beforehand; a test, which is for images, is refused."""
+    images = data()
+    monkeypatch.setattr(type(images), "has_images", False)
+    images.setup("validate")
+    loaded: Any = images if data_module else iter_only([next(iter(images.val_dataloader()))])
+    callback = evaluation(stage="validate", num_images=3)
+    with caplog.at_level("INFO"):
+        (logged,) = trainer(tmp_path, callbacks=[callback]).validate(module, loaded, verbose=False)
+    assert "val_loss" in logged
+    assert callback.report is None
+    assert caplog.text.count("No images are drawn to be compared: the data hold no real ones. Give `--valid") == 1
+    if data_module:
+        with pytest.raises(ValueError, match="ShapesDataModule holds latents: give it `reference`"):
+            trainer(tmp_path, callbacks=[evaluation()]).test(module, images, verbose=False)
+
+
 def test_other_images_are_measured_anew(module: LatentDiffusionModule, tmp_path: Path) -> None:
     callback, others = evaluation(), data()
     run = trainer(tmp_path, callbacks=[callback])

@@ -222,9 +222,14 @@ def test_values_of_other_extractors_have_no_difference(two: list[str], tmp_path:
     assert said(found, "fid: no difference of lpl", "`weights` (xyz, not abc)")
     assert not said(found, "library")
     assert found["rows"]["clip_score"]["cells"]["lpl"]["difference"] is not None
-    # Another version of the library alone computes the same.
-    write_run(Path(two[1]), "lpl", 0.1, extractor={"library": "given 2"})
-    assert result(two, tmp_path / "out")["rows"]["fid"]["cells"]["lpl"]["difference"] is not None
+    # Another version of the library alone computes the same, and of another autoencoder it is the difference made.
+    for measured in ({"library": "given 2"}, {"autoencoder": "another"}):
+        write_run(Path(two[1]), "lpl", 0.1, extractor=measured)
+        rows = result(two, tmp_path / "out")["rows"]
+        assert rows["fid"]["cells"]["lpl"]["difference"] is not None
+        ssim = rows["reconstruction_ssim"]["cells"]["lpl"]
+        assert ssim["difference"] is not None
+        assert ssim["difference_interval"] is not None
 
 
 def test_other_numbers_of_images(two: list[str], tmp_path: Path) -> None:

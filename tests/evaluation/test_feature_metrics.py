@@ -26,6 +26,7 @@ from lpl_lightning.evaluation.report import Report, Value
 from lpl_lightning.evaluation.suite import Suite
 from lpl_lightning.metrics.classifier_features import InceptionFeatures
 from lpl_lightning.metrics.features import FeatureExtractor, ModuleFeatures
+from lpl_lightning.metrics.memorization import nearest_cosine_distance
 from lpl_lightning.metrics.prdc import Overlap, prdc
 from lpl_lightning.metrics.reference import ReferenceStatistics
 
@@ -151,6 +152,13 @@ def test_the_memorization_distance_is_the_formulas_and_torchmetrics_of_exchanged
     frechet = by_scipy(extractor(REAL), extractor(GENERATED))
     assert found.value == pytest.approx(frechet / (distance if distance < 0.1 else 1.0), rel=1e-4)
     assert found.provenance == extractor.provenance() | {"generated": 45, "real": 61}
+
+
+def test_the_nearest_is_found_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(7, 3), torch.randn(5, 3)
+    cosines = nn.functional.cosine_similarity(x[:, None].double(), y[None].double(), dim=-1)
+    monkeypatch.setattr("lpl_lightning.metrics.memorization.PAIRS", 11)  # two rows of five
+    torch.testing.assert_close(nearest_cosine_distance(x, y), (1 - cosines.abs()).min(dim=1).values.mean())
 
 
 def test_copies_of_a_few_real_images_are_memorized() -> None:

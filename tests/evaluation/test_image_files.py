@@ -21,7 +21,9 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from lpl_lightning.evaluation.image_files import ImageFiles, PixelHash, loader
+from lpl_lightning.evaluation.generated import GeneratedFolder, write_png
+from lpl_lightning.evaluation.image_batches import loader
+from lpl_lightning.evaluation.image_files import ImageFiles, PixelHash
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -462,16 +464,18 @@ def test_two_loader_processes_give_the_same(tmp_path: Path) -> None:
     assert torch.cat([part["index"] for part in shares[1]]).tolist() == list(range(1, 11, 2))
 
 
-def indices(items: list[Any]) -> list[int]:
-    return [item["index"] for item in items]
+def of_images_alone(items: list[Any]) -> dict[str, Any]:
+    """As users write them: what a batch shall have is picked by name."""
+    return {"image": torch.zeros(len(items), 3, 2, 2), "caption": [str(item) for item in items]}
 
 
 def test_an_index_is_the_position_and_random_numbers_are_left_alone() -> None:
     """An item's own may be of a larger set, which a subset is of, or a name: features are put where it says."""
     dataset = Plain([{"index": own} for own in (7, 1006, 5, "a")])
     before = torch.get_rng_state()
-    batches = list(loader(dataset, 3, num_workers=1, collate_fn=indices))
-    assert batches == [[0, 1, 2], [3]]
+    batches = list(loader(dataset, 3, num_workers=1, collate_fn=of_images_alone))
+    assert [batch["index"].tolist() for batch in batches] == [[0, 1, 2], [3]]
+    assert batches[1]["caption"] == [str({"index": "a"})]
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -488,8 +492,42 @@ def test_loaders_say_what_is_wrong() -> None:
         loader(dataset, 0, 0)
     with pytest.raises(ValueError, match="`dataset` must be map-style, with a length, got Stream"):
         loader(Stream(), 1, 0)
-    with pytest.raises(ValueError, match="`dataset` must have dictionaries for items, got tuple"):
+    with pytest.raises(ValueError, match="`dataset` must have dictionaries with an `image` for items.* got tuple"):
         list(loader(Plain([(1, 2)]), 1, 0))
+    with pytest.raises(ValueError, match="`collate_fn` must leave no image out, got 1 of 2"):
+        list(loader(Plain([(1, 2), (3, 4)]), 2, 0, collate_fn=lambda items: of_images_alone(items[:1])))
+    (batch,) = loader(Plain([(1, 2)]), 1, 0, collate_fn=of_images_alone)
+    assert batch["index"].tolist() == [0]
+
+
+def test_two_commands_may_make_the_same_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one between the other's writing of the file and its putting in place: it is whole at each moment."""
+    image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    folder, replace = GeneratedFolder(tmp_path), os.replace
+    seen = []
+
+    def meanwhile(part: Path, path: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        folder.write(image, 3, 1, "a\nb")
+        monkeypatch.setattr(os, "replace", meanwhile)
+        replace(part, path)
+        seen.append(path.name)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    folder.write(image, 3, 1, "a\nb")
+    write_png(image, tmp_path / "0001" / "000003.png")
+    assert seen == ["000003.txt", "000003.png", "000003.png"]
+    assert sorted(path.name for path in (tmp_path / "0001").iterdir()) == ["000003.png", "000003.txt"]
+    with Image.open(tmp_path / "0001" / "000003.png") as written:
+        assert torch.equal(torch.from_numpy(np.array(written)).movedim(2, 0), image)
+
+
+def test_a_caption_of_several_lines_is_scored_as_a_whole(tmp_path: Path) -> None:
+    """A line of such a file is a caption, of which the first is taken."""
+    folder = GeneratedFolder(tmp_path)
+    folder.write(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 0, "A street at night.\n\nTwo people  cross it. ")
+    (item,) = [ImageFiles(tmp_path, "images", captions=True)[0]]
+    assert item["caption"] == "A street at night. Two people cross it."
 
 
 def test_real_photos(shared: Path, tmp_path: Path) -> None:

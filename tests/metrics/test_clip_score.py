@@ -55,6 +55,16 @@ def test_the_weight_is_that_of_the_paper_if_asked_for(tmp_path: Path) -> None:
     assert values[0] == pytest.approx(values[1] * 40)
 
 
+def test_the_prompt_is_that_of_the_paper_if_asked_for(tmp_path: Path) -> None:
+    save_tower(tmp_path / "tower")
+    prefix, images = "A photo depicts ", photos(5, 16, 16)
+    plain, prompted = (CLIPScore(f"local-dir:{tmp_path / 'tower'}", prefix=text) for text in ("", prefix))
+    given = plain.pairs(images, [prefix + caption for caption in CAPTIONS])
+    torch.testing.assert_close(prompted.pairs(images, CAPTIONS), given)
+    assert not torch.equal(plain.pairs(images, CAPTIONS), given)
+    assert prompted.provenance() == plain.provenance() | {"prefix": prefix}
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_the_batch_size_does_not_matter(batch_size: int, tmp_path: Path) -> None:
     save_tower(tmp_path / "tower")
