@@ -50,7 +50,8 @@ def check_optimizer(configured: Any, checkpoint: Mapping[str, Any]) -> None:
             alone has more is of another version of PyTorch.
     """
     # Of a folder of shards, the optimizer's state has been loaded by then, with the weights.
-    if "state_dict" in checkpoint and "optimizer_states" not in checkpoint:
+    written = {"pytorch-lightning_version", "state_dict"} <= checkpoint.keys()
+    if written and "optimizer_states" not in checkpoint:
         raise ValueError(
             "The checkpoint holds weights alone (`save_weights_only`), from which training cannot go on. To begin anew "
             "from them, give it as `model.weights`, and no `ckpt_path`."

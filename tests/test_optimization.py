@@ -50,5 +50,5 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
     older = {key: value for key, value in adamw.state_dict()["param_groups"][0].items() if key != "fused"}
     check_optimizer(torch.optim.Adam(parameters), {"optimizer_states": [{"param_groups": [older]}]})
     with pytest.raises(ValueError, match=r"holds weights alone .*give it as `model.weights`, and no `ckpt_path`"):
-        check_optimizer(adamw, {"state_dict": {}})
-    check_optimizer(adamw, {})  # of a folder of shards
+        check_optimizer(adamw, {"state_dict": {}, "pytorch-lightning_version": "2.6"})
+    check_optimizer(adamw, {"pytorch-lightning_version": "2.6"})  # of a folder of shards

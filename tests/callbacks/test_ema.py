@@ -485,6 +485,8 @@ def test_checkpoints_of_weights_alone_hold_both_too(tmp_path: Path) -> None:
         torch.testing.assert_close(seen.validated[0], average, atol=1e-7, rtol=0)
         assert torch.equal(key(other), watch.steps[-1])
     torch.testing.assert_close(key(trained), average, atol=1e-7, rtol=0)
+    with pytest.raises(ValueError, match="holds weights alone .* give it as `model.weights`"):
+        trainer(tmp_path, max_steps=4, **options).fit(module(), data(), ckpt_path=source, weights_only=True)
     run = trainer(tmp_path, callbacks=[EMA(decay=0.5), saving[0]], **options)
     with pytest.raises(ValueError, match=r"ModelCheckpoint has `save_weights_only`.* of a Foreign would lack"):
         run.fit(Foreign(), DataLoader(cast(Any, torch.zeros(4, 4, 4, 4)), batch_size=4))
