@@ -43,7 +43,8 @@ class Autoencoder(FrozenModule):
     Known are AutoencoderKL, AsymmetricAutoencoderKL (decoding without image and mask), AutoencoderTiny, AutoencoderDC,
     AutoencoderKLFlux2 (whose latents are the patchified and normalized ones of FLUX.2), VQModel (latents before
     quantization), AutoencoderRAE, and AutoencoderKLWan and AutoencoderKLQwenImage for video; classes of other projects
-    with CompVis's decoder (``compvis_modules``); any other model, of images, volumes or video, by ``feature_modules``.
+    with CompVis's decoder (``compvis_modules``); any other model, of images, volumes or (where it has a
+    ``temporal_compression_ratio``) video, by ``feature_modules``.
 
     Args:
         model: An autoencoder module, or where to load one: a folder that ``save_pretrained`` wrote, a .safetensors
@@ -60,9 +61,8 @@ class Autoencoder(FrozenModule):
         shift_factor: Replaces the config's, or its ``latents_mean``: one number or one per channel.
         downscale: Replaces what the config says of the side of an image over the side of its latent.
         dtype: Precision to put the model in. By default float32 for a loaded model, a module's own for a module.
-        autocast: Whether decoding follows the autocast around it. By default it runs in the model's precision, and so
-            it does with float16 autocast where the decoder overflows in it (``force_upcast`` of its config). Encoding
-            always does.
+        autocast: Whether decoding follows the autocast around it. By default it runs in the model's precision, as
+            encoding always does, and in float16 a decoder that overflows in it (``force_upcast`` of its config).
 
     Raises:
         FileNotFoundError: ``model`` or ``config`` does not exist or holds nothing that loads.
@@ -104,8 +104,8 @@ class Autoencoder(FrozenModule):
         self._encoder, self._halving = ImageEncoder(), Halving()
         settings = config_of(model)
         # Where a config does not say it, as Stable Diffusion 1.5's, diffusers' default says nothing of the model.
-        said = "force_upcast" not in settings.get("_use_default_values", ())
-        self._overflows = said and bool(settings.get("force_upcast", False))
+        is_said = "force_upcast" not in settings.get("_use_default_values", ())
+        self._overflows = is_said and bool(settings.get("force_upcast"))
         if self._overflows and self.dtype == torch.float16:
             raise ValueError(
                 f"`dtype`: {type(model).__name__} must run in float32 or bfloat16, got float16, in which its decoder "
