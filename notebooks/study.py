@@ -644,7 +644,7 @@ def table(path: Path, first: str = "none", second: str = "lpl") -> str:
     return "\n".join(lines)
 
 
-def grid(out: Path, scale: Scale, columns: int = 12, gap: int = 2) -> None:
+def grid(out: Path, scale: Scale, columns: int = 8, gap: int = 2) -> None:
     """Draw the first images of the main comparison's first seed.
 
     Of each process four rows: by 10 and by 50 sampling steps, without LPL and with it. A column has one seed and class.
@@ -668,7 +668,7 @@ def grid(out: Path, scale: Scale, columns: int = 12, gap: int = 2) -> None:
         for column, path in enumerate(of_run[:columns]):
             with Image.open(path) as image:
                 drawn.paste(image, (column * pitch, row * pitch))
-    drawn.save(GRID)
+    drawn.save(GRID, optimize=True)
 
 
 def rooted(given: str) -> Path:
