@@ -7,7 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -972,49 +972,44 @@ HIDDEN: dict[str, Callable[[Any], Any]] = {
 """How a config that names a program may lie in a checkpoint's, which a parser reads nevertheless."""
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_a_checkpoints_config_runs_no_program(
-    program: str, run: Path, tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Plain values alone, which ``weights_only`` lets through, name what is imported and called."""
+@pytest.fixture
+def beside_evil(run: Path, tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A checkpoint to be changed, where one stands beside a module that nothing may import."""
     (tmp_path / "evil.py").write_text(EVIL.format(str(ran)))
-    pickled(tmp_path / "evil.pth", ran)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    changed = torch.load(run, weights_only=True)
+    yield torch.load(run, weights_only=True)
+    assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_checkpoints_config_runs_no_program(
+    program: str, beside_evil: dict[str, Any], tmp_path: Path, ran: Path
+) -> None:
+    """Plain values alone, which ``weights_only`` lets through, name what is imported and called."""
+    pickled(tmp_path / "evil.pth", ran)
     key, value = PROGRAMS[program]
-    changed["hyper_parameters"][key] = value
-    torch.save(changed, "changed.ckpt")
+    beside_evil["hyper_parameters"][key] = value
+    torch.save(beside_evil, "changed.ckpt")
     message = f"would run '{program}': .*Set `trusted` to true if you trust"
     refused(ran, message, lambda: main(["export", "--ckpt", "changed.ckpt", "--out", "out"]))
     refused(ran, message, lambda: LatentDiffusionModule.load_from_checkpoint("changed.ckpt"))
-    assert "evil" not in sys.modules
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
-def test_a_program_in_a_text_is_not_built(
-    hidden: str, run: Path, tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "evil.py").write_text(EVIL.format(str(ran)))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    changed = torch.load(run, weights_only=True)
-    changed["hyper_parameters"]["denoiser"] = HIDDEN[hidden](over("evil.Backbone")[1])
-    torch.save(changed, "changed.ckpt")
+def test_a_program_in_a_text_is_not_built(hidden: str, beside_evil: dict[str, Any], ran: Path) -> None:
+    beside_evil["hyper_parameters"]["denoiser"] = HIDDEN[hidden](over("evil.Backbone")[1])
+    torch.save(beside_evil, "changed.ckpt")
     message = "would run 'evil.Backbone'"
     refused(ran, message, lambda: LatentDiffusionModule.load_from_checkpoint("changed.ckpt"))
-    assert "evil" not in sys.modules
 
 
 @pytest.mark.parametrize("name", ["evil.ckpt", "evil.safetensors"])
 def test_weights_that_are_called_like_a_module_are_no_program(
-    name: str, run: Path, tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, beside_evil: dict[str, Any], ran: Path
 ) -> None:
     """A file of weights stands at ``weights``, and nothing is imported for it; elsewhere the name is refused."""
-    (tmp_path / "evil.py").write_text(EVIL.format(str(ran)))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    changed = torch.load(run, weights_only=True)
+    changed = beside_evil
     if name.endswith(".ckpt"):
         torch.save(changed, name)
     else:
@@ -1026,7 +1021,6 @@ def test_weights_that_are_called_like_a_module_are_no_program(
     for key, value in (("denoiser", name), over(name), ("fine_tuning", {"weights": name})):
         torch.save({**changed, "hyper_parameters": changed["hyper_parameters"] | {key: value}}, "other.ckpt")
         refused(ran, f"would run '{name}'", lambda: LatentDiffusionModule.load_from_checkpoint("other.ckpt"))
-    assert "evil" not in sys.modules
 
 
 def test_a_program_in_the_place_of_an_optimizer_is_not_built(run: Path, tmp_path: Path, ran: Path) -> None:
