@@ -1009,17 +1009,16 @@ def test_weights_that_are_called_like_a_module_are_no_program(
     name: str, beside_evil: dict[str, Any], ran: Path
 ) -> None:
     """A file of weights stands at ``weights``, and nothing is imported for it; elsewhere the name is refused."""
-    changed = beside_evil
     if name.endswith(".ckpt"):
-        torch.save(changed, name)
+        torch.save(beside_evil, name)
     else:
-        save_file(changed["state_dict"], name)
-    changed["hyper_parameters"]["weights"] = name
-    torch.save(changed, "changed.ckpt")
+        save_file(beside_evil["state_dict"], name)
+    beside_evil["hyper_parameters"]["weights"] = name
+    torch.save(beside_evil, "changed.ckpt")
     assert exported(export_checkpoint("changed.ckpt", "out"))
     assert not ran.exists()
     for key, value in (("denoiser", name), over(name), ("fine_tuning", {"weights": name})):
-        torch.save({**changed, "hyper_parameters": changed["hyper_parameters"] | {key: value}}, "other.ckpt")
+        torch.save({**beside_evil, "hyper_parameters": beside_evil["hyper_parameters"] | {key: value}}, "other.ckpt")
         refused(ran, f"would run '{name}'", lambda: LatentDiffusionModule.load_from_checkpoint("other.ckpt"))
 
 

@@ -153,6 +153,7 @@ class EMA(WeightsCallback):
         chosen = self._chosen
         if self._kept is not None or chosen is None or chosen not in self._averages:
             return
+        self._settle(pl_module)
         self._kept, self._kept_of = {}, ref(pl_module)
         parameters = sharded_parameters(pl_module)
         for name, average in self._averages[chosen].items():
@@ -175,7 +176,6 @@ class EMA(WeightsCallback):
         if self._kept is not None:
             yield
             return
-        self._settle(pl_module)
         self._put(pl_module)
         try:
             yield
@@ -194,7 +194,6 @@ class EMA(WeightsCallback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the average in place."""
-        self._settle(pl_module)
         self._put(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -215,10 +214,7 @@ class EMA(WeightsCallback):
         """Put the average in place, to stay."""
         self._put(pl_module)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The same where there was nothing left to train, of which Lightning says nothing but this."""
-        self._settle(pl_module)
-        self._put(pl_module)
+    on_fit_end = on_train_end  # all that Lightning says where there was nothing left to train
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the weights back where training or an evaluation is interrupted."""

@@ -5,6 +5,7 @@ from lpl_lightning.metrics.clip_score import CLIPScore
 from lpl_lightning.metrics.features import FeatureExtractor, ModuleFeatures, TorchScriptFeatures
 from lpl_lightning.metrics.frechet import FrechetDistance, frechet_distance
 from lpl_lightning.metrics.gaussian import Gaussian, GaussianStatistics
+from lpl_lightning.metrics.memorization import memorization_distance
 from lpl_lightning.metrics.prdc import PRDC, Overlap, nearest_distances
 from lpl_lightning.metrics.preparation import Preparation
 from lpl_lightning.metrics.reconstruction import LPIPS, Reconstruction
@@ -37,6 +38,7 @@ __all__ = [
     "TransformersFeatures",
     "WaveletFeatures",
     "frechet_distance",
+    "memorization_distance",
     "nearest_distances",
     "plot_spectra",
     "radial_power",

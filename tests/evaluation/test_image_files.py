@@ -526,8 +526,7 @@ def test_a_caption_of_several_lines_is_scored_as_a_whole(tmp_path: Path) -> None
     """A line of such a file is a caption, of which the first is taken."""
     folder = GeneratedFolder(tmp_path)
     folder.write(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 0, "A street at night.\n\nTwo people  cross it. ")
-    (item,) = [ImageFiles(tmp_path, "images", captions=True)[0]]
-    assert item["caption"] == "A street at night. Two people cross it."
+    assert ImageFiles(tmp_path, "images", captions=True)[0]["caption"] == "A street at night. Two people cross it."
 
 
 def test_real_photos(shared: Path, tmp_path: Path) -> None:
