@@ -157,7 +157,7 @@ def post(scale: Scale, name: str, process: str = "flow", seed: int = 1, **option
 
 def experiments(scale: Scale) -> dict[str, list[Run]]:
     """All of them, by name; runs of the same name are one."""
-    few = replace(scale.setting, images=2000)
+    few, by_50 = replace(scale.setting, images=2000), replace(scale.setting, num_steps=50)
     losses = {"none": None, "lpl": {}}
     pair = [post(scale, name, loss=loss) for name, loss in losses.items()]
 
@@ -199,7 +199,7 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
     ]
     found = {
         "main": main,
-        "main_by_50": [replace(one, settings=(replace(scale.setting, num_steps=50),)) for one in main],
+        "main_by_50": [replace(one, settings=(by_50,)) for one in main],
         **{
             name: [replace(one, settings=(scale.choice, replace(scale.choice, num_steps=50))) for one in others]
             for name, others in {
@@ -222,6 +222,10 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
         "depth_weights": variants(weights),
         "threshold": variants(thresholds),
         "weight": variants(shares),
+        "share": [
+            replace(post(scale, "share-0.1", process, **shares["share-0.1"]), settings=(by_50,))
+            for process in PROCESSES[1:]
+        ],
         "mask": variants(choose("mask", "mask_outliers", [False])),
         "rivals": [
             *variants({"rgb": {"loss": {"preset": "rgb"}}}),
@@ -244,8 +248,15 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
         + [replace(short("none-longer", seed=seed, steps=3 * scale.short), settings=steps[-1:]) for seed in SEEDS]
         + [replace(short(name, **given), settings=steps[-1:]) for name, given in (modes | shares | thresholds).items()],
         "guidance": [
-            replace(one, settings=tuple(replace(steps[-1], guidance=scale) for scale in (1.0, 2.0, 3.0, 5.0)))
-            for one in briefly()
+            *(
+                replace(one, settings=tuple(replace(steps[-1], guidance=scale) for scale in (1.0, 2.0, 3.0, 5.0)))
+                for one in briefly()
+            ),
+            *(
+                replace(one, settings=(replace(by_50, guidance=1.0), by_50))
+                for one in main
+                if (one.process, one.seed) == ("ddpm_epsilon", SEEDS[0])
+            ),
         ],
         "averages": [replace(one, settings=decays) for one in pair],
         "scratch": [start, replace(start, name="flow-lpl-scratch", loss={}, steps=early)],
@@ -450,16 +461,24 @@ def ceilings(given: argparse.Namespace) -> Iterator[Task]:
             yield Task(f"evaluate-{name}", partial(lambda found: found()[1], found), (f"reconstruct-{name}",))
 
 
-def other(name: str) -> str:
-    """The run that one with LPL, or with a choice of its own, is compared with."""
+def others(name: str) -> dict[str, tuple[str, ...]]:
+    """The runs that one is compared with, the first that there is of each, by how the comparison's name ends.
+
+    One with LPL, with that without; one with a choice of its own, with LPL as it is and with none.
+    """
     process, *kind, seed = name.split("-")
+    if not kind:  # of a pre-training
+        return {}
     if "lpl" in kind:
-        return f"pretrain-{process}" if seed == "scratch" else name.replace("-lpl", "-none")
-    return f"{process}-lpl-short-{seed}"
+        return {"": (f"pretrain-{process}" if seed == "scratch" else name.replace("-lpl", "-none"),)}
+    if kind[0] == "none" and "longer" not in kind:
+        return {}
+    ends = {"": "lpl", "-none": "none"}
+    return {end: (f"{process}-{which}-short-{seed}", f"{process}-{which}-{seed}") for end, which in ends.items()}
 
 
 def comparisons(out: Path) -> Iterator[Task]:
-    """What compares each run with its other one, made and measured alike, where that has not been done.
+    """What compares each run with its other ones, made and measured alike, where that has not been done.
 
     After as many steps; one that went on for longer than there is of the other, with the last of it.
     """
@@ -469,13 +488,14 @@ def comparisons(out: Path) -> Iterator[Task]:
             setting = f"{Setting.of(report)}-{Path(report['reference']['name']).name}"
             found.setdefault((name, setting), {})[made["global_step"]] = folder
     for (name, setting), folders in found.items():
-        against = found.get((other(name), setting), {})
-        for step, folder in folders.items():
-            said = f"{name}-{step}-{setting}"
-            baseline = against.get(step, against[max(against)] if against and "longer" in name else None)
-            if baseline and not (out / "comparisons" / said / "comparison.json").is_file():
-                words = ["lpl", "compare", f"--runs=[{baseline},{folder}]", f"--out={out / 'comparisons' / said}"]
-                yield Task(f"compare-{said}", partial(list, words))
+        for end, names in others(name).items():
+            against = next((found[one, setting] for one in names if (one, setting) in found), {})
+            for step, folder in folders.items():
+                said = f"{name}-{step}-{setting}{end}"
+                baseline = against.get(step, against[max(against)] if against and "longer" in name else None)
+                if baseline and not (out / "comparisons" / said / "comparison.json").is_file():
+                    words = ["lpl", "compare", f"--runs=[{baseline},{folder}]", f"--out={out / 'comparisons' / said}"]
+                    yield Task(f"compare-{said}", partial(list, words))
 
 
 def work(todo: list[Task], out: Path, jobs: int, minutes: float) -> None:

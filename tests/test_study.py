@@ -186,7 +186,9 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         ("flow-none-2", 9, 7),
     ]
     runs += [("flow-lpl-short-1", 5, 6), ("flow-rgb-1", 5, 6), ("flow-none-longer-1", 8, 6), ("flow-rgb-1", 8, 6)]
-    runs += [("pretrain-flow", 5, 6), ("flow-lpl-scratch", 5, 6)]
+    runs += [("pretrain-flow", 5, 6), ("flow-lpl-scratch", 5, 6), ("flow-none-from-5-1", 5, 6)]
+    # A choice is also compared with the main comparison's pair, where that is measured alike.
+    runs += [(f"ddpm_v-{name}-1", 5, 6) for name in ("none", "lpl", "share-0.1")]
     guided = [("flow-none-3", 5, 6), ("flow-lpl-3", 5, 6)]
     for name, step, count in [*runs, *guided]:
         folder = out / name / "version_0" / "evaluation" / f"step={step}" / f"{count}-images"
@@ -205,6 +207,9 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         ("flow-lpl-short-1", "flow-rgb-1"),
         ("flow-lpl-short-1", "flow-none-longer-1"),
         ("pretrain-flow", "flow-lpl-scratch"),
+        ("ddpm_v-none-1", "ddpm_v-lpl-1"),
+        ("ddpm_v-lpl-1", "ddpm_v-share-0.1-1"),
+        ("ddpm_v-none-1", "ddpm_v-share-0.1-1"),
     }
     made = {(name, str(setting)) for name, *_, setting in study.tested(out) if name.endswith("-3")}
     assert made == {("flow-none-3", "6-0.9-4"), ("flow-lpl-3", "6-0.9-4-guidance-3")}
