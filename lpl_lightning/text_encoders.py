@@ -227,7 +227,9 @@ class OpenCLIPText(TextEncoder):
             raise ValueError(f"`layer`={layer} must be {-self.blocks} to -1: {model_name} has {self.blocks} layers.")
         self.tokenizer = open_clip.get_tokenizer(model_name)
         self.layer, self.tokens, self.pooled = layer, tokens, pooled
-        self.settings = {"layer": layer, "tokens": tokens, "pooled": pooled, "model": model_name}
+        # Where a folder lies says nothing of what it holds.
+        name = "local-dir:" if model_name.startswith("local-dir:") else model_name
+        self.settings = {"layer": layer, "tokens": tokens, "pooled": pooled, "model": name}
         empty: TextEmbedding = self([""])
         self.token_dim = None if empty.tokens is None else empty.tokens.shape[-1]
         self.pooled_dim = None if empty.pooled is None else empty.pooled.shape[-1]

@@ -300,7 +300,7 @@ class ImageFolderDataModule(ImageDataModule):
                 f"Rename or remove what `root` lacks."
             )
         files = [(path, labels[name]) for name, paths in classes.items() for path in paths]
-        if own is None and self.val_root is None:
+        if own is None and self.val_root is None and split != "test":  # which only a `test_root` of its own asks for
             files = [(path, label) for path, label in files if (path in self._held_out) == (split == "val")]
         if split != "train":
             # Not class by class: a run that looks at the first batches only must see all classes.

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from lpl_lightning.data.crops import CoveringCrop, Crop, Interpolation
 from lpl_lightning.data.faults import Faults, first_readable
 from lpl_lightning.data.reading import read_rgb
+from lpl_lightning.data.texts import LabeledFiles, TextLists
 
 __all__ = ["ImageFolderDataset"]
 
@@ -53,10 +54,10 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
     ) -> None:
         if captions is not None and len(captions) != len(files):
             raise ValueError(f"`captions` must be those of {len(files)} files, got {len(captions)}.")
-        self.files = files
+        self.files = LabeledFiles(files)
         self.size = (image_size, image_size)
         self.transform = CoveringCrop(crop, horizontal_flip, interpolation)
-        self.captions = captions
+        self.captions = None if captions is None else TextLists(captions)
         self.draw_caption = draw_caption
         self.faults = Faults("raise") if faults is None else faults
         self.root = root

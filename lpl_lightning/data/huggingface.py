@@ -128,6 +128,10 @@ class HuggingFaceDataModule(SourceDataModule):
         )
         if verify and streaming:
             raise ValueError("`verify` decodes images beforehand, and `streaming` does not: leave either out.")
+        if images_per_epoch is not None and not streaming:
+            raise ValueError(
+                "`images_per_epoch` is for `streaming`: an epoch of a table is all of its rows. Leave it out."
+            )
         if path == "pandas":
             raise ValueError("`path`: pandas reads pickles, which may run code. Give the data as Parquet.")
         self.path, self.name, self.revision, self.verify = path, name, revision, verify
@@ -215,6 +219,9 @@ class HuggingFaceDataModule(SourceDataModule):
             raise ValueError(f"`path`: {self.path} needs files that it is to read: give `data_files` or `data_dir`.")
         check_file_names(folder)
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            options = {"name": self.name, "data_files": self.data_files, "data_dir": self.data_dir}
+            if unused := [key for key, value in {**options, "revision": self.revision}.items() if value is not None]:
+                raise ValueError(f"{folder} is what `save_to_disk` wrote, which {some(unused)} cannot choose from.")
             saved = self._by(library.load_from_disk, str(folder))
             if isinstance(saved, Mapping):
                 if split not in saved:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm.auto import tqdm
@@ -119,7 +120,7 @@ def _check_folder(folder: Path) -> None:
     if not folder.exists():
         return
     names = sorted(os.listdir(folder))
-    foreign = [name for name in names if re.sub(r"\.\d+\.unfinished(\.png)?$", "", name) not in FILES]
+    foreign = [name for name in names if re.sub(r"\.[0-9a-f]+\.unfinished(\.png)?$", "", name) not in FILES]
     if foreign or (names and not _is_comparison(folder / RESULT)):
         raise ValueError(
             f"`out` must be a new folder or that of an earlier comparison, but {folder} holds "
@@ -164,7 +165,7 @@ def _table(spectra: Mapping[str, Spectra]) -> str:
 
 def _plot(spectra: Mapping[str, Spectra], path: Path) -> str | None:
     """Write the plot, or say why there is none."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.unfinished.png")
+    part = path.with_name(f"{path.name}.{uuid4().hex}.unfinished.png")
     try:
         plot_spectra({_label(place, run): found for place, (run, found) in enumerate(spectra.items(), 1)}, part)
     except (ModuleNotFoundError, ValueError) as error:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import product
 from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
 from PIL import Image
 
@@ -115,7 +115,7 @@ def write_grid(images: SameImages, path: Path) -> Path:
         filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         grid.paste(image.resize(size, filter_), (gap + column * (side + gap), gap + row * (side + gap)))
-    part = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    part = path.with_name(f"{path.name}.{uuid4().hex}.unfinished")
     grid.save(part, format="PNG")
     part.replace(path)
     return path

@@ -6,20 +6,22 @@ only if nothing has to be done to it, or if an argument says what may be.
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageCms, ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -36,6 +38,7 @@ from lpl_lightning.metrics.preparation import check_images
 __all__ = ["ImageFiles", "PixelHash"]
 
 _CHUNK = 64  # files per task of a thread
+_COLORS = np.array([[[70, 160, 90], [200, 60, 60], [60, 60, 200], [128, 128, 128], [230, 200, 60]]], np.uint8)
 
 
 class ImageFiles(Dataset[dict[str, Any]]):
@@ -140,7 +143,7 @@ class ImageFiles(Dataset[dict[str, Any]]):
             raise ValueError(
                 f"`{self.argument}`: {len(other)} of {total} are not RGB of 8 bits: {some(other)}. Metrics change with "
                 "how they are read; set `convert` to read them as training does: grey to three channels, transparency "
-                "over white, 16 bits to 8."
+                "over white, 16 bits to 8, values as they are whatever their color profile."
             )
         sizes = {name: header.size for name, header in headers.items()}
         squares = Counter(size for size in sizes.values() if size[0] == size[1])
@@ -266,11 +269,26 @@ def _header(path: str) -> _Header:
         return _Header(fault=reason(error))
 
 
+@lru_cache(maxsize=64)
+def _is_srgb(profile: bytes | None) -> bool:
+    """Whether colors mean with a profile what they mean without; so for one that cannot be read, which none applies."""
+    if not profile:
+        return True
+    try:
+        given = Image.fromarray(_COLORS)
+        shown = ImageCms.profileToProfile(given, io.BytesIO(profile), ImageCms.createProfile("sRGB"))
+    except (ImageCms.PyCMSError, ImportError):
+        return True
+    return int(np.abs(np.asarray(shown, np.int16) - _COLORS).max()) <= 4  # of 255: profiles round
+
+
 def _unlike(image: ImageFile.ImageFile) -> str | None:
     if image.mode != "RGB":
         return f"mode {image.mode}"
     if image.has_transparency_data:
         return "a transparent color"
+    if not _is_srgb(image.info.get("icc_profile")):
+        return "a color profile that is not sRGB"
     # Pillow gives RGB of 16 bits as RGB of 8; what is stored, it says only to its decoders.
     for codec, _, _, settings in image.tile:
         stored, *rest = settings if isinstance(settings, tuple) else (settings,)

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 __all__ = [
     "REPORT",
@@ -221,7 +222,7 @@ def check_other(folder: Path, argument: str, made: Mapping[str, Any]) -> None:
 
 def write_whole(path: Path, text: str) -> Path:
     """Write a UTF-8 text file, which appears whole or not at all; returns its path."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    part = path.with_name(f"{path.name}.{uuid4().hex}.unfinished")
     part.write_text(text, encoding="utf-8", newline="\n")
     os.replace(part, path)
     return path

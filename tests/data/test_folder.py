@@ -280,6 +280,14 @@ def test_links_are_followed_but_not_round_in_circles(tmp_path: Path) -> None:
 # Splits
 
 
+def test_a_test_root_of_the_same_folder_is_all_of_it(tmp_path: Path) -> None:
+    """As a `val_root` is, and not what is left to train on."""
+    folder_of(tmp_path, *(f"{c}/{i}.png" for c in ("cat", "dog") for i in range(30)))
+    data = open_module(tmp_path, val_fraction=0.3, test_root=tmp_path)
+    assert sorted(names(data, "test")) == sorted([*names(data, "train"), *names(data, "val")])
+    assert len(names(data, "test")) == 60
+
+
 def test_held_out_images_are_those_with_a_low_hash(tmp_path: Path) -> None:
     folder_of(tmp_path, *(f"{c}/{i}.png" for c in ("cat", "dog") for i in range(30)))
     data = open_module(tmp_path, val_fraction=0.3)

@@ -409,6 +409,8 @@ def test_images_by_path_in_json(tmp_path: Path) -> None:
         ({"caption": ["text", "label"]}, r"`caption` must be columns of strings or lists of strings, but label holds"),
         ({"image": "label"}, r"`image` must be a column of images or of paths, but label holds"),
         ({"image": "texts"}, r"`image` must be a column of images or of paths, but texts holds"),
+        ({"images_per_epoch": 8}, r"`images_per_epoch` is for `streaming`"),
+        ({"revision": "v7", "name": "en"}, r"saved is what `save_to_disk` wrote, which name, revision cannot choose"),
         ({"split": "dev"}, r"no split 'dev' in .*saved, which has train, val"),
         ({"val_split": "val"}, r"The split val must have the classes cat, cow, dog, not a, b"),
         ({"classes": 2, "val_split": "train"}, r"`classes` must be the 3 of the column label, got 2"),

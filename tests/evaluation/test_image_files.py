@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from PIL import Image
+from PIL import Image, ImageCms
 from torch.utils.data import Dataset, IterableDataset
 
 from lpl_lightning.evaluation.generated import GeneratedFolder, write_png
@@ -141,7 +141,26 @@ def palette(path: Path) -> None:
     image.save(path)
 
 
-# What each is called in the error, and what a viewer shows.
+def profile(gamma: float) -> bytes:
+    """A color profile of sRGB's primaries, adapted to D50 as the standard has them, whose values are powers."""
+
+    def fixed(*values: float) -> bytes:
+        return struct.pack(f">{len(values)}i", *(round(65536 * value) for value in values))
+
+    primaries = {"r": (0.43607, 0.22249, 0.01392), "g": (0.38515, 0.71687, 0.09708), "b": (0.14307, 0.06061, 0.7141)}
+    tags = {f"{name}XYZ": b"XYZ \0\0\0\0" + fixed(*value) for name, value in primaries.items()}
+    tags["wtpt"] = b"XYZ \0\0\0\0" + fixed(0.9642, 1.0, 0.8249)
+    curve = b"curv" + struct.pack(">IIHH", 0, 1, round(256 * gamma), 0)
+    tags |= {f"{name}TRC": curve for name in "rgb"}
+    start, table, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, value in tags.items():
+        table += name.encode() + struct.pack(">II", start + len(body), len(value))
+        body += value
+    head = struct.pack(">I4sI4s4s4s12x4s28x", start + len(body), b"lcms", 0x2400000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
+    return (head + fixed(0.9642, 1.0, 0.8249)).ljust(128, b"\0") + table + body
+
+
+# What each is called in the error, and what a viewer shows, but for the profile, which nothing here applies.
 OTHERS: dict[str, tuple[str, Callable[[Path], Any], str, tuple[int, int, int]]] = {
     "grey": ("x.png", of("L", 100), "mode L", (100, 100, 100)),
     "grey jpeg": ("x.jpg", of("L", 100), "mode L", (100, 100, 100)),
@@ -154,6 +173,12 @@ OTHERS: dict[str, tuple[str, Callable[[Path], Any], str, tuple[int, int, int]]] 
     "transparent color": ("x.png", of("RGB", (1, 2, 3), transparency=(1, 2, 3)), "a transparent color", (255,) * 3),
     "cmyk": ("x.tif", of("CMYK", (0, 255, 255, 0)), "mode CMYK", (255, 0, 0)),
     "cmyk jpeg": ("x.jpg", of("CMYK", (0, 255, 255, 0), quality=100), "mode CMYK", (255, 0, 0)),
+    "profile": (
+        "x.png",
+        of("RGB", (9, 99, 199), icc_profile=profile(1.0)),
+        "a color profile that is not sRGB",
+        (9, 99, 199),
+    ),
     "16-bit grey": ("x.png", of("I;16", 100 * 257), "mode I;16", (100,) * 3),
     "16-bit rgb": ("x.png", lambda path: path.write_bytes(png16()), "not 8 bits a channel", (100,) * 3),
     "16-bit ppm": (
@@ -169,6 +194,14 @@ OTHERS: dict[str, tuple[str, Callable[[Path], Any], str, tuple[int, int, int]]] 
         (100,) * 3,
     ),
 }
+
+
+def test_a_profile_that_says_what_is_meant_anyway_is_let_be(tmp_path: Path) -> None:
+    """Such as sRGB itself, a power near its curve, and one that cannot be read."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for number, icc in enumerate([srgb, profile(2.2), b"no profile"]):
+        of("RGB", (9, 99, 199), icc_profile=icc)(tmp_path / f"{number}.png")
+    ImageFiles(tmp_path, "real").check()
 
 
 @pytest.mark.parametrize("case", OTHERS)

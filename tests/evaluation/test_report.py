@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,12 @@ def test_a_report_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     reader.join()
     assert found <= set(texts)
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "x"}
+
+
+def test_two_who_write_at_once_do_not_meet(tmp_path: Path) -> None:
+    """Also where both have one process id, as on two machines that share a file system."""
+    with ThreadPoolExecutor(2) as pool:
+        for written in [pool.submit(write_whole, tmp_path / "x", letter * 100_000) for letter in "ab" * 200]:
+            written.result()
+    assert {path.name for path in tmp_path.iterdir()} == {"x"}
+    assert set((tmp_path / "x").read_text()) in ({"a"}, {"b"})

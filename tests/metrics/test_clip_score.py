@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from towers import as_pil, photos, save_tower
 
 from lpl_lightning.metrics.clip_score import CLIPScore
+from lpl_lightning.text_encoders import OpenCLIPText
 
 open_clip: Any = pytest.importorskip("open_clip")
 
@@ -139,3 +141,12 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         CLIPScore("ViT-B-32")
     with pytest.raises(ValueError, match="is not a known tag .*Without network: give the weights' file"):
         CLIPScore("ViT-B-32", "laion9b")
+
+
+def test_a_text_encoder_is_the_same_wherever_its_folder_lies(tmp_path: Path) -> None:
+    """What it has encoded is found again, and fits."""
+    save_tower(tmp_path / "tower")
+    shutil.copytree(tmp_path / "tower", tmp_path / "moved" / "copy")
+    one, other = (OpenCLIPText(f"local-dir:{folder}") for folder in (tmp_path / "tower", tmp_path / "moved" / "copy"))
+    assert one.fingerprint() == other.fingerprint()
+    assert one.fingerprint() != OpenCLIPText(f"local-dir:{tmp_path / 'tower'}", tokens=False).fingerprint()
