@@ -3,6 +3,9 @@
 Python looks for modules in the working directory when it runs a script or ``python -m``, and not for a command such as
 ``lpl``. A folder is added here only where the config or the command names a module that lies in it and that Python
 finds nowhere else, and at the end: no file can take the place of a library, nor be imported where nobody named it.
+
+Configs are what ``--config`` and ``--suite`` name, and YAML files that other options or configs name: JSON is also what
+reports, records and tables of others are written in, whose words name nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 __all__ = ["find_own_modules", "other_module"]
 
-_FILE = re.compile(r"[^\s'\"=,\[\]{}]+\.(?:yaml|yml|json)\b")
-_ENDINGS = (".yaml", ".yml", ".json")
+_FILE = re.compile(r"[^\s'\"=,\[\]{}]+\.(?:yaml|yml)\b")
+_ENDINGS = (".yaml", ".yml")
+_CONFIG = re.compile(r"-c|--(?:.*\.)?(?:config|suite)")
 _NAME = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?=\.[A-Za-z_])")
 
 
@@ -42,15 +47,22 @@ def other_module(name: str) -> str | None:
 def _configs(given: Iterable[str]) -> dict[Path, str]:
     """Files of configs that arguments name, and those that these name in turn, with what they say."""
     found: dict[Path, str] = {}
-    queue = [(text, Path()) for text in given]
+    arguments = list(given)
+    values = [text.partition("=")[2] for text in arguments if _CONFIG.fullmatch(text.partition("=")[0])]
+    values += [after for text, after in pairwise(arguments) if _CONFIG.fullmatch(text)]
+    queue = [(Path(), [value, *_named(value)]) for value in values] + [(Path(), _named(text)) for text in arguments]
     while queue:
-        text, folder = queue.pop(0)
-        whole = [text] if text.endswith(_ENDINGS) and "\n" not in text else []  # may hold blanks
-        for path in (folder / Path(name).expanduser() for name in (*whole, *_FILE.findall(text))):
+        folder, names = queue.pop(0)
+        for path in (folder / Path(name).expanduser() for name in names):
             if path not in found and path.is_file():
                 found[path] = path.read_text(encoding="utf-8", errors="replace")
-                queue.append((found[path], path.parent))
+                queue.append((path.parent, _named(found[path])))
     return found
+
+
+def _named(text: str) -> list[str]:
+    """Names of YAML files in a text, or the text as a name, which may hold blanks."""
+    return [*([text] if text.endswith(_ENDINGS) and "\n" not in text else []), *_FILE.findall(text)]
 
 
 def _holds(folder: Path, name: str) -> bool:

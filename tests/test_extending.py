@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ from conftest import ROOT
 from lpl_lightning import LatentDiffusionModule
 from lpl_lightning.cli import main
 from lpl_lightning.conditioning import Condition
+from lpl_lightning.own_files import find_own_modules
 
 PAGE = (ROOT / "configs" / "extending.md").read_text()
 QUICKSTART = ["-c", str(ROOT / "configs" / "quickstart.yaml")]
@@ -221,3 +223,23 @@ def test_what_a_parser_refuses_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lpl: error: `")
     assert said in line
+
+
+def test_only_configs_name_modules(folder: Path) -> None:
+    """Not the reports and records of others, in whose folder there may be what they please."""
+    (folder / "gift").mkdir()
+    (folder / "gift" / "stranger.py").write_text("")
+    said = json.dumps({"notes": ["Drawn by stranger.figure"], "config": "gift/other.json", "class_path": "stranger.X"})
+    for name in ("report.json", "record.json", "other.json"):
+        (folder / "gift" / name).write_text(said)
+    with pytest.raises(ValueError, match=r"gift/report\.json is no report"):
+        main(["compare", "gift/report.json", "gift/report.json"])
+    find_own_modules(["replay", "-c", "mine.yaml", "--record", "gift/record.json", "--record=gift/record.json"])
+    assert str(folder / "gift") not in sys.path
+    for given in (["--config=gift/report.json"], ["-c", "gift/report.json"], ["--evaluation.suite", "gift/other.json"]):
+        find_own_modules(["test", *given])
+        assert sys.path.pop() == str(folder / "gift")
+    (folder / "mine.yaml").write_text("suite: gift/suite.yaml")
+    (folder / "gift" / "suite.yaml").write_text("class_path: stranger.X")
+    find_own_modules(["fit", "--model", "mine.yaml"])
+    assert sys.path.pop() == str(folder / "gift")

@@ -15,7 +15,7 @@ from torch import Tensor
 from lpl_lightning.autoencoder_module import AutoencoderModule
 from lpl_lightning.callbacks.ema import averaged, decay_in_place
 from lpl_lightning.export import export_diffusers
-from lpl_lightning.export.provenance import note, provenance
+from lpl_lightning.export.provenance import check_replaceable, note, provenance
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.run_folder import run_folder
 from lpl_lightning.sharding import gathered
@@ -37,6 +37,10 @@ class SaveWeights(Callback):
     def __init__(self, filename: str = "weights.safetensors", dtype: Precision = "float32") -> None:
         self.filename = filename
         self.dtype = dtype
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse to write over a file that no run has left."""
+        _check_place(trainer, stage, self.filename, "filename")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file."""
@@ -87,13 +91,14 @@ class SaveAutoencoder(Callback):
         self._statistics: tuple[float, float] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a module that is not an autoencoder's."""
+        """Refuse a module that is not an autoencoder's, and to write over what no run has left."""
         self._statistics = None
         if not isinstance(pl_module, AutoencoderModule):
             raise ValueError(
                 f"SaveAutoencoder saves the autoencoder of an AutoencoderModule, got {type(pl_module).__name__}; "
                 "take it out of trainer.callbacks."
             )
+        _check_place(trainer, stage, self.dirname, "dirname")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add up the latents' statistics over processes, on their devices: the end of ``fit`` is on the CPU."""
@@ -134,12 +139,13 @@ class SaveDiffusers(Callback):
         self.dtype = dtype
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a module that is no latent diffusion model."""
+        """Refuse a module that is no latent diffusion model, and to write over what no run has left."""
         if not isinstance(pl_module, LatentDiffusionModule):
             raise ValueError(
                 f"SaveDiffusers writes a LatentDiffusionModule, got {type(pl_module).__name__}; take it out of "
                 "trainer.callbacks."
             )
+        _check_place(trainer, stage, self.dirname, "dirname")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the folder."""
@@ -151,6 +157,12 @@ class SaveDiffusers(Callback):
             if module is not None:
                 metadata = _metadata(trainer, module)
                 export_diffusers(module, folder / self.dirname, self.dtype, replace=True, metadata=metadata)
+
+
+def _check_place(trainer: pl.Trainer, stage: str, name: str, argument: str) -> None:
+    folder = run_folder(trainer) if stage == "fit" else None
+    if folder is not None:
+        check_replaceable(folder / name, folder, argument)
 
 
 def _metadata(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, str]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from safetensors import SafetensorError, safe_open
 
 from lpl_lightning.metrics.tensor_files import add_metadata
 from lpl_lightning.module import LatentDiffusionModule
 
-__all__ = ["note", "provenance"]
+__all__ = ["check_replaceable", "note", "provenance"]
 
 _LIBRARIES = ("lpl-lightning", "torch", "lightning", "diffusers", "peft")
 
@@ -59,6 +60,35 @@ def note(folder: Path, metadata: dict[str, str]) -> None:
     """Say in each safetensors file of a folder where it is from, beside what it says already."""
     for path in sorted(folder.glob("*.safetensors")):
         add_metadata(path, metadata)
+
+
+def check_replaceable(target: Path, run: Path, argument: str) -> None:
+    """Refuse to write over what no run has left.
+
+    Args:
+        target: File or folder that is to be written.
+        run: Folder of the run, in which it must lie.
+        argument: What named the target.
+
+    Raises:
+        ValueError: The target is outside the run's folder, or holds something else than weights that were noted.
+    """
+    if run.resolve() not in target.resolve().parents:
+        raise ValueError(f"`{argument}` must lie in the run's folder, {run}, got {target}. Give a name in it.")
+    known = [target] if target.is_file() else [*target.rglob("*.safetensors")]
+    if (target.is_file() or any(target.glob("*"))) and not any(map(_is_noted, known)):
+        raise ValueError(
+            f"`{argument}`: {target} is there already, and nothing in it says that a run has left it. Give another "
+            "name, move what is there, or give the trainer a logger, so that each run has a folder of its own."
+        )
+
+
+def _is_noted(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return {"versions", "weights"} <= (file.metadata() or {}).keys()
+    except (OSError, SafetensorError):
+        return False
 
 
 def _versions() -> list[str]:

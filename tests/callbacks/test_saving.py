@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import tiny_kl
@@ -19,6 +20,7 @@ from lpl_lightning import (
     ClassTokens,
     LatentDiffusionModule,
     SaveAutoencoder,
+    SaveDiffusers,
     SaveWeights,
     ShapesDataModule,
 )
@@ -110,3 +112,32 @@ def test_the_measured_scale_takes_the_place_of_one_by_channel(tmp_path: Path) ->
 def test_a_module_without_autoencoder_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="saves the autoencoder of an AutoencoderModule, got Foreign"):
         fit(Foreign(), tmp_path, SaveAutoencoder())
+
+
+@pytest.mark.parametrize("of", [SaveWeights, SaveAutoencoder, SaveDiffusers])
+def test_what_no_run_has_left_is_not_written_over(
+    make_module: Callable[..., LatentDiffusionModule], tmp_path: Path, of: type[Any]
+) -> None:
+    """Such as a checkout of diffusers in the working directory, which without a logger is the run's folder."""
+
+    def module() -> pl.LightningModule:
+        if of is SaveAutoencoder:
+            return AutoencoderModule(autoencoder_kl([8, 8], layers_per_block=1, norm_num_groups=4, sample_size=16))
+        return make_module(conditioner=ClassTokens(8, token_dim=8, pooled_dim=8))
+
+    def run(*given: str) -> None:
+        trainer(tmp_path, callbacks=[of(*given)]).fit(module(), small_data())
+
+    default = {SaveWeights: "weights.safetensors", SaveAutoencoder: "autoencoder", SaveDiffusers: "diffusers"}[of]
+    place = tmp_path / default if of is SaveWeights else tmp_path / default / "mine.py"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("mine")
+    with pytest.raises(ValueError, match=rf"name`: .*{default} is there already, and nothing in it says that a run"):
+        run()
+    for outside in (".", "..", str(tmp_path.parent / "elsewhere")):
+        with pytest.raises(ValueError, match="name` must lie in the run's folder"):
+            run(outside)
+    assert place.read_text() == "mine"
+    for _ in range(2):  # its own it writes over
+        run("another")
+    assert (tmp_path / "another").exists()
