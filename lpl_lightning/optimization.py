@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 __all__ = ["Maker", "build_optimizers", "check_optimizer"]
 
@@ -39,7 +41,7 @@ class Maker:
 
 
 def check_optimizer(configured: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another kind of optimizer.
+    """Refuse a checkpoint of another kind of optimizer, and warn of settings that the checkpoint's take the place of.
 
     Args:
         configured: What ``configure_optimizers`` returns; looked at where that is an optimizer or has one.
@@ -68,6 +70,39 @@ def check_optimizer(configured: Any, checkpoint: Mapping[str, Any]) -> None:
             f"not {', '.join(sorted(own - found))}. Give the one that it was trained with; to begin anew from its "
             "weights with another, give the checkpoint as `model.weights`, and no `ckpt_path`."
         )
+    differing = [said for own, found in zip(*groups, strict=False) for said in _unlike(own, found, _constant(own))]
+    schedule = configured.get("lr_scheduler") if isinstance(configured, Mapping) else None
+    schedule = schedule.get("scheduler") if isinstance(schedule, Mapping) else schedule
+    saved = checkpoint.get("lr_schedulers") or []
+    if isinstance(schedule, LRScheduler) and len(saved) == 1:
+        arguments = signature(type(schedule)).parameters.keys() - {"optimizer", "last_epoch"}
+        differing += _unlike(schedule.state_dict(), saved[0], arguments)
+    if differing:
+        rank_zero_warn(
+            f"Training goes on with the checkpoint's settings of optimizer and schedule, not with those given: "
+            f"{', '.join(dict.fromkeys(differing))}. To train its weights by others, give the checkpoint as "
+            "`model.weights`, and no `ckpt_path`."
+        )
+
+
+def _constant(group: Mapping[str, Any]) -> set[str]:
+    """What of an optimizer's group no schedule changes: where there is one, the rate that it began with."""
+    moved = {"lr"} if "initial_lr" in group else set()
+    moved |= {"betas", "momentum"} if "max_momentum" in group else set()
+    return group.keys() - {"params", *OF_SCHEDULES, *moved} | ({"initial_lr"} & group.keys())
+
+
+def _unlike(own: Mapping[str, Any], found: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Settings of two that both have, as numbers or words, and that differ."""
+
+    def plain(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    kept = [name for name in sorted(names) if name in own and name in found]
+    pairs = [(name, plain(own[name]), plain(found[name])) for name in kept]
+    kinds = (int, float, str, tuple)
+    said = [(name, a, b) for name, a, b in pairs if isinstance(a, kinds) and isinstance(b, kinds) and a != b]
+    return [f"{'lr' if name == 'initial_lr' else name} {there} (given {here})" for name, here, there in said]
 
 
 def build_optimizers(
