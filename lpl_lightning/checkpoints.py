@@ -25,6 +25,7 @@ __all__ = [
     "check_checkpoint",
     "check_settings",
     "checkpoint_folders",
+    "is_plain",
     "newest_checkpoint",
     "refusal_of",
     "with_plain_settings",
@@ -129,6 +130,16 @@ def with_plain_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint whose hyperparameters can be read again without running code."""
     keys = (pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)
     return {**checkpoint, **{key: _plain(checkpoint[key]) for key in keys if key in checkpoint}}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a hyperparameter can be read again from a checkpoint without running code."""
+    value = _plain(value)
+    if isinstance(value, Mapping):
+        return all(map(is_plain, value)) and all(map(is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | bytes | torch.Tensor | torch.dtype)
 
 
 def _plain(value: Any) -> Any:

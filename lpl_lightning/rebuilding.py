@@ -29,6 +29,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lpl_lightning.autoencoder import Autoencoder
+from lpl_lightning.checkpoints import is_plain
 from lpl_lightning.conditioning import Conditioner
 from lpl_lightning.denoiser import Denoiser
 from lpl_lightning.fine_tuning import FineTuning
@@ -79,7 +80,14 @@ class RebuiltModule(pl.LightningModule, ABC):
         """One step of training."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Have those callbacks add their parts that Lightning does not ask."""
+        """Have those callbacks add their parts that Lightning does not ask, and leave objects out.
+
+        Of a module that was built by hand: of a subclass's arguments, Lightning collects all.
+        """
+        given = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        if "_instantiator" not in given:
+            for name in [name for name, value in given.items() if not is_plain(value)]:
+                given.pop(name)
         for callback in self._unasked(checkpoint):
             callback.on_save_checkpoint(self.trainer, self, checkpoint)
 

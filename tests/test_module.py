@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler
 from forked import run_ranks
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import save_file
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -517,3 +518,30 @@ def test_ranks_draw_their_own_times_and_noise(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name in ("t", "noise"):
         assert not (first[name] == second[name]).any(), name
+
+
+@pytest.mark.filterwarnings("ignore:Attribute '.*' is an instance of `nn.Module`")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_objects_that_a_subclass_takes_are_given_again(
+    make_module: Callable[..., LatentDiffusionModule], tmp_path: Path
+) -> None:
+    """A checkpoint, which runs no code, holds none; whether the subclass says so or not, and what is plain it keeps."""
+
+    class Mine(LatentDiffusionModule):
+        def __init__(self, critic: nn.Module, threshold: float, notes: bool, **parts: Any) -> None:
+            super().__init__(**parts)
+            if notes:
+                self.save_hyperparameters(ignore=["critic"])
+            self.critic = critic
+
+    plain = make_module()
+    parts = {name: getattr(plain, name) for name in ("autoencoder", "noise", "denoiser", "conditioner")}
+    for notes in (False, True):
+        module = Mine(nn.Linear(2, 2), 0.5, notes, **parts)
+        run = trainer(tmp_path, max_steps=1)
+        run.fit(module, DataLoader(cast(Any, [image_batch(2)]), batch_size=None))
+        run.save_checkpoint(tmp_path / "mine.ckpt")
+        held = torch.load(tmp_path / "mine.ckpt", weights_only=True)["hyper_parameters"]
+        assert held == {"threshold": 0.5, "notes": notes, "weights": None, "weights_ema": None}
+        again = Mine.load_from_checkpoint(tmp_path / "mine.ckpt", critic=nn.Linear(2, 2), **parts)
+        torch.testing.assert_close(again.critic.weight, module.critic.weight)

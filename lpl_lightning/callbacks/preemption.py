@@ -30,7 +30,8 @@ class Preemption(Callback):
     processes exit, the first with 128 and the signal's number, as the shell says it. A validation, in which nothing is
     trained, is broken off at once, and is made anew when the run goes on, by ``UnfinishedValidation``; several
     processes look before it begins and finish it. ``--ckpt_path last`` goes on from there. In a list of callbacks it
-    comes after those that have a part of checkpoints, such as ``EMA``, which must have taken the step in before.
+    comes after those that have a part of checkpoints, such as ``EMA``, which must have taken the step in before; behind
+    those of the module's ``configure_callbacks`` it puts itself.
 
     A signal may reach every process of the job: those of the trainer's DataLoaders outlive it (``OutliveSignals``).
 
@@ -60,6 +61,7 @@ class Preemption(Callback):
         """Have loader processes outlive the signals, whenever they are started."""
         if stage != "fit":
             return
+        self._follow(trainer, pl_module)
         # No callback is called between the making of loaders and the start of their processes.
         strategy, names = trainer.strategy, [one.name for one in self.signals]
         process = strategy.process_dataloader
@@ -69,6 +71,21 @@ class Preemption(Callback):
             return process(dataloader)
 
         strategy.process_dataloader = processed  # type: ignore[method-assign]
+
+    def _follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Come after callbacks of the module's own, which no one could list before this one."""
+        own = {type(one) for one in _listed(pl_module.configure_callbacks())}
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        behind = [place for place, one in enumerate(callbacks) if type(one) in own and not _is_a(one, "Checkpoint")]
+        place = callbacks.index(self)
+        if behind and behind[-1] > place:
+            # A new list: this one is being gone through.
+            trainer.callbacks = [  # type: ignore[attr-defined]
+                *callbacks[:place],
+                *callbacks[place + 1 : behind[-1] + 1],
+                self,
+                *callbacks[behind[-1] + 1 :],
+            ]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave later loaders as they are."""
@@ -168,6 +185,10 @@ class Preemption(Callback):
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             _requeue(trainer, number)
+
+
+def _listed(callbacks: Any) -> Sequence[Any]:
+    return callbacks if isinstance(callbacks, Sequence) else [callbacks]
 
 
 def _has_part(callback: object) -> bool:

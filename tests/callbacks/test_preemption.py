@@ -219,3 +219,27 @@ def test_of_several_signals_the_last_named_counts(
                 ModelCheckpoint(tmp_path / "saved"),
             )
         assert ended.value.code == 128 + signal.SIGUSR1
+
+
+def test_it_comes_after_callbacks_of_the_module_s_own(
+    tmp_path: Path, make_module: Callable[..., LatentDiffusionModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which Lightning puts behind all that were listed, and which have taken the step in when it saves."""
+
+    class Counts(Callback):
+        seen = 0
+
+        def on_train_batch_end(self, *args: Any, **options: Any) -> None:
+            self.seen += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": self.seen}
+
+    module = make_module()
+    monkeypatch.setattr(module, "configure_callbacks", lambda: [Counts()])
+    saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=100)
+    with pytest.raises(SystemExit):
+        fit(tmp_path, module, Signals(signal.SIGTERM, at=2), Preemption(), saving)
+    found = torch.load(tmp_path / "saved" / "preempted.ckpt", weights_only=True)
+    assert found["global_step"] == 3
+    assert next(state for name, state in found["callbacks"].items() if "Counts" in name) == {"seen": 3}
