@@ -82,6 +82,8 @@ class EMA(WeightsCallback):
         self._updates: dict[float, int] = {}
         self._latest_step = 0
         self._of_checkpoint = False  # whether they were loaded to be evaluated
+        self._averages_of: ref[pl.LightningModule] | None = None  # the module that was trained
+        self._stays = False  # whether one was in place before an evaluation
         self._kept: dict[str, Tensor] | None = None  # the weights as they were trained, while an average is in place
         self._kept_of: ref[pl.LightningModule] | None = None  # of which module
 
@@ -100,7 +102,7 @@ class EMA(WeightsCallback):
         return self.decay if self.evaluate is None else None if self.evaluate == "trained" else float(self.evaluate)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin anew where training begins."""
+        """Begin anew where training begins, but not where a trainer goes on with it."""
         if isinstance(trainer.strategy, FSDPStrategy):
             raise ValueError(
                 "EMA averages parameters, which FSDPStrategy makes one of: take lpl_lightning.FSDP2Strategy, or leave "
@@ -116,7 +118,10 @@ class EMA(WeightsCallback):
                     "in the place of the weights once training has ended. Leave `save_weights_only` out."
                 )
             self._put_back(pl_module)
-            self._averages, self._updates, self._latest_step = {}, {}, 0
+            goes_on = trainer.global_step and self._averages_of is not None and self._averages_of() is pl_module
+            if not goes_on:
+                self._averages, self._updates, self._latest_step = {}, {}, 0
+            self._averages_of = ref(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -194,6 +199,7 @@ class EMA(WeightsCallback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the average in place."""
+        self._stays = self._kept is not None
         self._put(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -204,7 +210,7 @@ class EMA(WeightsCallback):
     on_test_end = on_predict_end = on_validation_end
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" or not (self._stays or self._of_checkpoint):
             self._put_back(pl_module)
         elif self._of_checkpoint:
             self._put_back(pl_module)

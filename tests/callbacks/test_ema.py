@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelCheckpoint
@@ -490,3 +491,31 @@ def test_checkpoints_of_weights_alone_hold_both_too(tmp_path: Path) -> None:
     run = trainer(tmp_path, callbacks=[EMA(decay=0.5), saving[0]], **options)
     with pytest.raises(ValueError, match=r"ModelCheckpoint has `save_weights_only`.* of a Foreign would lack"):
         run.fit(Foreign(), DataLoader(cast(Any, torch.zeros(4, 4, 4, 4)), batch_size=4))
+
+
+def test_after_an_interrupted_fit_an_evaluation_leaves_the_weights(tmp_path: Path) -> None:
+    class Raises(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 2:
+                raise RuntimeError("enough")
+
+    trained, ema = module(), EMA(decay=0.5)
+    run = trainer(tmp_path, max_steps=4, callbacks=[ema, Raises()])
+    with pytest.raises(RuntimeError, match="enough"):
+        run.fit(trained, data())
+    before = key(trained).clone()
+    run.validate(trained, data(), verbose=False)
+    assert torch.equal(key(trained), before)
+
+
+def test_a_trainer_that_goes_on_goes_on_with_the_averages(tmp_path: Path) -> None:
+    trained, ema = module(), EMA(decay=0.5)
+    run = trainer(tmp_path, max_steps=2, callbacks=[ema], limit_val_batches=0)
+    run.fit(trained, data())
+    run.fit_loop.epoch_loop.max_steps = 3
+    run.fit(trained, data())
+    assert (run.global_step, ema.state_dict()) == (3, {"updates": {"0.5": 3}, "step": 3})
+    other = module()
+    run.fit_loop.epoch_loop.max_steps = 4
+    run.fit(other, data())
+    assert ema.state_dict()["updates"] == {"0.5": 1}, "those of another module begin anew"
