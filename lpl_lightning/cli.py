@@ -70,6 +70,12 @@ WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
 }
 """Commands that need no trainer, by name."""
 
+ONE_EACH = {
+    LPLCallback: "the config turns LPL on by itself. Leave configs/lpl.yaml out.",
+    EMA: "the config has one. Change that, such as by `stand_ins: {lpl_lightning.EMA: {decay: 0.9999}}`.",
+}
+"""Callbacks of which there may be one, and what to do about two."""
+
 EVALUATIONS = ("validate", "test", "predict")
 """Commands that look at a checkpoint."""
 
@@ -162,11 +168,9 @@ class LPLCLI(LightningCLI):
         """Build the trainer, with checkpoints that are whole and run no code, and one summary."""
         given, summary = (self._get(self.config_init, key) for key in ("trainer", "summary"))
         asked = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
-        if sum(isinstance(callback, LPLCallback) for callback in asked) > 1:
-            raise ValueError(
-                "There are two LPLCallbacks among `trainer.callbacks`: the config turns LPL on by itself. Leave "
-                "configs/lpl.yaml out."
-            )
+        for kind, remedy in ONE_EACH.items():
+            if sum(isinstance(callback, kind) for callback in asked) > 1:
+                raise ValueError(f"There are two {kind.__name__}s among `trainer.callbacks`: {remedy}")
         if summary.start is None:
             summary.start = given.enable_model_summary is not False
         if summary.start and not any(isinstance(callback, ModelSummary) for callback in asked):

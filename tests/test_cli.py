@@ -188,6 +188,7 @@ def test_a_run_leaves_the_users_own_config_alone(
         main(["fit", "-c", config, *nothing, "--trainer.logger=false", "--trainer.callbacks=null"])
     assert own.read_text() == text
     assert f"{tmp_path / 'config.yaml'} is left as it is" in caplog.text
+    assert ("config.yaml    " in caplog.text) == given, "the summary names it where it is the run's"
     if given:
         logger = [
             "--trainer.logger=CSVLogger",
@@ -317,6 +318,10 @@ def test_the_last_checkpoint_of_a_run_or_none(command: str, tmp_path: Path) -> N
 def test_two_of_lpl_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two LPLCallbacks .* Leave configs/lpl.yaml out"):
         main(["fit", *(word for name in ("quickstart", "lpl") for word in ("-c", str(CONFIGS / f"{name}.yaml")))])
+    twice = tmp_path / "ema.yaml"
+    twice.write_text("trainer: {callbacks+: [lpl_lightning.EMA, lpl_lightning.EMA]}")
+    with pytest.raises(ValueError, match="two EMAs .* such as by `stand_ins: {lpl_lightning.EMA: "):
+        main(["fit", "-c", str(CONFIGS / "quickstart.yaml"), "-c", str(twice)])
 
 
 def test_an_autoencoder_predicts_nothing(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lpl_lightning.callbacks.lpl import LPLCallback
+from lpl_lightning.callbacks.run_config import SaveRunConfig
 from lpl_lightning.losses import LatentPerceptualLoss
 from lpl_lightning.losses.gate import equivalents
 from lpl_lightning.losses.subset import Subset
@@ -26,8 +27,9 @@ from lpl_lightning.run_folder import run_folder
 __all__ = ["RunSummary"]
 
 TERM = "run_summary"
+CONFIG = "config.yaml"
 FILES = (
-    "config.yaml",
+    CONFIG,
     "metrics.csv",
     "samples",
     "validation",
@@ -203,16 +205,19 @@ def _end(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> Itera
     checkpoint = _checkpoint(trainer)
     if checkpoint is not None:
         yield _line("checkpoint", str(checkpoint))
+    callbacks: list[Any] = cast(Any, trainer).callbacks
+    config = next((one.path for one in callbacks if isinstance(one, SaveRunConfig)), None)
     for name in FILES:
-        if (folder / name).exists():
+        # A config that lies there may be of another run.
+        if (folder / name).exists() and (config is not None or name != CONFIG):
             yield _line(name, str(folder / name))
-    config = folder / "config.yaml"
-    if checkpoint is None or not config.is_file() or not isinstance(module, LatentDiffusionModule):
+    if checkpoint is None or not isinstance(module, LatentDiffusionModule):
         return
-    given = ["-c", str(config), "--ckpt_path", str(checkpoint)]
     yield "Next:"
-    yield _line("measure it", _command("test", *given))
-    yield _line("draw from it", _command("predict", *given, "--writer.dirname", str(folder / "generated")))
+    if config is not None:
+        given = ["-c", str(folder / CONFIG), "--ckpt_path", str(checkpoint)]
+        yield _line("measure it", _command("test", *given))
+        yield _line("draw from it", _command("predict", *given, "--writer.dirname", str(folder / "generated")))
     yield _line("export it", _command("export", "--ckpt", str(checkpoint), "--out", str(folder / "exported")))
     if (other := _evaluated(folder)) is not None:
         yield _line("then compare it", _command("compare", str(other), str(folder)))

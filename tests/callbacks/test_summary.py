@@ -184,3 +184,4 @@ def test_the_commands_of_the_end_run(
     (after / "config.yaml").touch()
     trainer(tmp_path, RunSummary(), logger=logger, log_every_n_steps=1).fit(make_module(), batches(image_batch(2)))
     assert said(caplog, "then compare it") == shlex.join(["lpl", "compare", str(run), str(after)])
+    assert "config.yaml" not in caplog.text, "it is of no run that the trainer knows of"
