@@ -31,11 +31,11 @@ from lpl_lightning.autoencoder_module import AutoencoderModule
 from lpl_lightning.callbacks import (
     EMA,
     AccumulatedGradients,
+    BestCheckpoints,
     Evaluation,
     ImagesPerSecond,
     ImageWriter,
     LossByNoise,
-    LPLCallback,
     Preemption,
     RunSummary,
     SaveRunConfig,
@@ -49,7 +49,7 @@ from lpl_lightning.checkpoints import (
     checkpoint_folders,
     newest_checkpoint,
 )
-from lpl_lightning.command_arguments import check_suites, named
+from lpl_lightning.command_arguments import check_one_each, check_suites, named
 from lpl_lightning.command_texts import COMMANDS, TITLES
 from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
@@ -69,12 +69,6 @@ WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
     "caption": caption_images,
 }
 """Commands that need no trainer, by name."""
-
-ONE_EACH = {
-    LPLCallback: "the config turns LPL on by itself. Leave configs/lpl.yaml out.",
-    EMA: "the config has one. Change that, such as by `stand_ins: {lpl_lightning.EMA: {decay: 0.9999}}`.",
-}
-"""Callbacks of which there may be one, and what to do about two."""
 
 EVALUATIONS = ("validate", "test", "predict")
 """Commands that look at a checkpoint."""
@@ -125,6 +119,7 @@ class LPLCLI(LightningCLI):
         parser.add_lightning_class_args(LossByNoise, "loss_by_noise")
         parser.add_lightning_class_args(AccumulatedGradients, "accumulated_gradients")
         parser.add_lightning_class_args(UnfinishedValidation, "unfinished_validation")
+        parser.add_lightning_class_args(BestCheckpoints, "best_checkpoints")
         parser.add_lightning_class_args(Preemption, "preemption")
         for name, title in TITLES.items():
             cast(Any, parser).groups[name].title = title
@@ -168,9 +163,7 @@ class LPLCLI(LightningCLI):
         """Build the trainer, with checkpoints that are whole and run no code, and one summary."""
         given, summary = (self._get(self.config_init, key) for key in ("trainer", "summary"))
         asked = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
-        for kind, remedy in ONE_EACH.items():
-            if sum(isinstance(callback, kind) for callback in asked) > 1:
-                raise ValueError(f"There are two {kind.__name__}s among `trainer.callbacks`: {remedy}")
+        check_one_each(asked)
         if summary.start is None:
             summary.start = given.enable_model_summary is not False
         if summary.start and not any(isinstance(callback, ModelSummary) for callback in asked):

@@ -6,7 +6,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["check_suites", "named"]
+from lpl_lightning.callbacks import EMA, LPLCallback
+
+__all__ = ["check_one_each", "check_suites", "named"]
+
+ONE_EACH = {
+    LPLCallback: "the config turns LPL on by itself. Leave configs/lpl.yaml out.",
+    EMA: "the config has one. Change that, such as by `stand_ins: {lpl_lightning.EMA: {decay: 0.9999}}`.",
+}
+"""Callbacks of which there may be one, and what to do about two."""
 
 OF_A_FOLDER = {"evaluate": "one folder, that of the images", "caption": "one folder or, in quotes, pattern of shards"}
 """Those that take images without a name, and what is to be given."""
@@ -41,3 +49,14 @@ def check_suites(args: Sequence[str]) -> None:
         is_suite = name.startswith("--") and name.split(".")[-1].removeprefix("--") == "suite"
         if is_suite and value.endswith((".yaml", ".yml", ".json")) and not Path(value).is_file():
             raise FileNotFoundError(f"`{name.removeprefix('--')}`: there is no file {value}.")
+
+
+def check_one_each(callbacks: Sequence[object]) -> None:
+    """Refuse two of a callback of which there may be one.
+
+    Raises:
+        ValueError: There are two.
+    """
+    for kind, remedy in ONE_EACH.items():
+        if sum(isinstance(callback, kind) for callback in callbacks) > 1:
+            raise ValueError(f"There are two {kind.__name__}s among `trainer.callbacks`: {remedy}")

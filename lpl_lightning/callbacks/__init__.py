@@ -1,6 +1,7 @@
 """Lightning callbacks: the loss, images, averages, rates and what a run leaves behind."""
 
 from lpl_lightning.callbacks.accumulation import AccumulatedGradients
+from lpl_lightning.callbacks.best_checkpoints import BestCheckpoints
 from lpl_lightning.callbacks.ema import EMA
 from lpl_lightning.callbacks.evaluation import Evaluation
 from lpl_lightning.callbacks.images import ImageWriter, SampleGrid
@@ -17,6 +18,7 @@ from lpl_lightning.callbacks.unfinished_validation import UnfinishedValidation
 __all__ = [
     "EMA",
     "AccumulatedGradients",
+    "BestCheckpoints",
     "Evaluation",
     "ImageWriter",
     "ImagesPerSecond",
