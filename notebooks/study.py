@@ -630,8 +630,8 @@ def collect(out: Path) -> None:
 def table(path: Path, first: str = "none", second: str = "lpl") -> str:
     """Runs with LPL against those without, paired by seed, from what was collected.
 
-    Differences have 95 % intervals of Student's t over seeds: what another training would give, where those of ``lpl
-    compare`` say what other images of the same model would. A value of one seed alone has none.
+    Differences have 95 % intervals of Student's t over seeds: what another post-training would give, where those of
+    ``lpl compare`` say what other images of the same model would. A value of one seed alone has none.
     """
     from scipy import stats  # of the extra `dev`: machines that only train need it not
 
