@@ -77,13 +77,22 @@ class Sampler:
         """Refuse a scheduler made for another prediction than the noise process's, or for pixels.
 
         Raises:
-            ValueError: They do not fit, the scheduler clips what it samples, or it asks for a shift of each image size.
+            ValueError: They do not fit, the scheduler follows a flow in part only, clips what it samples, or asks for a
+                shift of each image size.
         """
         if self.scheduler is None:
             return
         config = self.scheduler.config
-        is_flow = config.get("prediction_type") is None or config.get("use_flow_sigmas")
-        made_for = "edm" if "sigma_data" in config else "flow" if is_flow else str(config.get("prediction_type"))
+        kind = config.get("prediction_type")
+        # Such a scheduler takes its noise levels by one and what the denoiser gives by the other.
+        if "use_flow_sigmas" in config and bool(config["use_flow_sigmas"]) != (kind == "flow_prediction"):
+            raise ValueError(
+                f"The scheduler {type(self.scheduler).__name__} has prediction_type={kind!r} with use_flow_sigmas="
+                f"{config['use_flow_sigmas']!r}. For a flow set prediction_type='flow_prediction' and "
+                "use_flow_sigmas=True, for another noise process neither, or leave `scheduler` out to have the "
+                "matching one."
+            )
+        made_for = "edm" if "sigma_data" in config else "flow" if kind is None else str(kind)
         if made_for.removesuffix("_prediction") != noise.prediction_type.removesuffix("_prediction"):
             raise ValueError(
                 f"The scheduler {type(self.scheduler).__name__} is set for prediction_type={made_for!r}, but the "

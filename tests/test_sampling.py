@@ -10,6 +10,7 @@ from backbones import POOLED_DIM, TOKEN_DIM, denoiser
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -85,6 +86,10 @@ SAMPLED: dict[str, tuple[NoiseProcess, Any]] = {
         ),
     ),
     "flow, Heun": (FlowMatching(), FlowMatchHeunDiscreteScheduler()),
+    "flow, UniPC": (
+        FlowMatching(),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    ),
     "edm, DPM++ 2M": (EDM(), EDMDPMSolverMultistepScheduler(sigma_data=1.0)),
 }
 
@@ -185,6 +190,20 @@ def test_a_scheduler_of_another_prediction_is_refused() -> None:
         Sampler(num_steps=0)
     with pytest.raises(ValueError, match="must be a diffusers scheduler"):
         Sampler(scheduler="ddim")
+
+
+@pytest.mark.parametrize("family", [UniPCMultistepScheduler, DPMSolverMultistepScheduler, DEISMultistepScheduler])
+def test_a_scheduler_that_follows_a_flow_in_part_only_is_refused(family: Any) -> None:
+    """By its noise levels and not by what it takes the prediction for, or the other way round."""
+    for options in ({"use_flow_sigmas": True}, {"prediction_type": "flow_prediction"}):
+        sampler = Sampler(scheduler=family(**options))
+        for process in (FlowMatching(), DDPM("epsilon")):
+            with pytest.raises(ValueError, match="set prediction_type='flow_prediction' and use_flow_sigmas=True"):
+                sampler.check(process)
+    both = Sampler(scheduler=family(prediction_type="flow_prediction", use_flow_sigmas=True))
+    both.check(FlowMatching())
+    with pytest.raises(ValueError, match=r"prediction_type='flow_prediction', but .* DDPM trains 'epsilon'"):
+        both.check(DDPM("epsilon"))
 
 
 @pytest.mark.parametrize(
