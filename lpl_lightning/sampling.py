@@ -99,20 +99,7 @@ class Sampler:
                 f"noise process {type(noise).__name__} trains {noise.prediction_type!r}. Set the scheduler's "
                 "`prediction_type`, or leave `scheduler` out to have the matching one."
             )
-        trained = noise.sampling_scheduler().config
-        for key in (
-            "num_train_timesteps",
-            "beta_start",
-            "beta_end",
-            "beta_schedule",
-            "rescale_betas_zero_snr",
-            "sigma_data",
-        ):
-            if key in trained and key in config and trained[key] != config[key]:
-                raise ValueError(
-                    f"The scheduler {type(self.scheduler).__name__} has {key}={config[key]!r}, but the noise process "
-                    f"was trained with {trained[key]!r}: set it so, or leave `scheduler` out to have the matching one."
-                )
+        self._check_chain(noise)
         for key in ("clip_sample", "thresholding"):
             if config.get(key):
                 raise ValueError(
@@ -126,6 +113,41 @@ class Sampler:
                 "(`mu`) of each image size, and the sampler gives it none. Set it to False, with a fixed shift "
                 "(`shift`, or `flow_shift` where it is called so), or leave `scheduler` out to have that of the noise "
                 "process."
+            )
+
+    def _check_chain(self, noise: NoiseProcess) -> None:
+        """Refuse a scheduler of other noise levels than those trained with."""
+        assert self.scheduler is not None
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        matching = noise.sampling_scheduler()
+        trained = matching.config
+        keys = ["num_train_timesteps", "sigma_data"]
+        if config.get("trained_betas") is None:
+            keys += ["beta_start", "beta_end", "beta_schedule"]
+        elif "trained_betas" in trained:
+            # Before they are rescaled, which is a setting of its own.
+            betas = type(matching).from_config(trained, rescale_betas_zero_snr=False).betas
+            given = torch.tensor(np.asarray(config["trained_betas"]), dtype=betas.dtype)
+            if given.shape != betas.shape or not torch.allclose(given, betas, rtol=1e-4, atol=0):
+                raise ValueError(
+                    f"The scheduler {name} has `trained_betas` that are not those that the noise process was trained "
+                    "with: leave them out and set `beta_start`, `beta_end` and `beta_schedule`, or leave `scheduler` "
+                    "out to have the matching one."
+                )
+        for key in keys:
+            if key in trained and key in config and trained[key] != config[key]:
+                raise ValueError(
+                    f"The scheduler {name} has {key}={config[key]!r}, but the noise process was trained with "
+                    f"{trained[key]!r}: set it so, or leave `scheduler` out to have the matching one."
+                )
+        key = "rescale_betas_zero_snr"
+        # Those that know no such setting do not rescale.
+        if key in trained and trained[key] != config.get(key, False):
+            knows = f"has {key}={config[key]!r}" if key in config else f"knows no {key}"
+            remedy = "set it so" if key in config else "take one that knows it, such as DDIMScheduler"
+            raise ValueError(
+                f"The scheduler {name} {knows}, but the noise process was trained with {trained[key]!r}: {remedy}, or "
+                "leave `scheduler` out to have the matching one."
             )
 
     @torch.no_grad()

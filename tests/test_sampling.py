@@ -19,6 +19,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
@@ -190,6 +192,33 @@ def test_a_scheduler_of_another_prediction_is_refused() -> None:
         Sampler(num_steps=0)
     with pytest.raises(ValueError, match="must be a diffusers scheduler"):
         Sampler(scheduler="ddim")
+
+
+@pytest.mark.parametrize("family", [HeunDiscreteScheduler, PNDMScheduler, LMSDiscreteScheduler, DEISMultistepScheduler])
+def test_a_scheduler_that_cannot_end_in_pure_noise_samples_no_chain_that_does(family: Any) -> None:
+    """What is refused is what leaves some signal at its last step."""
+    scheduler = family(**CHAIN, prediction_type="v_prediction")
+    ends_in_noise, ends_with_signal = DDPM("v_prediction"), DDPM("v_prediction", rescale_betas_zero_snr=False)
+    last = torch.tensor([999.0])
+    assert scheduler.alphas_cumprod[-1].sqrt() == pytest.approx(ends_with_signal.alpha_sigma(last)[0].item(), rel=1e-4)
+    assert ends_in_noise.alpha_sigma(last)[0] == 0
+    with pytest.raises(ValueError, match=f"{family.__name__} knows no rescale_betas_zero_snr, .*trained with True"):
+        Sampler(scheduler=scheduler).check(ends_in_noise)
+    Sampler(scheduler=scheduler).check(ends_with_signal)
+
+
+def test_a_schedule_given_beta_by_beta_must_be_the_one_trained_with() -> None:
+    betas = (torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).tolist()
+    for process in (DDPM("sample"), DDPM("v_prediction")):
+        options = {
+            "prediction_type": process.prediction_type,
+            "rescale_betas_zero_snr": process.schedule["rescale_betas_zero_snr"],
+            "clip_sample": False,
+        }
+        Sampler(scheduler=DDIMScheduler(trained_betas=betas, **options)).check(process)
+        for others in (betas[::2], [2 * beta for beta in betas]):
+            with pytest.raises(ValueError, match="DDIMScheduler has `trained_betas` that are not those"):
+                Sampler(scheduler=DDIMScheduler(**CHAIN, trained_betas=others, **options)).check(process)
 
 
 @pytest.mark.parametrize("family", [UniPCMultistepScheduler, DPMSolverMultistepScheduler, DEISMultistepScheduler])
