@@ -5,12 +5,18 @@ varies is measured on samples of the last one (``losses/measurement.py``), and t
 for the time allowed are found. Few samples take more than their share of the time of many, so steps with these
 probabilities are timed too, and they are corrected, up to twice. The last are kept to the end of the run, checkpoints
 included.
+
+Of the steps that are timed together, those that take more than three times as long as the median one, the loss apart,
+do not count, as long as they are a fifth of them at most: while images are sampled for a grid, a checkpoint is saved,
+or another callback works now and then, the time is not a step's. What is so in more of them is how the run goes, such
+as a loader that is waited for at every second batch.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,6 +36,11 @@ from lpl_lightning.losses.measurement import (
 )
 
 __all__ = ["Budget"]
+
+SLOW = 3.0
+"""So many times the median is a step's time, without the loss, that does not count."""
+FEW = 0.2
+"""The largest part of the steps that does not."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ class Budget:
         self.keep: list[float] | None = None
         self._found: Found | None = None
         self._batches = 0
-        self._sums = [0.0, 0.0, 0.0]  # seconds of the loss, their squares, and seconds of all of the steps
+        self._times: list[tuple[float, float]] = []  # seconds of the loss and of the whole step, of each
         self._term: float | None = None
         self._last: float | None = None
         self._latents: tuple[Tensor, Tensor] | None = None
@@ -159,7 +170,7 @@ class Budget:
         if self._batches <= self.warmup:
             return
         timed = self._batches - self.warmup
-        self._sums = [old + new for old, new in zip(self._sums, (term, term**2, now - last), strict=True)]
+        self._times.append((term, now - last))
         if self._found is not None:
             done = self._correct(trainer, loss, self._found, timed)
         elif done := timed == self.steps:
@@ -167,7 +178,7 @@ class Budget:
         if not done:
             return
         self._latents = None
-        self._batches, self._sums = self.warmup if self.keep is None else 0, [0.0, 0.0, 0.0]
+        self._batches, self._times = self.warmup if self.keep is None else 0, []
         self.interrupt()  # what was just computed took time, too
 
     def _find(self, trainer: pl.Trainer, loss: LatentPerceptualLoss) -> None:
@@ -176,7 +187,7 @@ class Budget:
         costs = None if self._latents is None else measure_maps(loss, *self._latents)
         # One row of numbers from each process: its times, whether it had samples, and what it measured on them.
         measured = [0.0] * (2 * maps + 1) if costs is None else [1.0, *costs.seconds, *costs.moments]
-        seconds, _, whole, found, *of_maps = _total(trainer, [*self._sums, *measured])
+        batches, seconds, _, whole, found, *of_maps = _total(trainer, [*_sums(self._times), *measured])
         if not found or not seconds:
             rank_zero_info(
                 f"LPL is still exact: in the {self.steps} batches timed for `budget` no sample passed the gate; the "
@@ -190,7 +201,6 @@ class Budget:
         self.keep = best_probabilities(costs, allowed)
         loss.subset = Subset(keep=self.keep)
         if allowed < 1:
-            batches = self.steps * trainer.world_size
             self._found = Found(costs, seconds / batches, max(LEAST, allowed), self.corrections)
         self._say(costs, seconds / whole, allowed)
 
@@ -204,8 +214,8 @@ class Budget:
         assert self.share is not None
         if timed % self.thinned and timed != self.most:
             return False
-        batches = timed * trainer.world_size
-        seconds, squares, whole = (total / batches for total in _total(trainer, self._sums))
+        batches, *totals = _total(trainer, _sums(self._times))
+        seconds, squares, whole = (total / batches for total in totals)
         error = math.sqrt(max(0.0, squares - seconds**2) / batches)
         if timed < self.most and (not seconds or error > 0.1 * seconds):
             return False
@@ -255,6 +265,19 @@ class Budget:
             self.keep = state["keep"]
             found = state.get("found")
             self._found = found and Found(**{**found, "costs": MapCosts(**found["costs"])})
+
+
+def _sums(times: list[tuple[float, float]]) -> list[float]:
+    """How many steps count, the seconds of the loss in them, the squares of these, and the seconds of all of the steps.
+
+    Args:
+        times: Of each step the seconds of the loss, and of all of it.
+    """
+    limit = SLOW * median(whole - term for term, whole in times)
+    usual = [(term, whole) for term, whole in times if whole - term <= limit]
+    counted = usual if len(times) - len(usual) <= FEW * len(times) else times
+    rows = [(1.0, term, term**2, whole) for term, whole in counted]
+    return [sum(column) for column in zip(*rows, strict=True)]
 
 
 def _total(trainer: pl.Trainer, numbers: list[float]) -> list[float]:

@@ -53,7 +53,8 @@ class LPLCallback(Callback):
             fourteen batches with LPL train with the exact loss and are timed; if it takes more, each of its maps is
             then computed for a random part of the samples only, with the expectation of the loss kept (``Subset``).
             What that takes is timed over the next 40 to 400 batches, and the part corrected, twice if need be; the log
-            says what was found. None: no limit.
+            says what was found. Batches in which something else takes its time now and then, such as a grid of
+            samples or saving, are left out of the times. None: no limit.
     """
 
     def __init__(

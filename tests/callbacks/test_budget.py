@@ -118,6 +118,46 @@ def test_few_samples_that_take_the_time_of_many_are_taken_more_rarely(
     assert share(700, 1199) == pytest.approx(0.25, rel=0.2)
 
 
+class Pauses(pl.Callback):
+    """Takes a hundred times as long as a step, at some of them, as sampling a grid and saving a checkpoint do."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            time.sleep(3.0)
+
+
+def test_what_other_callbacks_do_now_and_then_is_no_time_of_a_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, clock: list[float]
+) -> None:
+    said = []
+    # Those before LPL make the batch longer, those after it the next one.
+    for before, after in (([], []), ([Pauses(9)], [Pauses(10)])):
+        caplog.clear()
+        torch.manual_seed(0)
+        callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=slow_decoder(), budget=0.25)
+        callback.budget.thinned = callback.budget.most = 10
+        with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+            run(Slow(), tmp_path, *before, callback, *after, max_steps=28, num_batches=28)
+        said.append([r.message for r in caplog.records if "may take" in r.message])
+    assert said[1][0] == said[0][0]
+    # Of the random parts, those that the pauses fell on are not among the times.
+    taken = [int(messages[1].removeprefix("With these LPL took ").partition("%")[0]) for messages in said]
+    assert taken[1] == pytest.approx(taken[0], abs=4)
+
+
+def test_what_takes_long_in_many_batches_is_time_of_a_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, clock: list[float]
+) -> None:
+    """90 ms, 60 of them LPL's, and 3 s more in every third step."""
+    callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=slow_decoder(), budget=0.25)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        run(Slow(), tmp_path, callback, Pauses(3), max_steps=16, num_batches=16)
+    assert "LPL stays exact: it takes" in caplog.text
+
+
 def test_a_loss_that_fits_stays_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=Autoencoder(tiny_kl()), budget=0.9)
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
