@@ -119,6 +119,8 @@ class LossByNoise(Callback):
         """Log and write the means."""
         if self._rows is None or not isinstance(pl_module, LatentDiffusionModule):
             return
+        if (loss := _lpl_of(trainer)) is not None:
+            loss.flush()  # a sample that was not finite is zero among the rows
         index, rows = self._rows.all()
         values = rows.double().unflatten(1, (len(self.levels), len(self._names)))
         means = values.mean(dim=0)

@@ -21,7 +21,8 @@ class NonFiniteGuard:
     Args:
         policy: ``raise`` stops the run and names where the first such value arose; ``zero`` counts the sample as zero;
             ``skip`` the whole call. With each of them the gradient of what is left out is zero. On an accelerator
-            nothing waits for the result: ``raise`` comes at the next call, and the sample counts as zero until then.
+            nothing waits for the result: ``raise`` comes at the next call or by ``flush``, and the sample counts as
+            zero until then.
 
     Attributes:
         policy: The policy; ``pass`` gives such a sample's loss as not a number, for ``StepGuard`` to find.

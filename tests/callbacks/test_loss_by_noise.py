@@ -13,11 +13,13 @@ from forked import run_ranks
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from test_images import Letters
+from test_lpl_callback import Late
 from test_mixin import Foreign
 from test_module import trainer
 from torch.utils.data import DataLoader
 
 from lpl_lightning import DDPM, EDM, EMA, ClassTokens, FlowMatching, LatentDiffusionModule, LossByNoise, LPLCallback
+from lpl_lightning.arguments import NotFiniteError
 from lpl_lightning.callbacks.loss_by_noise import read_loss_by_noise
 from lpl_lightning.losses import LatentPerceptualLoss
 from lpl_lightning.noise import NoiseProcess
@@ -263,3 +265,13 @@ def test_another_model_or_other_images_have_files_of_their_own(module: LatentDif
     validated(module, tmp_path, LossByNoise([0.5, 1.0]))
     validated(module, tmp_path, LossByNoise([0.5]), lpl())
     assert count() == 6
+
+
+def test_what_the_last_batch_is_still_to_raise_comes_before_the_report(
+    module: LatentDiffusionModule, tmp_path: Path
+) -> None:
+    """A sample that is not finite counts as zero until an accelerator tells of it."""
+    callback = lpl()
+    with pytest.raises(NotFiniteError, match="arose in the estimate z0_hat"):
+        validated(module, tmp_path, LossByNoise([0.5]), callback, Late(callback))
+    assert not list(tmp_path.rglob("loss_by_noise_*"))

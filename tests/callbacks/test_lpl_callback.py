@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lpl_lightning import DDPM, EMA, Autoencoder, LatentPerceptualLoss, LPLCallback, LPLMixin, StepGuard
+from lpl_lightning.arguments import NotFiniteError
 from lpl_lightning.losses import Execution, Threshold
 from lpl_lightning.losses.options import LossOptions
 
@@ -529,3 +530,46 @@ def test_the_overlay_leaves_a_preset_as_it_is(preset: str) -> None:
     ((options,),) = [[c["init_args"]["loss"]["init_args"] for c in overlay["trainer"]["callbacks+"]]]
     made = LatentPerceptualLoss(Autoencoder(tiny_kl()), **(options | {"preset": preset}))
     assert made.options == LossOptions.of(preset)  # type: ignore[arg-type]
+
+
+class Validated(Foreign):
+    """A user's module that validates and tests as it trains."""
+
+    def validation_step(self, z0: Tensor, batch_idx: int) -> None:
+        self.training_step(z0, batch_idx)
+
+    test_step = validation_step
+
+
+class Late(pl.Callback):
+    """Leaves with the guard of the loss what an accelerator tells of the last batch only after it."""
+
+    def __init__(self, callback: LPLCallback) -> None:
+        self.callback = callback
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        assert self.callback.loss is not None
+        self.callback.loss.guard._pending = (torch.tensor([[True, False]]), self, ("the estimate z0_hat",))
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        self.on_validation_batch_end()
+
+    def synchronize(self) -> None:
+        """As of the event that says when it has come."""
+
+
+@pytest.mark.parametrize("run_by", ["validate", "test"])
+def test_what_the_last_batch_is_still_to_raise_is_raised(tmp_path: Path, run_by: str) -> None:
+    callback = LPLCallback(autoencoder=Autoencoder(tiny_kl()))
+    loader: Any = DataLoader(torch.randn(4, 4, 4, 4), batch_size=4)  # type: ignore[arg-type]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback, Late(callback)],
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(NotFiniteError, match=r"arose in the estimate z0_hat, for the samples \[1\]"):
+        getattr(trainer, run_by)(Validated(), loader)
