@@ -93,7 +93,8 @@ class StageRunner:
         self.execution = execution
         self._folded = FoldedWeights()
         self._compiled: dict[str, Callable[[Any], Any]] = {}
-        self._plain = False
+        self._checkpointing: list[nn.Module] = []
+        self._run_again: dict[str, bool] = {}
         self._model: weakref.ref[nn.Module] | None = None
         self._laid_out = False
 
@@ -104,8 +105,9 @@ class StageRunner:
             self._folded, self._compiled = FoldedWeights(), {}
         elif self._folded.check():
             self._compiled = {}
-        # Blocks that run again in the backward pass must find the operations that they ran with.
-        self._plain = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+        if checkpointing != self._checkpointing:
+            self._checkpointing, self._run_again, self._compiled = checkpointing, {}, {}
         if z.ndim != 4 or not _chosen(self.execution.channels_last, z.device):
             return z
         if not self._laid_out:
@@ -119,9 +121,15 @@ class StageRunner:
             self._laid_out = True
         return z.contiguous(memory_format=torch.channels_last)
 
-    def operations(self, device: torch.device) -> AbstractContextManager[Any]:
-        """A context in which the operations of a frozen model on this device keep and do no more than they must."""
-        if not self.execution.streamed or self._plain:
+    def operations(self, device: torch.device, plain: bool | None = None) -> AbstractContextManager[Any]:
+        """A context in which the operations of a frozen model on this device keep and do no more than they must.
+
+        Args:
+            device: The device.
+            plain: Whether they run as they are instead: blocks that run again in the backward pass must find the
+                operations that they ran with. By default where the model has such blocks.
+        """
+        if not self.execution.streamed or (bool(self._checkpointing) if plain is None else plain):
             return nullcontext()
         return FrozenOperations(self._folded if _chosen(self.execution.fold_upsampling, device) else None)
 
@@ -133,14 +141,14 @@ class StageRunner:
             current: What it takes.
             z: The latent, on whose device it runs.
         """
+        self._look_into(stage, current)
         if self.execution.compile:
             # Kept by name: a stage is another function each time it is listed, and would be compiled each time.
             if stage.name not in self._compiled:
                 # Folds weights, which compiled code would be made anew for; on copies, since what is of inference mode
                 # does not say how often it was written to, nor could what is made of it be in a graph.
                 with torch.inference_mode(False), torch.no_grad():
-                    copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, current)
-                    self._frozen(stage, z.device)(copied)
+                    self._frozen(stage, z.device)(_copied(current))
                 shapes = False if self.execution.static_shapes else None
                 self._compiled[stage.name] = torch.compile(_own_code(self._frozen(stage, z.device)), dynamic=shapes)
             run = self._compiled[stage.name]
@@ -150,9 +158,29 @@ class StageRunner:
             return checkpoint(run, current, use_reentrant=False, preserve_rng_state=False)
         return run(current)
 
+    def _look_into(self, stage: Stage, current: Any) -> None:
+        """See whether a stage runs blocks that run again, once, by running it without a gradient.
+
+        Where the decoder's own ``forward`` is what runs its blocks again, stages that call the blocks do not.
+        """
+        looked = stage.name in self._run_again or not (self._checkpointing and self.execution.streamed)
+        if looked or torch.compiler.is_compiling():
+            return
+        ran: list[nn.Module] = []
+        handles = [module.register_forward_pre_hook(lambda m, _: ran.append(m)) for module in self._checkpointing]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                stage.run(_copied(current))
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._run_again[stage.name] = bool(ran)
+
     def _frozen(self, stage: Stage, device: torch.device) -> Callable[[Any], Any]:
+        plain = self._run_again.get(stage.name, bool(self._checkpointing))
+
         def run(current: Any) -> Any:
-            with self.operations(device):
+            with self.operations(device, plain):
                 return stage.run(current)
 
         return run
@@ -166,6 +194,10 @@ class StageRunner:
 
 def _chosen(choice: Choice, device: torch.device) -> bool:
     return device.type == "cpu" if choice == "auto" else choice
+
+
+def _copied(current: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, current)
 
 
 def _own_code(function: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -29,6 +29,23 @@ def gradient(autoencoder: Autoencoder, z: Tensor, runner: StageRunner | None) ->
     return maps, found
 
 
+def held(autoencoder: Autoencoder, z: Tensor, settings: Execution) -> int:
+    """Bytes that the graph of the features holds besides the weights."""
+    storages: dict[int, int] = {}
+    kept = []
+    weights = {p.untyped_storage().data_ptr() for p in autoencoder.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept.extend(autoencoder.features(z, runner=StageRunner(settings)))
+    return sum(storages.values())
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_familys_features_and_gradients_are_the_same(name: str, settings: str) -> None:
@@ -77,26 +94,11 @@ def test_a_checkpointed_stage_holds_its_input_alone() -> None:
     """Of each stage's activations only the map that goes into it is held."""
     autoencoder = Autoencoder(tiny_kl())
     z = torch.randn(2, 4, 8, 8, requires_grad=True)
-
-    def held(settings: Execution) -> int:
-        storages: dict[int, int] = {}
-        kept = []
-        weights = {p.untyped_storage().data_ptr() for p in autoencoder.parameters()}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage().data_ptr() not in weights:
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            kept.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            kept.extend(autoencoder.features(z, runner=StageRunner(settings)))
-        return sum(storages.values())
-
     inputs = [z, *autoencoder.features(z)[:-1]]
     bytes_of_inputs = sum(m.numel() * 4 for m in inputs)
-    assert held(Execution(checkpoint=True, fold_upsampling=False)) <= bytes_of_inputs + 2 * z.numel() * 4
-    assert held(Execution(fold_upsampling=False)) > 3 * bytes_of_inputs
+    checkpointed = held(autoencoder, z, Execution(checkpoint=True, fold_upsampling=False))
+    assert checkpointed <= bytes_of_inputs + 2 * z.numel() * 4
+    assert held(autoencoder, z, Execution(fold_upsampling=False)) > 3 * bytes_of_inputs
 
 
 def test_weights_loaded_later_are_used() -> None:
@@ -161,14 +163,31 @@ def test_compiled_stages_are_the_stages(backend: str, monkeypatch: pytest.Monkey
     )
 
 
-def test_a_model_that_checkpoints_its_own_blocks_runs_as_it_is() -> None:
+CHECKPOINTING = [name for name in FAMILIES if FAMILIES[name].model()._supports_gradient_checkpointing]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTING)
+def test_a_model_that_checkpoints_its_own_blocks_gives_the_same(name: str) -> None:
     torch.manual_seed(0)
-    model = tiny_kl().double()
-    z = torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    model = FAMILIES[name].model().double()
+    z = torch.randn(FAMILIES[name].z, dtype=torch.float64)
     expected = gradient(Autoencoder(model), z, None)
+    runner = StageRunner(Execution())
+    gradient(Autoencoder(model), z, runner)
+    for switch in (model.enable_gradient_checkpointing, model.disable_gradient_checkpointing):
+        switch()
+        for settings in (runner, StageRunner(Execution(checkpoint=True))):
+            for found, one in zip(gradient(Autoencoder(model), z, settings), expected, strict=True):
+                torch.testing.assert_close(found, one, rtol=1e-8, atol=1e-9)
+
+
+def test_blocks_that_a_model_checkpoints_elsewhere_are_still_run_as_frozen_ones() -> None:
+    """Its middle runs its own parts again; blocks that the decoder's ``forward`` would run again are called here."""
+    model: Any = tiny_kl()
+    z = torch.randn(2, 4, 8, 8, requires_grad=True)
+    before = held(Autoencoder(model), z, Execution())
     model.enable_gradient_checkpointing()
-    for found, one in zip(gradient(Autoencoder(model), z, StageRunner(Execution())), expected, strict=True):
-        torch.testing.assert_close(found, one, rtol=1e-9, atol=1e-9)
+    assert held(Autoencoder(model), z, Execution()) < 1.1 * before
 
 
 def test_copies_make_their_own_parts() -> None:
