@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from lpl_lightning.arguments import at_least, read_settings
@@ -45,7 +45,8 @@ class Execution:
         checkpoint: Whether activations inside a stage are computed again in the backward pass instead of held: a third
             more time, for single samples too large for memory.
         static_shapes: Whether every chunk is filled up to the same size with copies that count for nothing. Then also
-            nothing waits for noise-to-signal ratios that lie on a GPU: all samples are decoded.
+            nothing waits for noise-to-signal ratios that lie on a GPU: all samples are decoded. With ``compile`` each
+            stage is compiled for each shape of latents.
     """
 
     streamed: bool = True
@@ -92,7 +93,7 @@ class StageRunner:
     def __init__(self, execution: Execution) -> None:
         self.execution = execution
         self._folded = FoldedWeights()
-        self._compiled: dict[str, Callable[[Any], Any]] = {}
+        self._compiled: dict[tuple[Any, ...], Callable[[Any], Any]] = {}
         self._checkpointing: list[nn.Module] = []
         self._run_again: dict[str, bool] = {}
         self._model: weakref.ref[nn.Module] | None = None
@@ -143,15 +144,18 @@ class StageRunner:
         """
         self._look_into(stage, current)
         if self.execution.compile:
-            # Kept by name: a stage is another function each time it is listed, and would be compiled each time.
-            if stage.name not in self._compiled:
+            # Kept by name: a stage is another function each time it is listed, and would be compiled each time. With
+            # static shapes by these too: torch.compile keeps few versions of one function, and then compiles no more.
+            shapes = tuple(x.shape for x in tree_leaves(current) if isinstance(x, Tensor))
+            key = (stage.name, *(shapes if self.execution.static_shapes else ()))
+            if key not in self._compiled:
                 # Folds weights, which compiled code would be made anew for; on copies, since what is of inference mode
                 # does not say how often it was written to, nor could what is made of it be in a graph.
                 with torch.inference_mode(False), torch.no_grad():
                     self._frozen(stage, z.device)(_copied(current))
-                shapes = False if self.execution.static_shapes else None
-                self._compiled[stage.name] = torch.compile(_own_code(self._frozen(stage, z.device)), dynamic=shapes)
-            run = self._compiled[stage.name]
+                dynamic = False if self.execution.static_shapes else None
+                self._compiled[key] = torch.compile(_own_code(self._frozen(stage, z.device)), dynamic=dynamic)
+            run = self._compiled[key]
         else:
             run = self._frozen(stage, z.device)
         if self.execution.checkpoint and torch.is_grad_enabled():

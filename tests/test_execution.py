@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import tiny_kl
 from families import FAMILIES
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpl_lightning import Autoencoder
 from lpl_lightning.execution import Execution, StageRunner
+from lpl_lightning.stages import Stage
 
 SETTINGS: dict[str, Execution] = {
     "auto": Execution(),
@@ -134,6 +135,22 @@ def test_stages_compiled_in_inference_mode_can_be_used_in_training(monkeypatch: 
     for found, expected in zip(gradient(autoencoder, z, runner), gradient(autoencoder, z, None), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert runner._folded._made
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
+def test_static_stages_are_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More shapes than torch.compile keeps versions of one function."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    block = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
+    runner = StageRunner(Execution(compile=True, static_shapes=True))
+    torch._dynamo.utils.counters.clear()
+    maps = [torch.randn(1, 4, 4, side) for side in range(4, 12)]
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for z in maps * 2:
+            for leaf in (z, z.clone().requires_grad_()):
+                torch.testing.assert_close(runner(Stage("block", block), leaf, leaf), block(z))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 2 * len(maps), "with a gradient and without"
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
