@@ -134,7 +134,8 @@ class Denoiser(nn.Module, ABC):
 
         Args:
             z_t: Noisy latents (B, C, h, w).
-            t: Times (B,) from 0 (clean) to 1000 (noise).
+            t: Times (B,) as the noise process has them: from 0 (clean) to 1000 (noise) for ``DDPM`` and
+                ``FlowMatching``, and a quarter of the logarithm of the noise level for ``EDM``.
             condition: What the backbone is conditioned on.
 
         Returns:

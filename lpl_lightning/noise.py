@@ -45,7 +45,7 @@ class NoisyLatents:
     Attributes:
         z0: Clean latents (B, C, h, w), float32.
         noise: Standard normal noise (B, C, h, w).
-        t: (B,) float32 time, as backbones take it: from 0 (clean) to ``num_train_timesteps`` (noise).
+        t: (B,) float32 time, as backbones take it and ``times`` makes it: larger for more noise.
         alpha: Signal scale (B, 1, 1, 1).
         sigma: Noise scale (B, 1, 1, 1).
         z_t: Noisy latents (B, C, h, w).
