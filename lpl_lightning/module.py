@@ -46,7 +46,7 @@ from lpl_lightning.optimization import Maker, build_optimizers, check_optimizer
 from lpl_lightning.pretrained import check_fit, read_notes, read_state, resize_positions
 from lpl_lightning.processes import counted, process_means
 from lpl_lightning.sampling import Sampler
-from lpl_lightning.sharding import shard
+from lpl_lightning.sharding import load_whole, shard
 
 __all__ = ["LatentDiffusionModule"]
 
@@ -228,7 +228,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         fitted = resize_positions(own, found)
         check_fit(own, fitted, source)
         warn_of_meaning(self.meaning(), source)
-        self.load_state_dict(fitted)
+        load_whole(self, fitted)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, or of the same model trained for something else, in one sentence."""

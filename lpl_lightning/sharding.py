@@ -156,7 +156,9 @@ def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     reshard(module)
     own = module.state_dict()
     check_fit(own, state, "the checkpoint")
-    module.load_state_dict({name: shard_like(tensor, own[name]) for name, tensor in state.items()})
+    # The others are copied, and brought to their type and device, without a copy of all of them in between.
+    sharded = {name: shard_like(state[name], tensor) for name, tensor in own.items() if isinstance(tensor, DTensor)}
+    module.load_state_dict({**state, **sharded})
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from evaluations import Weights, data, evaluation, values
+from forked import run_script
 from test_mixin import Foreign
 
 from lpl_lightning import EMA, ClassTokens, LatentDiffusionModule
@@ -103,6 +104,14 @@ def test_averages_of_a_checkpoint(module: LatentDiffusionModule, make_module: Ma
     (table,) = (tmp_path / "evaluation").glob("sweep_ema_last-*.md")
     assert table.read_text().count("| as trained |") == 1
     assert f"- checkpoint: {path}\n" in table.read_text()
+
+
+def test_averages_are_loaded_into_weights_that_are_sharded(tmp_path: Path) -> None:
+    """The test of the first setting has shared them out."""
+    said = run_script(Path(__file__).with_name("sharded_sweep.py"), tmp_path).stdout.splitlines()
+    plain, sharded = (line.split()[1:] for line in said if line.startswith(("plain ", "sharded ")))
+    assert len(set(plain)) == 3
+    assert sharded == plain
 
 
 @pytest.mark.parametrize(
