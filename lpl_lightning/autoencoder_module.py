@@ -18,10 +18,10 @@ from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from lpl_lightning.arguments import check_divides, check_sizes
+from lpl_lightning.drawing import DrawingModule
 from lpl_lightning.optimization import Maker, build_optimizers, check_optimizer
 from lpl_lightning.pretrained import check_fit
 from lpl_lightning.processes import counted
-from lpl_lightning.rebuilding import RebuiltModule
 
 __all__ = ["AutoencoderModule", "autoencoder_kl"]
 
@@ -65,7 +65,7 @@ def autoencoder_kl(
     )
 
 
-class AutoencoderModule(RebuiltModule):
+class AutoencoderModule(DrawingModule):
     """Trains a diffusers ``AutoencoderKL`` on images with L1, KL and, if given, a perceptual loss.
 
     Validation reconstructs from the posterior's mean and logs ``val_psnr`` (dB, from the squared error over all
@@ -118,6 +118,7 @@ class AutoencoderModule(RebuiltModule):
             check_divides(image_size, downscale)
             why = f"the autoencoder downscales by {downscale}"
             check_sizes(getattr(data, "image_sizes", ()), downscale, why)
+        super().setup(stage)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model in one sentence."""
@@ -133,7 +134,9 @@ class AutoencoderModule(RebuiltModule):
 
     def _step(self, images: Tensor, stage: Literal["train", "val", "test"]) -> Tensor:
         posterior = self.autoencoder.encode(images).latent_dist
-        latents = posterior.sample() if stage == "train" else posterior.mode()
+        training = stage == "train"
+        generators: Any = self.training_draws(len(images)).generators if training else None  # a list, too
+        latents = posterior.sample(generators) if training else posterior.mode()
         reconstruction = self.autoencoder.decode(latents).sample
         l1 = (reconstruction - images).abs().mean()
         kl = posterior.kl().sum() / latents.numel()
@@ -142,8 +145,7 @@ class AutoencoderModule(RebuiltModule):
         for perceptual in self._perceptual:
             logs["perceptual"] = perceptual.to(images.device)(reconstruction, images).mean()
             loss = loss + self.perceptual_weight * logs["perceptual"]
-        prefix = "" if stage == "train" else f"{stage}_"
-        training = stage == "train"
+        prefix = "" if training else f"{stage}_"
         counts: dict[str, Any] = {"batch_size": counted(len(images)), "sync_dist": not training}
         self.log(f"{prefix}loss", loss, prog_bar=True, **counts)
         for name, value in logs.items():

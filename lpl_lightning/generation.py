@@ -14,15 +14,15 @@ from lpl_lightning.arguments import check_divides
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.conditioning import Conditioner
 from lpl_lightning.denoiser import Denoiser
+from lpl_lightning.drawing import DrawingModule
 from lpl_lightning.noise import NoiseProcess
-from lpl_lightning.rebuilding import RebuiltModule
 from lpl_lightning.sampling import Sampler, initial_noise
 from lpl_lightning.sharding import unsharded
 
 __all__ = ["GeneratingModule", "evaluating"]
 
 
-class GeneratingModule(RebuiltModule):
+class GeneratingModule(DrawingModule):
     """What a latent diffusion module generates by; it has the parts that are named here."""
 
     autoencoder: Autoencoder

@@ -11,7 +11,6 @@ with the prediction's target :math:`p^*` and the terms that callbacks add, such 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sized
-from hashlib import blake2b
 from typing import Any, Literal, cast
 
 import torch
@@ -50,8 +49,6 @@ from lpl_lightning.sharding import load_whole, shard
 
 __all__ = ["LatentDiffusionModule"]
 
-DRAW_SEED = "lpl_lightning_seed"
-LARGEST = "lpl_lightning_largest_batch"
 PARTS = ["autoencoder", "noise", "denoiser", "conditioner", "optimizer", "lr_scheduler", "sampler", "fine_tuning"]
 
 
@@ -113,8 +110,6 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         self.fine_tuning = fine_tuning
         self._base: BaseWeights | None = None
         """What a LoRA is trained over, which checkpoints do not hold."""
-        self._draw_seed: int | None = None
-        self._largest = 0  # batch of all processes together in the run so far
         self._evaluated = 0  # samples of the set at hand, by this process
         if weights is None and weights_ema is not None:
             raise ValueError(
@@ -171,8 +166,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
     def setup(self, stage: str) -> None:
         """Check that the parts and the data fit, before the first step."""
         self._check_parts()
-        if stage == "fit":
-            self._draw_seed, self._largest = None, 0
+        super().setup(stage)
 
     def _check_parts(self) -> None:
         check_noise(self.noise)
@@ -187,16 +181,6 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         check_encoded(getattr(self.trainer, "datamodule", None), self.autoencoder, self.conditioner)
         if self.trainer.training:
             check_precision(self.parameters(), str(self.trainer.precision))
-
-    def on_train_start(self) -> None:
-        """Take the seed that samples' random numbers come from: a checkpoint's, or PyTorch's of the first process."""
-        if self._draw_seed is None:
-            self._draw_seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**63))
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Let what is drawn by PyTorch's own generator, such as dropout, depend on seed, batch and process alone."""
-        number = f"{self._draw_seed} {self.trainer.fit_loop.epoch_loop.total_batch_idx} {self.global_rank}"
-        torch.manual_seed(int.from_bytes(blake2b(number.encode(), digest_size=4).digest(), "big"))
 
     def on_validation_epoch_start(self) -> None:
         """Begin the set anew."""
@@ -236,7 +220,6 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
             check_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
         if self._trainer is not None and self.trainer.state.fn == "fit":
             check_optimizer(self.configure_optimizers(), checkpoint)
-        self._draw_seed, self._largest = checkpoint.get(DRAW_SEED), checkpoint.get(LARGEST, 0)
         if self._base is None:
             self.base = checkpoint.get(BASE, self.base)
         else:
@@ -249,9 +232,8 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         super().on_load_checkpoint(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the weights mean, which their shapes do not tell, and the seed to go on with."""
+        """Note what the weights mean, which their shapes do not tell."""
         checkpoint[MEANING] = self.meaning()
-        checkpoint[DRAW_SEED], checkpoint[LARGEST] = self._draw_seed, self._largest
         if self.base is not None:
             checkpoint[BASE] = self.base
         if self._base is not None:
@@ -291,18 +273,12 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
 
     def _draw(self, size: int, stage: Literal["train", "val", "test"], batch_idx: int) -> tuple[Draws, int]:
         """Random numbers of a batch's samples, and how many of these are not there to fill up a process's share."""
+        if stage == "train":
+            return self.training_draws(size), size
         trainer = self._trainer
-        if stage == "train" and (trainer is None or self._draw_seed is None):
-            return Draws.fresh(size, self.device), size
         if trainer is None:
             return Draws.of(0, batch_idx * size, size), size
         rank, ranks = trainer.global_rank, trainer.world_size
-        if stage == "train":
-            # Processes have a batch's samples one after the other. A batch that is smaller than one before it, such as
-            # an epoch's last, leaves numbers out: counted by its own size, it would draw what earlier samples did.
-            batch, self._largest = trainer.fit_loop.epoch_loop.total_batch_idx, max(self._largest, size * ranks)
-            seed, first = cast(int, self._draw_seed), batch * self._largest + rank * (self._largest // ranks)
-            return Draws.of(seed, first, size, device=self.device, batch=batch), size
         # They take turns in a set for evaluation, and those that get less begin again.
         first, self._evaluated = self._evaluated * ranks + rank, self._evaluated + size
         loaded: Any = trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders

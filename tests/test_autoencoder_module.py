@@ -2,8 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from test_module import trainer
 from torch import Tensor, nn
 
@@ -77,6 +79,19 @@ def test_kl_is_in_nats_per_latent_element(monkeypatch: pytest.MonkeyPatch) -> No
     element = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar)
     torch.testing.assert_close(logged["loss_kl"], element.mean())
     torch.testing.assert_close(logged["loss"], logged["loss_l1"] + module.kl_weight * logged["loss_kl"])
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path: Path) -> None:
+    """Bit for bit, also of a process that was seeded otherwise; each sample of the posterior is drawn by its number."""
+    whole, rest = small(), small()
+    for seed, module, begun in ((3, whole, None), (4, rest, str(tmp_path / "step=2.ckpt"))):
+        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        run = trainer(tmp_path, max_steps=4, limit_val_batches=0, enable_checkpointing=True, callbacks=[saving])
+        pl.seed_everything(seed, verbose=False)
+        run.fit(module, data(), ckpt_path=begun, weights_only=True)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(rest.state_dict()[name], tensor), name
 
 
 def test_a_perceptual_loss_pulls_but_is_neither_trained_nor_saved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,7 @@ ORDER = [
     "optimization",
     "mixin",
     "rebuilding",
+    "drawing",
     "generation",
     "module",
     "export",
