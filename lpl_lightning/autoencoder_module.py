@@ -7,6 +7,7 @@ with the first two terms as means over pixels and over latent elements, so that 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -178,6 +179,24 @@ class AutoencoderModule(DrawingModule):
         """Mean and standard deviation of the latents of the last validation, over all elements."""
         mean = self.latent_mean.compute()
         return mean.item(), (self.latent_square.compute() - mean.square()).sqrt().item()
+
+    @torch.no_grad()
+    def measured_latents(self, batches: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
+        """As ``latent_statistics``, of the latents of other batches, by this process alone; None where there are none.
+
+        Args:
+            batches: Of images.
+        """
+        autoencoder, count, total, squares = self.autoencoder, 0, 0.0, 0.0
+        for batch in batches:
+            images = batch["image"].to(autoencoder.device, autoencoder.dtype)
+            latents = autoencoder.encode(images).latent_dist.mode().double()
+            count += latents.numel()
+            total, squares = total + latents.sum().item(), squares + latents.square().sum().item()
+        if not count:
+            return None
+        mean = total / count
+        return mean, max(squares / count - mean**2, 0.0) ** 0.5
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the autoencoder's parameters, and its schedule."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -71,10 +73,12 @@ class SaveWeights(Callback):
 
 
 class SaveAutoencoder(Callback):
-    """At the end of ``fit``, write the autoencoder as a diffusers ``save_pretrained`` folder.
+    """At the end of ``fit``, write the autoencoder, or its average, as a diffusers ``save_pretrained`` folder.
 
-    ``shift_factor`` and ``scaling_factor`` are set from the latents of the last validation, so that the scaled
-    latents have zero mean and unit variance; ``latents_mean`` and ``latents_std`` by channel are taken out.
+    ``shift_factor`` and ``scaling_factor`` are set from the latents of the last validation, also of one before the
+    checkpoint that the run went on from, so that the scaled latents have zero mean and unit variance;
+    ``latents_mean`` and ``latents_std`` by channel are taken out. Where there was no validation, or nothing left to
+    train, the first process encodes the data module's images for validation at the end.
 
     Args:
         dirname: Folder inside the run's folder.
@@ -89,10 +93,11 @@ class SaveAutoencoder(Callback):
         self.dirname = dirname
         self.dtype = dtype
         self._statistics: tuple[float, float] | None = None
+        self._trains = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a module that is not an autoencoder's, and to write over what no run has left."""
-        self._statistics = None
+        self._statistics, self._trains = None, False
         if not isinstance(pl_module, AutoencoderModule):
             raise ValueError(
                 f"SaveAutoencoder saves the autoencoder of an AutoencoderModule, got {type(pl_module).__name__}; "
@@ -100,28 +105,65 @@ class SaveAutoencoder(Callback):
             )
         _check_place(trainer, stage, self.dirname, "dirname")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """What the last validation measured."""
+        return {} if self._statistics is None else {"statistics": list(self._statistics)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Have what was measured before the checkpoint."""
+        if "statistics" in state_dict:
+            mean, std = state_dict["statistics"]
+            self._statistics = float(mean), float(std)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that there is something left to train."""
+        self._trains = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add up the latents' statistics over processes, on their devices: the end of ``fit`` is on the CPU."""
-        if isinstance(pl_module, AutoencoderModule) and pl_module.latent_mean.update_count:
+        is_measured = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if is_measured and isinstance(pl_module, AutoencoderModule):
             self._statistics = pl_module.latent_statistics()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the folder."""
         folder = run_folder(trainer)
-        if folder is None or not isinstance(pl_module, AutoencoderModule):
+        if folder is None or not trainer.is_global_zero or not isinstance(pl_module, AutoencoderModule):
             return
+        with averaged(trainer, pl_module):
+            # A checkpoint from before the last validation would say what the one before it measured.
+            if self._statistics is None or not self._trains:
+                self._statistics = _measured(trainer, pl_module) or self._statistics
+            self._write(trainer, pl_module, folder / self.dirname)
+
+    def _write(self, trainer: pl.Trainer, pl_module: AutoencoderModule, folder: Path) -> None:
         if self._statistics is None:
-            rank_zero_info("SaveAutoencoder: no validation has run, so the latents' scale is left as it was.")
+            rank_zero_warn(
+                "SaveAutoencoder: there is nothing to measure the latents' scale by, which is left at "
+                f"{pl_module.autoencoder.config.get('scaling_factor')}: validate by images of a data module."
+            )
         else:
             mean, std = self._statistics
             # Numbers by channel, which it may have come with, would be read in the place of these.
             former = {key: None for key in ("latents_mean", "latents_std") if key in pl_module.autoencoder.config}
             pl_module.autoencoder.register_to_config(shift_factor=mean, scaling_factor=1.0 / std, **former)
-        if trainer.is_global_zero:
-            model = copy.deepcopy(pl_module.autoencoder).to("cpu", getattr(torch, self.dtype))
-            model.save_pretrained(folder / self.dirname)
-            note(folder / self.dirname, _metadata(trainer, pl_module))
-            rank_zero_info(f"Autoencoder saved in {folder / self.dirname}")
+        model = copy.deepcopy(pl_module.autoencoder).to("cpu", getattr(torch, self.dtype))
+        model.save_pretrained(folder)
+        note(folder, _metadata(trainer, pl_module))
+        rank_zero_info(f"Autoencoder saved in {folder}")
+
+
+def _measured(trainer: pl.Trainer, pl_module: AutoencoderModule) -> tuple[float, float] | None:
+    """The latents' statistics over what a validation looks at; None where there is nothing."""
+    data, limit = trainer.datamodule, trainer.limit_val_batches  # type: ignore[attr-defined]
+    if data is None or not limit:
+        return None
+    loader = data.val_dataloader()
+    count = limit if isinstance(limit, int) else None if limit == 1.0 else int(len(loader) * limit)
+    pl_module.to(trainer.strategy.root_device)
+    found = pl_module.measured_latents(islice(loader, count))
+    pl_module.to("cpu")
+    return found
 
 
 class SaveDiffusers(Callback):

@@ -9,12 +9,15 @@ import pytest
 import torch
 from conftest import tiny_kl
 from diffusers import AutoencoderKL
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
 from test_ema import tied
 from test_mixin import Foreign, fit
 from test_module import trainer
 from torchmetrics import MeanMetric
 
 from lpl_lightning import (
+    EMA,
     Autoencoder,
     AutoencoderModule,
     ClassTokens,
@@ -97,6 +100,67 @@ def test_statistics_are_added_up_before_the_end(tmp_path: Path, monkeypatch: pyt
     run.fit(AutoencoderModule(tiny_kl(scaling_factor=3.0)), small_data())
     assert ended
     assert AutoencoderKL.load_config(str(tmp_path / "autoencoder"))["scaling_factor"] != 3.0
+
+
+class Saved(Callback):
+    """Writes a checkpoint after each step, before the validation that may follow, and one after each validation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}_validated.ckpt")
+
+
+def scale_after(folder: Path, ckpt_path: Path | None = None, **options: Any) -> tuple[Any, Any]:
+    """Shift and scale of the autoencoder that a run leaves."""
+    torch.manual_seed(5)
+    module = AutoencoderModule(tiny_kl(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    run = trainer(folder, **{"callbacks": [SaveAutoencoder(), Saved(folder)]} | options)
+    run.fit(module, small_data(), ckpt_path=ckpt_path, weights_only=True)
+    config = AutoencoderKL.load_config(str(folder / "autoencoder"))
+    return config["shift_factor"], config["scaling_factor"]
+
+
+def test_a_run_that_goes_on_has_the_scale_of_the_one_that_did_not_stop(tmp_path: Path) -> None:
+    """Past its last validation, whose measure is in the checkpoint, or with nothing left to train but what it was."""
+    options: dict[str, Any] = {"val_check_interval": 2, "limit_val_batches": 2}
+    whole = scale_after(tmp_path, max_steps=2, **options)
+    assert whole[1] != AutoencoderKL().config["scaling_factor"]
+    for checkpoint in ("2.ckpt", "2_validated.ckpt"):
+        assert scale_after(tmp_path / "done", tmp_path / checkpoint, max_steps=2, **options) == pytest.approx(whole)
+    # The validation that `2.ckpt` was written before is made up for by another callback, where there is one.
+    assert scale_after(tmp_path / "on", tmp_path / "2_validated.ckpt", max_steps=3, **options) == whole
+
+
+def test_a_sanity_check_measures_nothing(tmp_path: Path) -> None:
+    """Weights that no validation has measured are, at the end."""
+    found = scale_after(tmp_path, num_sanity_val_steps=1, val_check_interval=4, limit_val_batches=2)
+    assert "SaveAutoencoder" not in torch.load(tmp_path / "2.ckpt", weights_only=True)["callbacks"]
+    trained = AutoencoderKL.from_pretrained(tmp_path / "autoencoder", low_cpu_mem_usage=False)
+    images = torch.stack([small_data().dataset("val")[i]["image"] for i in range(16)])
+    latents = trained.encode(images).latent_dist.mode()
+    assert found == pytest.approx((latents.mean().item(), 1 / latents.std(correction=0).item()), rel=1e-3)
+    with pytest.warns(UserWarning, match="nothing to measure the latents' scale by, which is left at 0.18215"):
+        assert scale_after(tmp_path / "none", limit_val_batches=0) == (None, 0.18215)
+
+
+def test_the_average_is_measured_and_saved(tmp_path: Path) -> None:
+    """Also where there is nothing left to train."""
+    options: dict[str, Any] = {"max_steps": 2, "val_check_interval": 2, "limit_val_batches": 2}
+    callbacks = [EMA(0.5), SaveAutoencoder(), Saved(tmp_path)]
+    whole = scale_after(tmp_path, callbacks=callbacks, **options)
+    again = [EMA(0.5), SaveAutoencoder(), Saved(tmp_path / "done")]
+    assert scale_after(tmp_path / "done", tmp_path / "2.ckpt", callbacks=again, **options) == pytest.approx(whole)
+    one, other = (
+        load_file(folder / "autoencoder" / "diffusion_pytorch_model.safetensors")
+        for folder in (tmp_path, tmp_path / "done")
+    )
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+    assert scale_after(tmp_path / "plain", **options) != pytest.approx(whole)
 
 
 def test_the_measured_scale_takes_the_place_of_one_by_channel(tmp_path: Path) -> None:
