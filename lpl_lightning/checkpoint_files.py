@@ -19,7 +19,7 @@ from uuid import uuid4
 
 import torch
 
-__all__ = ["META", "clear_drafts", "draft_of", "fault_of", "put_folder", "sync"]
+__all__ = ["META", "clear_drafts", "draft_of", "fault_of", "has_optimizer", "put_folder", "sync"]
 
 UNFINISHED = ".unfinished"
 """End of the name of a file or folder that is being written."""
@@ -105,13 +105,26 @@ class _Index(pickle.Unpickler):
         return found
 
 
+def has_optimizer(path: Path) -> bool:
+    """Whether a folder that is whole holds the state of an optimizer, of which its index then tells.
+
+    Args:
+        path: The folder of a distributed checkpoint.
+    """
+    return any(str(name).startswith("optimizer_") for name in _index_of(path).state_dict_metadata)
+
+
+def _index_of(path: Path) -> Any:
+    with (path / ".metadata").open("rb") as file:
+        return _Index(file).load()
+
+
 def _fault_of_folder(path: Path) -> str | None:
     index = path / ".metadata"
     if not index.is_file():
         return "it is cut off, or no checkpoint: it has no .metadata"
     try:
-        with index.open("rb") as file:
-            stored = _Index(file).load().storage_data.values()
+        stored = _index_of(path).storage_data.values()
         needed: dict[str, int] = {}
         for one in stored:
             needed[one.relative_path] = max(needed.get(one.relative_path, 0), one.offset + one.length)

@@ -18,9 +18,10 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lpl_lightning.checkpoint_files import clear_drafts, draft_of, fault_of, sync
+from lpl_lightning.checkpoint_files import clear_drafts, draft_of, fault_of, has_optimizer, sync
 
 __all__ = [
+    "WEIGHTS_ALONE",
     "SafeCheckpointIO",
     "check_checkpoint",
     "check_settings",
@@ -30,6 +31,13 @@ __all__ = [
     "refusal_of",
     "with_plain_settings",
 ]
+
+
+WEIGHTS_ALONE = (
+    "The checkpoint holds weights alone (`save_weights_only`), from which training cannot go on. To begin anew from "
+    "them, give it as `model.weights`, and no `ckpt_path`."
+)
+"""What is said of such a folder, as ``check_optimizer`` says it of a file."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -243,10 +251,10 @@ def _files(folders: list[Path]) -> Iterator[Path]:
 
 
 def _is_weights_alone(path: Path) -> bool:
-    """Whether a checkpoint that is whole lacks what training goes on with; a folder never does."""
-    if path.is_dir():
-        return False
+    """Whether a checkpoint that is whole lacks what training goes on with."""
     try:
+        if path.is_dir():
+            return not has_optimizer(path)
         return "optimizer_states" not in torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # Whoever loads it says what is wrong.
         return False

@@ -19,8 +19,8 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from lpl_lightning.checkpoint_files import draft_of, put_folder
-from lpl_lightning.checkpoints import check_checkpoint, with_plain_settings
+from lpl_lightning.checkpoint_files import draft_of, has_optimizer, put_folder
+from lpl_lightning.checkpoints import WEIGHTS_ALONE, check_checkpoint, with_plain_settings
 from lpl_lightning.pretrained import read_checkpoint
 from lpl_lightning.sharding import load_whole, reshard, shard_like, whole
 
@@ -123,11 +123,17 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Load weights and, in training, the optimizer's state.
 
         Raises:
-            ValueError: It is cut off, changed, something else, or holds more than tensors and plain values.
+            ValueError: It is cut off, changed, something else, or holds more than tensors and plain values; or training
+                is to go on from weights alone.
         """
         path = Path(self.broadcast(checkpoint_path))
         check_checkpoint(path)
+        module = self.lightning_module
+        assert module is not None
+        is_trained = module.trainer.state.fn == TrainerFn.FITTING
         if path.is_dir():
+            if is_trained and not has_optimizer(path):
+                raise ValueError(WEIGHTS_ALONE)
             try:
                 with _plain_values_alone():
                     return super().load_checkpoint(path, weights_only=True)
@@ -136,11 +142,9 @@ class FSDP2Strategy(ModelParallelStrategy):
                 if not isinstance(why, pickle.UnpicklingError):
                     raise
                 raise ValueError(f"`ckpt_path`: {path} cannot be used: it holds what could run code.") from None
-        module = self.lightning_module
-        assert module is not None
         checkpoint = read_checkpoint(str(path), "ckpt_path")
         load_whole(module, checkpoint["state_dict"])
-        if module.trainer.state.fn == TrainerFn.FITTING:
+        if is_trained:
             for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
                 _load_optimizer(optimizer, state)
         return checkpoint

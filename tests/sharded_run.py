@@ -28,21 +28,43 @@ class Module(pl.LightningModule):
         mesh: Any = self.device_mesh
         fully_shard(self.net, mesh=mesh["data_parallel"])
 
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self.net(batch).sum()
+        return loss
+
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.net(batch)
 
 
-def validate(module: Module, path: Path | None = None) -> pl.Trainer:
-    trainer = pl.Trainer(
+def trainer_of(**options: Any) -> pl.Trainer:
+    return pl.Trainer(
         accelerator="cpu",
         strategy=FSDP2Strategy(save_distributed_checkpoint=True),
         devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_checkpointing=False,
+        **options,
     )
+
+
+def loader() -> Any:
     zeros: Any = torch.zeros(2, 2)
-    trainer.validate(module, torch.utils.data.DataLoader(zeros), ckpt_path=path)
+    return torch.utils.data.DataLoader(zeros)
+
+
+def validate(module: Module, path: Path | None = None) -> pl.Trainer:
+    trainer = trainer_of()
+    trainer.validate(module, loader(), ckpt_path=path)
+    return trainer
+
+
+def fit(module: Module, steps: int, path: Path | None = None) -> pl.Trainer:
+    trainer = trainer_of(max_steps=steps, limit_val_batches=0, limit_train_batches=1)
+    trainer.fit(module, loader(), ckpt_path=path)
     return trainer
 
 
@@ -69,6 +91,15 @@ def main() -> None:
     validate(second, own)
     kept = torch.load(own / "meta.pt", weights_only=True)["hyper_parameters"]
     print(whole(second.net.weight).tolist(), dict(kept), sorted(path.name for path in folder.glob("own*")))
+
+    trained = fit(Module(), 1)
+    for name, alone in (("alone.ckpt", True), ("all.ckpt", False)):
+        trained.save_checkpoint(folder / name, weights_only=alone)
+        validate(Module(), folder / name)
+        try:
+            print(name, fit(Module(), 2, folder / name).global_step)
+        except ValueError as error:
+            print(name, error)
 
 
 if __name__ == "__main__":

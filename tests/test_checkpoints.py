@@ -39,6 +39,7 @@ from lpl_lightning import (
 from lpl_lightning.captions import Captions
 from lpl_lightning.checkpoint_files import draft_of, fault_of, put_folder
 from lpl_lightning.checkpoints import SafeCheckpointIO, check_settings, newest_checkpoint
+from lpl_lightning.optimization import check_optimizer
 from lpl_lightning.text_encoders import TransformersText
 
 
@@ -208,11 +209,11 @@ def distributed(tmp_path: Path) -> Path:
     return sharded(tmp_path / "a.ckpt")
 
 
-def sharded(path: Path) -> Path:
+def sharded(path: Path, weights_alone: bool = False) -> Path:
     weights = {"weight": torch.ones(10, dtype=torch.bfloat16), "norm": torch.ones(3)}
     states = {"state": {"weight": {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]}
     save: Any = vars(distributed_checkpoint)["save"]
-    save({"state_dict": weights, "optimizer_0": states}, checkpoint_id=path, no_dist=True)
+    save({"state_dict": weights} | ({} if weights_alone else {"optimizer_0": states}), checkpoint_id=path, no_dist=True)
     torch.save({"global_step": 3}, path / "meta.pt")
     return path
 
@@ -244,6 +245,16 @@ def test_a_distributed_checkpoint_is_looked_through(distributed: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_training_does_not_go_on_from_a_folder_of_weights_alone(distributed: Path) -> None:
+    trainer = trainer_of(distributed.parent, distributed.parent)
+    alone = sharded(distributed.with_name("b.ckpt"), weights_alone=True)
+    os.utime(distributed, ns=(0, 0))
+    assert newest_checkpoint(trainer) == alone
+    with pytest.warns(UserWarning, match=r"b\.ckpt is passed over for an older checkpoint: it holds weights alone"):
+        assert newest_checkpoint(trainer, to_train=True) == distributed
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_a_folder_replaces_another_as_a_whole(distributed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At no moment is there none that ``last`` could take; what a kill left behind is removed by the next."""
     trainer = trainer_of(distributed.parent, distributed.parent)
@@ -272,6 +283,10 @@ def test_a_folder_runs_no_code_where_it_is_gone_on_with(tmp_path: Path) -> None:
     assert f"{tmp_path / 'stranger.ckpt'} cannot be used: it holds what could run code." in said
     assert not (tmp_path / "ran").exists()
     assert "[[2.0, 2.0]] {'path': 'somewhere'} ['own.ckpt']\n" in said, "one written over another, and read"
+    with pytest.raises(ValueError, match="holds weights alone") as of_file:
+        check_optimizer(None, {"pytorch-lightning_version": "2.6", "state_dict": {}})
+    assert f"\nalone.ckpt {of_file.value}\n" in said
+    assert "\nall.ckpt 2\n" in said
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
