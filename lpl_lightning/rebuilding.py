@@ -11,6 +11,7 @@ import codecs
 import io
 import json
 import re
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -59,6 +60,8 @@ _PARTS = (
     torch.optim.lr_scheduler.LRScheduler,
 )
 _PACKAGES = ("lpl_lightning", "diffusers", "torch.optim")
+_LONGEST = 2**20
+"""Bytes of a config."""
 _PATH = re.compile(r"([A-Za-z_]\w*)(\.[A-Za-z_]\w*)+")
 
 
@@ -202,9 +205,15 @@ def _named(value: Any, folder: Path = Path(), files: frozenset[Path] = frozenset
         for config in _parsed(value):
             yield from _named(config, folder, files)
         path = folder / value
-        if path not in files and (text := _text(path)) is not None:
-            for config in _parsed(text):
-                yield from _named(config, path.parent, files | {path})
+        if path in files:
+            return
+        try:
+            text = _text(path)
+        except _NotRead:
+            yield value
+            return
+        for config in _parsed(text or ""):
+            yield from _named(config, path.parent, files | {path})
 
 
 def _parsed(text: str) -> Iterator[Any]:
@@ -216,16 +225,32 @@ def _parsed(text: str) -> Iterator[Any]:
                 yield found
 
 
+class _NotRead(Exception):
+    """A parser could take a file for a config, and it is none that is looked through: a device, a pipe, a long text."""
+
+
 def _text(path: Path) -> str | None:
-    """What a file says; None where there is none, or it holds other bytes, as weights do."""
-    decoder, parts = codecs.getincrementaldecoder("utf-8")(), []
+    """What a file says; None where there is none, or it holds other bytes, as weights do.
+
+    Raises:
+        _NotRead: It is such.
+    """
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return None
+        if not stat.S_ISREG(mode):
+            raise _NotRead
         with path.open("rb") as file:
-            while block := file.read(1 << 16):
-                parts.append(decoder.decode(block))
+            content = file.read(_LONGEST + 1)
+        text = codecs.getincrementaldecoder("utf-8")().decode(content)
     except (OSError, ValueError):
         return None
-    return "".join(parts)
+    if "\0" in text:  # which no config may hold
+        return None
+    if len(content) > _LONGEST:
+        raise _NotRead
+    return text
 
 
 def _is_module(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -1001,6 +1002,20 @@ def test_a_program_in_a_text_is_not_built(hidden: str, beside_evil: dict[str, An
     beside_evil["hyper_parameters"]["denoiser"] = HIDDEN[hidden](over("evil.Backbone")[1])
     torch.save(beside_evil, "changed.ckpt")
     message = "would run 'evil.Backbone'"
+    refused(ran, message, lambda: LatentDiffusionModule.load_from_checkpoint("changed.ckpt"))
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "long text"])
+def test_a_file_that_is_not_read_to_its_end_is_no_config(kind: str, beside_evil: dict[str, Any], ran: Path) -> None:
+    """A device would be read until memory is gone, and a pipe for ever; a parser takes pipes and long texts."""
+    name = {"device": "/dev/zero", "pipe": "pipe.yaml", "long text": "long.yaml"}[kind]
+    if kind == "pipe":
+        os.mkfifo(name)
+    elif kind == "long text":
+        Path(name).write_text("#" * 2**20 + "\nclass_path: evil.Backbone\n")
+    beside_evil["hyper_parameters"]["denoiser"] = name
+    torch.save(beside_evil, "changed.ckpt")
+    message = f"would run '{name}'"
     refused(ran, message, lambda: LatentDiffusionModule.load_from_checkpoint("changed.ckpt"))
 
 
