@@ -19,10 +19,13 @@ from uuid import uuid4
 
 import torch
 
-__all__ = ["META", "clear_drafts", "draft_of", "fault_of", "has_optimizer", "put_folder", "sync"]
+__all__ = ["META", "clear_drafts", "draft_of", "fault_of", "has_optimizer", "put_file", "put_folder", "sync"]
 
 UNFINISHED = ".unfinished"
 """End of the name of a file or folder that is being written."""
+
+INDEX = ".metadata"
+"""Of a folder of shards, as torch calls it."""
 
 META = "meta.pt"
 """What a folder of shards holds beside them, as Lightning calls it."""
@@ -55,14 +58,28 @@ def put_folder(part: Path, place: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync(part)
+    _put(part, place, aside=place.exists())
+    clear_drafts(place)
+
+
+def put_file(part: Path, place: Path) -> None:
+    """Move a whole file to its place, for what is there: a file, or a folder of shards as ``put_folder`` has it.
+
+    Raises:
+        OSError: Another folder is there.
+    """
+    _put(part, place, aside=any((place / name).is_file() for name in (INDEX, META)))
+
+
+def _put(part: Path, place: Path, aside: bool) -> None:
+    """Move something to its place, and before that aside what is there, where the one cannot just replace the other."""
     former = place.with_name(f"{place.stem}.replaced{place.suffix}")
-    _remove(former)
-    if place.exists():
+    if aside:
+        _remove(former)
         os.replace(place, former)
     os.replace(part, place)
     sync(place.parent)
     _remove(former)
-    clear_drafts(place)
 
 
 def fault_of(path: Path) -> str | None:
@@ -115,12 +132,12 @@ def has_optimizer(path: Path) -> bool:
 
 
 def _index_of(path: Path) -> Any:
-    with (path / ".metadata").open("rb") as file:
+    with (path / INDEX).open("rb") as file:
         return _Index(file).load()
 
 
 def _fault_of_folder(path: Path) -> str | None:
-    index = path / ".metadata"
+    index = path / INDEX
     if not index.is_file():
         return "it is cut off, or no checkpoint: it has no .metadata"
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lpl_lightning.checkpoint_files import clear_drafts, draft_of, fault_of, has_optimizer, sync
+from lpl_lightning.checkpoint_files import clear_drafts, draft_of, fault_of, has_optimizer, put_file
 
 __all__ = [
     "WEIGHTS_ALONE",
@@ -32,6 +33,9 @@ __all__ = [
     "with_plain_settings",
 ]
 
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk that is full, or a share of one."""
 
 WEIGHTS_ALONE = (
     "The checkpoint holds weights alone (`save_weights_only`), from which training cannot go on. To begin anew from "
@@ -68,17 +72,18 @@ class SafeCheckpointIO(TorchCheckpointIO):
                     file.flush()
                     os.fsync(file.fileno())
                 _check_plain(part)
-                os.replace(part, place)
-                sync(place.parent)
+                put_file(part, place)
             finally:
                 with suppress(OSError):  # it is there only where something failed
                     part.unlink()
         except (OSError, RuntimeError) as error:  # torch says the latter where its writer could not write
             if isinstance(error, RuntimeError) and not isinstance(_cause(error), OSError):
                 raise
+            cause = _cause(error)
+            remedy = "make room" if getattr(cause, "errno", None) in FULL else "mend that"
             raise OSError(
-                f"The checkpoint {place} cannot be written ({_cause(error)}). Those before it stay: make room, and go "
-                "on by `--ckpt_path last`."
+                f"The checkpoint {place} cannot be written ({cause}). Those before it stay: {remedy}, and go on by "
+                "`--ckpt_path last`."
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:

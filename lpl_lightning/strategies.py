@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lpl_lightning.checkpoint_files import draft_of, has_optimizer, put_folder
-from lpl_lightning.checkpoints import WEIGHTS_ALONE, check_checkpoint, with_plain_settings
+from lpl_lightning.checkpoints import WEIGHTS_ALONE, SafeCheckpointIO, check_checkpoint, with_plain_settings
 from lpl_lightning.pretrained import read_checkpoint
 from lpl_lightning.sharding import load_whole, reshard, shard_like, whole
 
@@ -109,7 +109,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     ) -> None:
         """Write a checkpoint, which appears whole or not at all, as a folder too."""
         if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            if not isinstance(self.checkpoint_io, SafeCheckpointIO):
+                super().save_checkpoint(checkpoint, filepath, storage_options)
+            elif self.is_global_zero:  # Lightning would remove a folder that lies there before it writes
+                self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
             return
         place = Path(self.broadcast(filepath))
         part = Path(self.broadcast(draft_of(place)))

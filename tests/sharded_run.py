@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.fsdp import fully_shard
 
+from lpl_lightning.checkpoints import SafeCheckpointIO
 from lpl_lightning.sharding import whole
 from lpl_lightning.strategies import FSDP2Strategy
 
@@ -39,10 +41,10 @@ class Module(pl.LightningModule):
         self.net(batch)
 
 
-def trainer_of(**options: Any) -> pl.Trainer:
+def trainer_of(in_folders: bool = True, **options: Any) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu",
-        strategy=FSDP2Strategy(save_distributed_checkpoint=True),
+        strategy=FSDP2Strategy(save_distributed_checkpoint=in_folders),
         devices=1,
         logger=False,
         enable_progress_bar=False,
@@ -100,6 +102,19 @@ def main() -> None:
             print(name, fit(Module(), 2, folder / name).global_step)
         except ValueError as error:
             print(name, error)
+
+    # A file takes the place of a folder, which is there until then.
+    rename, moved = os.replace, []
+
+    def replace(one: Path, other: Path) -> None:
+        moved.append(one.is_dir())
+        rename(one, other)
+
+    vars(os)["replace"] = replace
+    files = trainer_of(in_folders=False, plugins=[SafeCheckpointIO()])
+    files.validate(Module(), loader(), ckpt_path=folder / "all.ckpt")
+    files.save_checkpoint(folder / "all.ckpt")
+    print("moved", moved, (folder / "all.ckpt").is_file())
 
 
 if __name__ == "__main__":

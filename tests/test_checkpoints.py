@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import os
@@ -277,6 +278,50 @@ def test_a_folder_replaces_another_as_a_whole(distributed: Path, monkeypatch: py
     assert not (distributed / "of_more_processes.distcp").exists()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_file_replaces_a_folder_as_a_whole(distributed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a folder does, also after a kill in between; a folder of something else stays, and it is no matter of room."""
+    trainer = trainer_of(distributed.parent, distributed.parent)
+    rename, ends_after = os.replace, [0, 1, 2]
+
+    def replace(one: Path, other: Path) -> None:
+        assert newest_checkpoint(trainer) is not None
+        if not ends:
+            raise KeyboardInterrupt
+        ends.pop()
+        rename(one, other)
+        assert newest_checkpoint(trainer) is not None
+
+    monkeypatch.setattr(os, "replace", replace)
+    for count in ends_after:
+        ends = [None] * count
+        if count == 2:
+            SafeCheckpointIO().save_checkpoint(checkpoint(), distributed)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                SafeCheckpointIO().save_checkpoint(checkpoint(), distributed)
+    assert [path.name for path in distributed.parent.iterdir()] == ["a.ckpt"]
+    assert SafeCheckpointIO().load_checkpoint(distributed)["state_dict"]["weight"][0] == 1
+    monkeypatch.setattr(os, "replace", rename)
+    other = distributed.with_name("b.ckpt")
+    (other / "kept").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"Is a directory.* stay: mend that, and go on"):
+        SafeCheckpointIO().save_checkpoint(checkpoint(), other)
+    assert (other / "kept").is_dir()
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "make room"), (errno.EACCES, "mend that")])
+def test_room_is_asked_for_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def fails(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=f"stay: {remedy}, and go on by"):
+        SafeCheckpointIO().save_checkpoint(checkpoint(), tmp_path / "a.ckpt")
+
+
 def test_a_folder_runs_no_code_where_it_is_gone_on_with(tmp_path: Path) -> None:
     """Torch unpickles what an index says is no tensor; a file of it may say that of any weight."""
     said = run_script(Path(__file__).with_name("sharded_run.py"), tmp_path).stdout
@@ -287,6 +332,7 @@ def test_a_folder_runs_no_code_where_it_is_gone_on_with(tmp_path: Path) -> None:
         check_optimizer(None, {"pytorch-lightning_version": "2.6", "state_dict": {}})
     assert f"\nalone.ckpt {of_file.value}\n" in said
     assert "\nall.ckpt 2\n" in said
+    assert "\nmoved [True, False] True\n" in said
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
