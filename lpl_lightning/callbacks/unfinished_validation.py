@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,14 +18,30 @@ class UnfinishedValidation(Callback):
     measured in it and the best checkpoints that are chosen by it. From within one, it goes on with a part of its
     batches. With this callback the whole validation comes first when the run goes on, as it would have come. The one
     after the last step of all is not made up for, since ``fit`` then has nothing left to do: ``validate`` makes it.
+    Where validations come by time (``val_check_interval: "00:00:30:00"``), the next comes so long after that one.
     """
 
     def __init__(self) -> None:
         self._validates = False
+        self._is_open = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin anew: the fit before may have ended in a validation."""
         self._validates = False
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note whether a validation is to be made first."""
+        if trainer.state.fn == "fit" and "loops" in checkpoint:
+            total = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+            self._is_open = total["ready"] > total["completed"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let it be time for that: Lightning asks the clock, which begins with the run that goes on."""
+        if self._is_open and getattr(trainer, "_val_check_time_interval", None) is not None:
+            trainer._last_val_time = -math.inf
+        self._is_open = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that one has begun."""

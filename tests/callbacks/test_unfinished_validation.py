@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,22 @@ def test_each_validation_is_made_once_and_whole(
         assert rest.found == [one for one in whole.found if one[0] + 1 >= done]
         assert rest.batches in (0, whole.batches)
         assert rest.validated == [one for one in whole.validated if one[0] + 1 >= done]
+        assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+def test_a_validation_that_comes_by_time_is_made_once(
+    tmp_path: Path, make_module: Callable[..., LatentDiffusionModule]
+) -> None:
+    """First of all, and the next by the clock, which is an hour on."""
+    whole = Record(tmp_path, "validation batch")
+    weights = recorded(whole, make_module, val_check_interval=timedelta(microseconds=1))
+    assert len(whole.found) == 2 * BATCHES
+    for batches in (1, 6):
+        rest = Record()
+        found = recorded(rest, make_module, tmp_path / f"{batches}.ckpt", val_check_interval=timedelta(hours=1))
+        assert rest.trained == whole.trained[batches:]
+        assert rest.found == [whole.found[batches - 1]]
+        assert [batch for _, batch, _ in rest.validated] == [0, 1, 2]
         assert all(torch.equal(found[name], value) for name, value in weights.items())
 
 
