@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -40,7 +40,7 @@ class UnfinishedValidation(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let it be time for that: Lightning asks the clock, which begins with the run that goes on."""
         if self._is_open and getattr(trainer, "_val_check_time_interval", None) is not None:
-            trainer._last_val_time = -math.inf
+            cast(Any, trainer)._last_val_time = -math.inf
         self._is_open = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
