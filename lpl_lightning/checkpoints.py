@@ -41,7 +41,7 @@ WEIGHTS_ALONE = (
     "The checkpoint holds weights alone (`save_weights_only`), from which training cannot go on. To begin anew from "
     "them, give it as `model.weights`, and no `ckpt_path`."
 )
-"""What is said of such a folder, as ``check_optimizer`` says it of a file."""
+"""What is said of such a file or folder."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

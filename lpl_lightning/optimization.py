@@ -13,6 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lpl_lightning.checkpoints import WEIGHTS_ALONE
+
 __all__ = ["Maker", "build_optimizers", "check_optimizer"]
 
 
@@ -54,10 +56,7 @@ def check_optimizer(configured: Any, checkpoint: Mapping[str, Any]) -> None:
     # Of a folder of shards, the optimizer's state has been loaded by then, with the weights.
     written = {"pytorch-lightning_version", "state_dict"} <= checkpoint.keys()
     if written and "optimizer_states" not in checkpoint:
-        raise ValueError(
-            "The checkpoint holds weights alone (`save_weights_only`), from which training cannot go on. To begin anew "
-            "from them, give it as `model.weights`, and no `ckpt_path`."
-        )
+        raise ValueError(WEIGHTS_ALONE)
     optimizer = configured.get("optimizer") if isinstance(configured, Mapping) else configured
     states = checkpoint.get("optimizer_states") or []
     if not isinstance(optimizer, Optimizer) or len(states) != 1:
