@@ -93,6 +93,11 @@ class Sampler:
                 "matching one."
             )
         made_for = "edm" if "sigma_data" in config else "flow" if kind is None else str(kind)
+        if made_for == "flow" and {"trained_betas", "beta_start", "sigma_min"} & config.keys():
+            raise ValueError(
+                f"The scheduler {type(self.scheduler).__name__} has noise levels of its own, and does not say what the "
+                "denoiser predicts: leave `scheduler` out to have the matching one, or take one with `prediction_type`."
+            )
         if made_for.removesuffix("_prediction") != noise.prediction_type.removesuffix("_prediction"):
             raise ValueError(
                 f"The scheduler {type(self.scheduler).__name__} is set for prediction_type={made_for!r}, but the "

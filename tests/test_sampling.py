@@ -19,6 +19,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
+    IPNDMScheduler,
+    KarrasVeScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
@@ -174,6 +176,10 @@ def test_noise_belongs_to_its_seed() -> None:
 
 
 def test_a_scheduler_of_another_prediction_is_refused() -> None:
+    for silent in (IPNDMScheduler(), KarrasVeScheduler()):
+        for process in (FlowMatching(), DDPM()):
+            with pytest.raises(ValueError, match="does not say what the denoiser predicts"):
+                Sampler(scheduler=silent).check(process)
     ddim = DDIMScheduler(prediction_type="v_prediction")
     with pytest.raises(ValueError, match=r"prediction_type='v_prediction', but .* DDPM trains 'epsilon'"):
         Sampler(scheduler=ddim).check(DDPM("epsilon"))
