@@ -59,6 +59,7 @@ _PARTS = (
     torch.optim.Optimizer,
     torch.optim.lr_scheduler.LRScheduler,
 )
+_CLASS_PATHS = ("class_path", "_class_path")
 _PACKAGES = ("lpl_lightning", "diffusers", "torch.optim")
 _LONGEST = 2**20
 """Bytes of a config."""
@@ -190,30 +191,50 @@ def _named(value: Any, folder: Path = Path(), files: frozenset[Path] = frozenset
         folder: Where names of files are looked for.
         files: Those that were read on the way here.
     """
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            if key in ("class_path", "_class_path"):
-                yield str(part)
-            elif key != "_instantiator":
-                yield from _named(part, folder, files)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _named(part, folder, files)
-    elif isinstance(value, str):
-        if (found := _PATH.fullmatch(value)) and _is_module(found[1]):
-            yield value
-        for config in _parsed(value):
-            yield from _named(config, folder, files)
-        path = folder / value
-        if path in files:
-            return
-        try:
-            text = _text(path)
-        except _NotRead:
-            yield value
-            return
-        for config in _parsed(text or ""):
-            yield from _named(config, path.parent, files | {path})
+    for key, leaf in _leaves(value):
+        if key in _CLASS_PATHS:
+            yield str(leaf)
+        elif isinstance(leaf, str):
+            yield from _named_by(leaf, folder, files)
+
+
+def _leaves(value: Any) -> Iterator[tuple[Any, Any]]:
+    """What is in a config that holds no more, and what it stands at; of parts that stand in several places, once.
+
+    A few lines of aliases name as many parts as one likes.
+    """
+    queue: list[tuple[Any, Any]] = [(None, value)]
+    seen: set[int] = set()
+    while queue:
+        key, part = queue.pop()
+        if key == "_instantiator":
+            continue
+        if not isinstance(part, Mapping | list | tuple):
+            yield key, part
+        elif key in _CLASS_PATHS:
+            yield key, f"a {type(part).__name__}"
+        elif id(part) not in seen:
+            seen.add(id(part))
+            inner = part.items() if isinstance(part, Mapping) else ((None, one) for one in part)
+            queue += reversed([*inner])
+
+
+def _named_by(text: str, folder: Path, files: frozenset[Path]) -> Iterator[str]:
+    """What a text has imported: itself, what it holds, or what is in the file that it names."""
+    if (found := _PATH.fullmatch(text)) and _is_module(found[1]):
+        yield text
+    for config in _parsed(text):
+        yield from _named(config, folder, files)
+    path = folder / text
+    if path in files:
+        return
+    try:
+        said = _text(path)
+    except _NotRead:
+        yield text
+        return
+    for config in _parsed(said or ""):
+        yield from _named(config, path.parent, files | {path})
 
 
 def _parsed(text: str) -> Iterator[Any]:

@@ -1019,6 +1019,22 @@ def test_a_file_that_is_not_read_to_its_end_is_no_config(kind: str, beside_evil:
     refused(ran, message, lambda: LatentDiffusionModule.load_from_checkpoint("changed.ckpt"))
 
 
+@pytest.mark.parametrize("of", ["text", "values"])
+def test_aliases_are_looked_through_once(of: str, beside_evil: dict[str, Any], ran: Path) -> None:
+    """A part that stands twice in one that stands twice, and so on, stands in more places than one could look at."""
+    if of == "text":
+        lines = ["a0: &a0 nothing", *(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]" for n in range(60))]
+        beside_evil["hyper_parameters"]["denoiser"] = "\n".join([*lines, "last: {class_path: evil.Backbone}"])
+    else:
+        part: Any = "nothing"
+        for _ in range(60):
+            part = [part, part]
+        beside_evil["hyper_parameters"]["denoiser"] = [part, {"class_path": "evil.Backbone"}]
+    torch.save(beside_evil, "changed.ckpt")
+    message = "would run 'evil.Backbone'"
+    refused(ran, message, lambda: LatentDiffusionModule.load_from_checkpoint("changed.ckpt"))
+
+
 @pytest.mark.parametrize("name", ["evil.ckpt", "evil.safetensors"])
 def test_weights_that_are_called_like_a_module_are_no_program(
     name: str, beside_evil: dict[str, Any], ran: Path
