@@ -262,13 +262,8 @@ class LPLCallback(Callback):
         if self._loss is not None:
             self._loss.flush()
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise that of the last batch, before the mean of all is logged."""
-        self.on_train_end(trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The same."""
-        self.on_train_end(trainer, pl_module)
+    # Before the mean over all batches is logged.
+    on_validation_epoch_end = on_test_epoch_end = on_train_end
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Detach the term."""

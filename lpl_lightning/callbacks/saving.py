@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -156,7 +157,7 @@ class SaveAutoencoder(Callback):
 def _measured(trainer: pl.Trainer, pl_module: AutoencoderModule) -> tuple[float, float] | None:
     """The latents' statistics over what a validation looks at; None where there is nothing."""
     data, limit = trainer.datamodule, trainer.limit_val_batches  # type: ignore[attr-defined]
-    if data is None or not limit:
+    if data is None or not limit or not is_overridden("val_dataloader", data):
         return None
     loader = data.val_dataloader()
     count = limit if isinstance(limit, int) else None if limit == 1.0 else int(len(loader) * limit)

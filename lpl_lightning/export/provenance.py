@@ -75,7 +75,7 @@ def check_replaceable(target: Path, run: Path, argument: str) -> None:
     """
     if run.resolve() not in target.resolve().parents:
         raise ValueError(f"`{argument}` must lie in the run's folder, {run}, got {target}. Give a name in it.")
-    known = [target] if target.is_file() else [*target.rglob("*.safetensors")]
+    known = [target] if target.is_file() else [*target.glob("*.safetensors"), *target.glob("*/*.safetensors")]
     if (target.is_file() or any(target.glob("*"))) and not any(map(_is_noted, known)):
         raise ValueError(
             f"`{argument}`: {target} is there already, and nothing in it says that a run has left it. Give another "

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_ema import tied
 from test_mixin import Foreign, fit
 from test_module import trainer
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from lpl_lightning import (
@@ -205,3 +206,17 @@ def test_what_no_run_has_left_is_not_written_over(
     for _ in range(2):  # its own it writes over
         run("another")
     assert (tmp_path / "another").exists()
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_an_autoencoder_trained_without_validation_images_is_saved_too(tmp_path: Path) -> None:
+    """The data module has none to measure the scale by, which must not cost the training."""
+
+    class TrainingAlone(pl.LightningDataModule):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader([{"image": torch.zeros(3, 16, 16)} for _ in range(8)], batch_size=4)  # type: ignore[arg-type]
+
+    module = AutoencoderModule(autoencoder_kl([8, 8], layers_per_block=1, norm_num_groups=4, sample_size=16))
+    with pytest.warns(UserWarning, match="nothing to measure the latents' scale by"):
+        trainer(tmp_path, callbacks=[SaveAutoencoder()]).fit(module, TrainingAlone())
+    assert (tmp_path / "autoencoder" / "config.json").is_file()
