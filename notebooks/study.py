@@ -49,8 +49,11 @@ PROCESSES = ("flow", "ddpm_v", "ddpm_epsilon")
 OTHERS = {
     "dit": ("configs/flow.yaml", "configs/study/dit.yaml"),
     "taesd3": ("configs/flow.yaml", "configs/study/taesd3.yaml"),
+    "taesd": ("configs/flow.yaml", "configs/study/taesd.yaml"),
 }
 """Config files of models that are not the MMDiT on the study's autoencoder, by what stands in a process's place."""
+TINY = ("taesd3", "taesd")
+"""Of these, the ones on another autoencoder, whose folder an option of that name gives."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
             name: [replace(one, settings=(scale.choice, replace(scale.choice, num_steps=50))) for one in others]
             for name, others in {
                 "dit": briefly("dit"),
+                "taesd": briefly("taesd"),
                 "taesd3": [
                     *(run for seed in SEEDS[:2] for run in briefly("taesd3", seed)),
                     *(short(name, "taesd3", **given) for name, given in floors.items()),
@@ -333,7 +337,7 @@ def encode(process: str, given: argparse.Namespace) -> list[str]:
 
 def latents(out: Path, process: str) -> Path:
     """Folder of the latents."""
-    return out / ("latents-taesd3" if process == "taesd3" else "latents")
+    return out / (f"latents-{process}" if process in TINY else "latents")
 
 
 def encoded(folder: Path) -> bool:
@@ -344,8 +348,8 @@ def encoded(folder: Path) -> bool:
 
 def decoder(given: argparse.Namespace, process: str = "") -> Path:
     """Folder of the autoencoder."""
-    if process == "taesd3":
-        return given.taesd3
+    if process in TINY:
+        return Path(getattr(given, process))
     if not given.anew:
         return AUTOENCODER
     found = [folder / "autoencoder" for folder in versions(given.out / "autoencoder")]
@@ -442,7 +446,7 @@ def tasks(runs: Iterable[Run], scale: Scale, given: argparse.Namespace) -> Itera
 
 def prepare(process: str, given: argparse.Namespace) -> Iterator[Task]:
     """What is missing of the autoencoder and the latents."""
-    if not decoder(given, process).is_dir():
+    if process not in TINY and not decoder(given, process).is_dir():
         yield Task("autoencoder", partial(autoencoder, given.photos, given.out))
     if not encoded(latents(given.out, process)):
         name = latents(given.out, process).name.replace("latents", "encode")
@@ -706,7 +710,10 @@ def main() -> None:
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
     parser.add_argument("--photos", type=rooted, default=Path("photos"))
     parser.add_argument("--squeezenet", type=rooted, default=Path("squeezenet1_0.pth"))
-    parser.add_argument("--taesd3", type=rooted, default=Path("taesd3"), help="folder, for the experiment of that name")
+    for name in TINY:
+        parser.add_argument(
+            f"--{name}", type=rooted, default=Path(name), help="folder, for the experiment of that name"
+        )
     parser.add_argument("--out", type=rooted, default=Path("runs/study"))
     parser.add_argument("--anew", action="store_true", help="with an autoencoder of your own, which is trained first")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time")

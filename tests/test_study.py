@@ -37,7 +37,7 @@ def planned(folder: Path, experiment: str, scale: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("scale", "experiments", "kinds"),
     [
-        ("cpu", ("main", "rivals", "thin", "ceilings", "dit", "taesd3"), 24),
+        ("cpu", ("main", "rivals", "thin", "ceilings", "dit", "taesd3", "taesd"), 28),
         pytest.param("gpu", ("thin",), 6, marks=pytest.mark.slow),
         pytest.param("gpu-128", ("thin", "dit"), 10, marks=pytest.mark.slow),
     ],
