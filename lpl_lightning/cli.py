@@ -10,6 +10,7 @@ What the package refuses is one line on the terminal; with ``LPL_TRACEBACK=1`` i
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from argparse import ArgumentError
@@ -323,6 +324,8 @@ def _run(args: ArgsType) -> None:
     silent = [r".*module\(s\) in eval mode at the start of training", r".*LeafSpec.*is deprecated"]
     if isinstance(given, list) and given[:1] != ["fit"]:  # and of scores that only further training reads
         silent.append("The dirpath has changed")
+        if args is None:  # Lightning's own handler notes it, for loops that do not look, and then calls this one
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for message in silent:
         warnings.filterwarnings("ignore", message=message)
     LPLCLI(

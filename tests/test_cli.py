@@ -6,8 +6,10 @@ import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -361,6 +363,17 @@ def test_prediction_goes_on_in_another_process(tmp_path: Path) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         assert len(list(out.rglob("*.png"))) == number
+
+
+def test_a_signal_ends_what_is_no_training(tmp_path: Path) -> None:
+    """Lightning's loops over what is predicted, and ours over what is measured, do not look for one."""
+    options = ["--data.num_generate=100000", f"--writer.dirname={tmp_path / 'out'}", "--trainer.accelerator=cpu"]
+    predicting = Script(LPL, "predict", "-c", str(CONFIGS / "quickstart.yaml"), *FEW, *options, *in_folder(tmp_path))
+    while not list(tmp_path.rglob("*.png")) and predicting.process.is_alive():
+        time.sleep(0.1)
+    predicting.process.terminate()
+    assert predicting.end(60).returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.rglob("*.png"))
 
 
 LOSS = "--trainer.callbacks.loss.init_args"
