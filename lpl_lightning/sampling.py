@@ -6,11 +6,22 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from fractions import Fraction
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMParallelScheduler,
+    DDIMScheduler,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+    UnCLIPScheduler,
+)
 from torch import Tensor
 
 from lpl_lightning.arguments import at_least
@@ -18,6 +29,9 @@ from lpl_lightning.conditioning import Condition
 from lpl_lightning.noise import NoiseProcess
 
 __all__ = ["Sampler", "initial_noise"]
+
+_BY_STRIDE = (DDIMScheduler, DDIMParallelScheduler, CogVideoXDDIMScheduler)
+"""Schedulers that go on by ``num_train_timesteps // num_inference_steps``, wherever their next timestep is."""
 
 
 def initial_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
@@ -37,7 +51,8 @@ class Sampler:
     """Samples latents with a diffusers scheduler.
 
     Args:
-        num_steps: Number of sampling steps.
+        num_steps: Number of sampling steps. DDIM takes any; in diffusers' own pipelines one that does not divide
+            ``num_train_timesteps`` leaves noise behind.
         guidance_scale: lambda of classifier-free guidance, ``null + lambda * (conditional - null)``; 1 is none, and
             costs half.
         scheduler: A diffusers scheduler; by default the one that the noise process names (DDIM, or Euler for flow
@@ -77,8 +92,8 @@ class Sampler:
         """Refuse a scheduler made for another prediction than the noise process's, or for pixels.
 
         Raises:
-            ValueError: They do not fit, the scheduler follows a flow in part only, clips what it samples, or asks for a
-                shift of each image size.
+            ValueError: They do not fit, the scheduler follows a flow in part only, clips what it samples, asks for a
+                shift of each image size, or does not step from each of its timesteps to the next.
         """
         if self.scheduler is None:
             return
@@ -118,6 +133,25 @@ class Sampler:
                 "(`mu`) of each image size, and the sampler gives it none. Set it to False, with a fixed shift "
                 "(`shift`, or `flow_shift` where it is called so), or leave `scheduler` out to have that of the noise "
                 "process."
+            )
+        self._check_stride()
+
+    def _check_stride(self) -> None:
+        """Refuse a scheduler whose steps lead to other noise levels than those that its next steps assume."""
+        assert self.scheduler is not None
+        config, n = self.scheduler.config, self.num_steps
+        if isinstance(self.scheduler, PNDMScheduler):  # by num_train_timesteps // n
+            chain, spacing = config["num_train_timesteps"], config["timestep_spacing"]
+            misses = n > chain if spacing == "leading" else spacing != "trailing" or chain % n != 0
+            remedy = f"set timestep_spacing='leading' and at most {chain} steps"
+        else:  # by 1
+            misses = isinstance(self.scheduler, UnCLIPScheduler) and n != config["num_train_timesteps"]
+            remedy = "take DDPMScheduler"
+        if misses:
+            raise ValueError(
+                f"The scheduler {type(self.scheduler).__name__} does not step from each of its timesteps to the next "
+                f"where num_steps={n} and timestep_spacing={config.get('timestep_spacing')!r}: {remedy}, or leave "
+                "`scheduler` out to have the matching one."
             )
 
     def _check_chain(self, noise: NoiseProcess) -> None:
@@ -185,7 +219,9 @@ class Sampler:
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         noise_source = {"generator": list(generators)} if generators is not None and takes_generator else {}
         z = z_start.float() * getattr(scheduler, "init_noise_sigma", 1.0)
-        for step, inside in zip(scheduler.timesteps, self._guided(noise, scheduler.timesteps), strict=True):
+        timesteps = scheduler.timesteps
+        following = [*timesteps[1:], -1]
+        for step, after, inside in zip(timesteps, following, self._guided(noise, timesteps), strict=True):
             scaled = scheduler.scale_model_input(z, step) if hasattr(scheduler, "scale_model_input") else z
             guided = both if inside else None
             model_input = scaled if guided is None else torch.cat([scaled, scaled])
@@ -195,6 +231,7 @@ class Sampler:
             if guided is not None:
                 conditional, unconditional = prediction.chunk(2)
                 prediction = unconditional + self.guidance_scale * (conditional - unconditional)
+            _aim(scheduler, step, after)
             z = cast(Tensor, scheduler.step(prediction, step, z, **noise_source).prev_sample)
         return z
 
@@ -219,3 +256,16 @@ def _set_timesteps(scheduler: Any, num_steps: int, device: torch.device) -> None
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num_steps, num_steps).tolist(), device=device)
     else:
         scheduler.set_timesteps(num_steps, device=device)
+        if isinstance(scheduler, (*_BY_STRIDE, DDPMScheduler, DDPMParallelScheduler)):
+            # An error of rounding gives some numbers of steps one more, at -1, which is read as the noisiest of all.
+            scheduler.timesteps = scheduler.timesteps[scheduler.timesteps >= 0]
+
+
+def _aim(scheduler: Any, step: Tensor, following: Tensor | int) -> None:
+    """Have a scheduler that goes by a stride step to the next of its timesteps; -1 is where there is no noise.
+
+    Its own stride is as long only where the number of steps divides the chain.
+    """
+    if isinstance(scheduler, _BY_STRIDE):
+        stride = int(step) - int(following)
+        scheduler.num_inference_steps = Fraction(scheduler.config.num_train_timesteps, stride)

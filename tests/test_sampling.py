@@ -8,6 +8,8 @@ import pytest
 import torch
 from backbones import POOLED_DIM, TOKEN_DIM, denoiser
 from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMParallelScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
@@ -23,6 +25,7 @@ from diffusers import (
     KarrasVeScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    UnCLIPScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
@@ -127,6 +130,119 @@ def test_flow_takes_even_euler_steps(shift: float) -> None:
     for t, following in itertools.pairwise(times):
         by_hand = by_hand - predict(by_hand, torch.full((3,), 1000 * t), NOTHING) * (t - following)
     torch.testing.assert_close(Sampler(n, 1.0)(predict, process, z, NOTHING), by_hand, atol=1e-4, rtol=1e-4)
+
+
+DDIM: dict[str, Any] = {
+    "default": None,
+    "linspace": DDIMScheduler(**CHAIN, clip_sample=False, timestep_spacing="linspace"),
+    "leading": DDIMScheduler(**CHAIN, clip_sample=False, steps_offset=1),
+    "parallel": DDIMParallelScheduler(**CHAIN, clip_sample=False, timestep_spacing="trailing"),
+    "CogVideoX": CogVideoXDDIMScheduler(
+        **CHAIN, clip_sample=False, snr_shift_scale=1.0, timestep_spacing="trailing", rescale_betas_zero_snr=False
+    ),
+}
+
+
+@pytest.mark.parametrize("n", [1, 28, 35, 60, 61, 150, 400, 600])
+@pytest.mark.parametrize("name", DDIM)
+def test_ddim_steps_from_each_timestep_to_the_next(name: str, n: int) -> None:
+    """By hand: the clean estimate with the noise estimate at the level of the next timestep, and in the end without."""
+    process, scheduler, z = DDPM("epsilon"), DDIM[name], torch.randn(3, 1, 4, 4)
+    predict = exact_denoiser(process)
+    found = Sampler(n, 1.0, scheduler)(predict, process, z, NOTHING)
+    timesteps = {
+        "linspace": torch.linspace(999, 0, n, dtype=torch.float64).round() if n > 1 else torch.zeros(1),
+        "leading": torch.arange(n - 1, -1, -1) * (1000 // n) + 1,
+    }.get(name, (1000 * (1 - torch.arange(n, dtype=torch.float64) / n)).round() - 1)
+    by_hand = z.double()
+    levels = [tuple(x.double().item() for x in process.alpha_sigma(t)) for t in timesteps.long()]
+    for t, (alpha, sigma), (next_alpha, next_sigma) in zip(timesteps, levels, [*levels[1:], (1.0, 0.0)], strict=True):
+        noise = predict(by_hand, t.float().expand(3), NOTHING).double()
+        by_hand = next_alpha * (by_hand - sigma * noise) / alpha + next_sigma * noise
+    torch.testing.assert_close(found, by_hand.float(), atol=2e-3, rtol=2e-3)
+    if scheduler is not None:
+        assert scheduler.num_inference_steps is None, "the one that was given stays as it was"
+
+
+@pytest.mark.parametrize("n", [28, 35, 60, 150, 400])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_ddim_is_euler_at_any_number_of_steps(prediction_type: Any, n: int) -> None:
+    process = DDPM(prediction_type)
+    euler = EulerDiscreteScheduler(**process.schedule, timestep_spacing="trailing")
+    z = torch.randn(500, 1, 4, 8)
+    found, other = (
+        Sampler(n, 1.0, scheduler)(exact_denoiser(process), process, z, NOTHING) for scheduler in (None, euler)
+    )
+    assert (found - other).abs().mean() < 2e-3
+    if n >= 150:
+        assert distance_from_the_mixture(found) < 0.03
+
+
+@pytest.mark.parametrize("n", [10, 20, 50, 100, 250])
+def test_ddim_of_a_number_of_steps_that_divides_the_chain_is_that_of_diffusers(n: int) -> None:
+    """Bit for bit."""
+    process, z = DDPM("v_prediction"), torch.randn(3, 1, 2, 2)
+    predict, scheduler, expected = exact_denoiser(process), process.sampling_scheduler(), z
+    scheduler.set_timesteps(n)
+    for t in scheduler.timesteps:
+        expected = scheduler.step(predict(expected, t.float().expand(3), NOTHING), t, expected).prev_sample
+    assert torch.equal(Sampler(n, 1.0)(predict, process, z, NOTHING), expected)
+
+
+class Stochastic(DDIMScheduler):  # type: ignore[misc]
+    """DDIM that adds as much noise on the way as the chain does."""
+
+    def step(self, *args: Any, generator: Any = None) -> Any:
+        return super().step(*args, eta=1.0, generator=generator)
+
+
+@pytest.mark.parametrize("n", [50, 60, 61])
+def test_ddim_with_noise_on_the_way_is_the_chain_at_any_number_of_steps(n: int) -> None:
+    process, z = DDPM("epsilon"), torch.randn(3, 1, 2, 2)
+    options: dict[str, Any] = CHAIN | {"clip_sample": False, "timestep_spacing": "trailing"}
+    found, expected = (
+        Sampler(n, 1.0, scheduler)(
+            exact_denoiser(process),
+            process,
+            z,
+            NOTHING,
+            generators=[torch.Generator().manual_seed(seed) for seed in range(3)],
+        )
+        for scheduler in (Stochastic(**options), DDPMScheduler(**options))
+    )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert expected.abs().max() < 3
+
+
+@pytest.mark.parametrize(
+    ("spacing", "n", "taken"),
+    [
+        ("leading", 28, True),
+        ("leading", 1500, False),
+        ("trailing", 50, True),
+        ("trailing", 28, False),
+        ("trailing", 61, False),
+        ("linspace", 50, False),
+    ],
+)
+def test_pndm_is_taken_where_its_timesteps_are_a_stride_apart(spacing: str, n: int, taken: bool) -> None:
+    scheduler = PNDMScheduler(**CHAIN, timestep_spacing=spacing, skip_prk_steps=True)
+    scheduler.set_timesteps(n)
+    timesteps = scheduler.timesteps.unique()
+    assert taken == (len(timesteps) == n and set(timesteps.diff().tolist()) == {1000 // n})
+    sampler = Sampler(n, scheduler=PNDMScheduler(**CHAIN, timestep_spacing=spacing))
+    if taken:
+        sampler.check(DDPM())
+    else:
+        with pytest.raises(ValueError, match=f"PNDMScheduler does not step from each of its .*num_steps={n} and"):
+            sampler.check(DDPM())
+
+
+def test_a_scheduler_that_steps_by_one_wherever_its_next_timestep_is_is_refused() -> None:
+    scheduler, process = UnCLIPScheduler(clip_sample=False), DDPM(beta_schedule="squaredcos_cap_v2")
+    Sampler(1000, scheduler=scheduler).check(process)
+    with pytest.raises(ValueError, match="UnCLIPScheduler does not step from each of its timesteps to the next"):
+        Sampler(50, scheduler=scheduler).check(process)
 
 
 def test_guidance_extrapolates_from_the_null_condition() -> None:
