@@ -18,6 +18,9 @@ class FrozenModule(nn.Module):
     It keeps the precision it has when the module around it is put in a lower one, as a trainer may do, and follows it
     to a higher one and to another device. A strict load finds its own weights in place of those that no checkpoint
     holds. Subclasses freeze the parameters that they take, with ``requires_grad_(False)``.
+
+    Lightning's ``unfreeze`` and ``requires_grad_`` of a module around it reach its parameters without asking it. They
+    are frozen again by ``train``, which the first ends with, and by ``to``, with which a trainer begins.
     """
 
     def __init__(self) -> None:
@@ -34,11 +37,11 @@ class FrozenModule(nn.Module):
             return fn(tensor) if kind.dtype == tensor.dtype or wider else tensor.to(kind.device)
 
         apply: Callable[..., Self] = super()._apply
-        return apply(follow, recurse)
+        return apply(follow, recurse).requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode whatever is asked."""
-        return super().train(False)
+        """Stay in eval mode, and frozen, whatever is asked."""
+        return super().train(False).requires_grad_(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Stay frozen whatever is asked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from conftest import tiny_kl
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lpl_lightning import Autoencoder, LPLCallback, LPLMixin
+from lpl_lightning import Autoencoder, LatentPerceptualLoss, LPLCallback, LPLMixin
+from lpl_lightning.losses import Execution
 
 
 class Foreign(LPLMixin, pl.LightningModule):
@@ -66,6 +68,35 @@ def test_one_line_and_one_callback(tmp_path: Path) -> None:
     assert trainer.callback_metrics["gate_share"] == 0.25
     assert not torch.equal(plain.net.weight, twin.net.weight)
     assert not twin.loss_terms, "detached at teardown"
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("unfreeze", [pl.LightningModule.unfreeze, nn.Module.requires_grad_])
+def test_an_autoencoder_stays_frozen_in_a_module_that_is_unfrozen(
+    unfreeze: Any, streamed: bool, tmp_path: Path
+) -> None:
+    """Both reach the parameters of the autoencoder without asking it."""
+    module = Foreign()
+    module.autoencoder = Autoencoder(tiny_kl())
+    before = [parameter.clone() for parameter in module.autoencoder.parameters()]
+    module.freeze()
+    unfreeze(module)
+    assert all(parameter.requires_grad for parameter in module.net.parameters())
+    trained: list[int] = []
+
+    class Watch(pl.Callback):
+        def on_fit_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            trained.append(
+                sum(p.requires_grad for group in trainer.optimizers[0].param_groups for p in group["params"])
+            )
+
+    make = partial(LatentPerceptualLoss, execution=Execution(streamed=streamed), reference_side=0)
+    trainer = fit(module, tmp_path, LPLCallback(loss=make), Watch())
+    assert trainer.callback_metrics["loss_lpl"] > 0
+    assert trained == [2]
+    parameters = list(module.autoencoder.parameters())
+    assert all(parameter.grad is None for parameter in parameters)
+    assert all(torch.equal(now, then) for now, then in zip(parameters, before, strict=True))
 
 
 def test_without_a_term_the_loss_is_zero_and_costs_no_gradient() -> None:

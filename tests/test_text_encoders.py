@@ -208,6 +208,11 @@ def test_encoders_are_frozen(index: int) -> None:
     same(encoder(CAPTIONS).tokens, before.tokens)  # T5 has dropout
     encoder.requires_grad_(True)
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    for again in (parent.train, parent.cpu):
+        parent.requires_grad_(True)  # reaches the parameters without asking the encoder
+        again()
+        assert not any(parameter.requires_grad for parameter in encoder.parameters())
+        assert parent["trained"].weight.requires_grad
     with torch.enable_grad():
         assert not encoder(CAPTIONS).tokens.requires_grad
     with torch.autocast("cpu", torch.bfloat16):
