@@ -92,8 +92,9 @@ class Sampler:
         """Refuse a scheduler made for another prediction than the noise process's, or for pixels.
 
         Raises:
-            ValueError: They do not fit, the scheduler follows a flow in part only, clips what it samples, asks for a
-                shift of each image size, or does not step from each of its timesteps to the next.
+            ValueError: They do not fit, the scheduler follows a flow in part only, goes from clean latents to noise,
+                clips what it samples, asks for a shift of each image size, or does not step from each of its timesteps
+                to the next.
         """
         if self.scheduler is None:
             return
@@ -118,6 +119,24 @@ class Sampler:
                 f"The scheduler {type(self.scheduler).__name__} is set for prediction_type={made_for!r}, but the "
                 f"noise process {type(noise).__name__} trains {noise.prediction_type!r}. Set the scheduler's "
                 "`prediction_type`, or leave `scheduler` out to have the matching one."
+            )
+        name = type(self.scheduler).__name__
+        if made_for == "edm":
+            level = torch.tensor([2.0])
+            times = getattr(self.scheduler, "precondition_noise", noise.time_at)
+            if kind != "epsilon" or not torch.allclose(times(level), noise.time_at(level)):
+                raise ValueError(
+                    f"The scheduler {name} with prediction_type={kind!r} reads what the denoiser predicts with another "
+                    "sign than EDM's, or gives it other times: take EDMEulerScheduler or "
+                    "EDMDPMSolverMultistepScheduler with prediction_type='epsilon', or leave `scheduler` out to have "
+                    "the matching one."
+                )
+        timesteps = getattr(self.scheduler, "timesteps", None)
+        rises = timesteps is not None and len(timesteps) > 1 and timesteps[0] < timesteps[-1]
+        if rises or config.get("invert_sigmas"):
+            raise ValueError(
+                f"The scheduler {name} goes from clean latents to noise: set invert_sigmas=False where it has that, or "
+                "leave `scheduler` out to have the matching one."
             )
         self._check_chain(noise)
         for key in ("clip_sample", "thresholding"):

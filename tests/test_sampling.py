@@ -8,11 +8,14 @@ import pytest
 import torch
 from backbones import POOLED_DIM, TOKEN_DIM, denoiser
 from diffusers import (
+    CMStochasticIterativeScheduler,
     CogVideoXDDIMScheduler,
+    DDIMInverseScheduler,
     DDIMParallelScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
+    DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -20,6 +23,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     HeunDiscreteScheduler,
     IPNDMScheduler,
     KarrasVeScheduler,
@@ -314,6 +318,55 @@ def test_a_scheduler_of_another_prediction_is_refused() -> None:
         Sampler(num_steps=0)
     with pytest.raises(ValueError, match="must be a diffusers scheduler"):
         Sampler(scheduler="ddim")
+
+
+@pytest.mark.parametrize("family", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_a_scheduler_that_reads_edm_with_another_sign_is_refused(family: Any) -> None:
+    """What is refused is what does not find the clean latent in what EDM trains."""
+    process, z0 = EDM(), torch.randn(2, 1, 4, 4)
+    noisy = process.sample(z0)
+    level = noisy.noise_to_signal.view(-1, 1, 1, 1)
+    for kind, right in (("epsilon", True), ("v_prediction", False)):
+        scheduler = family(sigma_data=1.0, prediction_type=kind)
+        read = scheduler.precondition_outputs(noisy.z_t / noisy.alpha, process.target(noisy), level)
+        assert torch.allclose(read, z0, atol=1e-4) == right
+        if right:
+            Sampler(scheduler=scheduler).check(process)
+        else:
+            with pytest.raises(ValueError, match=f"{family.__name__} with prediction_type='v_prediction' reads what"):
+                Sampler(scheduler=scheduler).check(process)
+
+
+def test_what_has_a_standard_deviation_of_the_data_and_is_not_edm_is_refused() -> None:
+    with pytest.raises(ValueError, match="CMStochasticIterativeScheduler with prediction_type=None reads what"):
+        Sampler(scheduler=CMStochasticIterativeScheduler(sigma_data=1.0)).check(EDM())
+
+    class Cosine(EDMEulerScheduler):  # type: ignore[misc]
+        """With the times of CosineDPMSolverMultistepScheduler, which needs a package that we do without."""
+
+        def precondition_noise(self, sigma: Tensor) -> Tensor:
+            return sigma.atan() / torch.pi * 2
+
+    with pytest.raises(ValueError, match=r"Cosine with prediction_type='epsilon' .* or gives it other times"):
+        Sampler(scheduler=Cosine(sigma_data=1.0)).check(EDM())
+
+
+@pytest.mark.parametrize(
+    ("process", "scheduler"),
+    [
+        (DDPM(), DDIMInverseScheduler(**CHAIN, clip_sample=False)),
+        (DDPM(), DPMSolverMultistepInverseScheduler(**CHAIN)),
+        (FlowMatching(), FlowMatchEulerDiscreteScheduler(invert_sigmas=True)),
+        (FlowMatching(), FlowMatchLCMScheduler(invert_sigmas=True)),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_a_scheduler_that_goes_to_noise_is_refused(process: NoiseProcess, scheduler: Any) -> None:
+    with pytest.raises(ValueError, match=f"{type(scheduler).__name__} goes from clean latents to noise"):
+        Sampler(scheduler=scheduler).check(process)
+    scheduler.set_timesteps(10)
+    _, sigma = process.alpha_sigma(scheduler.timesteps)
+    assert sigma[0] < sigma[-1]
 
 
 @pytest.mark.parametrize("family", [HeunDiscreteScheduler, PNDMScheduler, LMSDiscreteScheduler, DEISMultistepScheduler])
