@@ -154,6 +154,7 @@ class AutoencoderModule(DrawingModule):
         if not training:
             self.psnr(reconstruction, images)
             self.log(f"{stage}_psnr", self.psnr, prog_bar=True, batch_size=len(images))
+        if stage == "val":
             self.latent_mean.update(latents)
             self.latent_square.update(latents.square())
         return loss

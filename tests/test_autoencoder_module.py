@@ -44,7 +44,7 @@ def test_training_raises_the_psnr(tmp_path: Path) -> None:
 
 
 def test_psnr_and_latent_statistics_in_closed_form(tmp_path: Path) -> None:
-    module, run = small(), trainer(tmp_path, limit_val_batches=2)
+    module, run = small(), trainer(tmp_path, limit_val_batches=2, limit_test_batches=1)
     metrics = run.validate(module, data(), verbose=False)[0]
     images = torch.stack([data().dataset("val")[i]["image"] for i in range(16)])
     with torch.no_grad():
@@ -54,6 +54,8 @@ def test_psnr_and_latent_statistics_in_closed_form(tmp_path: Path) -> None:
     mean, std = module.latent_statistics()
     assert mean == pytest.approx(latents.mean().item(), abs=1e-5)
     assert std == pytest.approx(latents.std(correction=0).item(), rel=1e-3)
+    run.test(module, data(), verbose=False)
+    assert module.latent_statistics() == (mean, std), "those of the validation"
 
 
 def test_losses_of_processes_are_brought_together(monkeypatch: pytest.MonkeyPatch) -> None:
