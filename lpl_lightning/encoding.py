@@ -111,6 +111,7 @@ class EncodingTrainer(SweepingTrainer):
         why = f"the autoencoder downscales by {model.autoencoder.downscale}"
         check_sizes(datamodule.image_sizes, model.autoencoder.downscale, why)
         folder = Path(out).expanduser().absolute()
+        _check_out(folder)
         datamodule.faults.report = folder / REPORT
         if hasattr(datamodule, "verify"):
             datamodule.verify = False  # images are decoded once, here
@@ -229,17 +230,28 @@ def _mirrors(items: Any) -> bool:
     return bool(getattr(getattr(transform, "covering", transform), "flip_probability", 0.0))
 
 
+def _check_out(folder: Path) -> None:
+    """Refuse a folder that holds something else, before what is bad of the data is written down in it."""
+    try:
+        found = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+        # What another process is writing is no stranger, nor what was found bad before anything was encoded.
+        others = sorted(name for name in found if not name.startswith((MANIFEST, REPORT)))
+        if MANIFEST not in found and others and not (folder / MANIFEST).is_file():
+            raise ValueError(
+                f"`out` must be a new folder, or one that this command has begun, but {folder} holds {some(others)}."
+            )
+    except OSError as error:
+        raise _no_folder(folder, error) from error
+
+
+def _no_folder(folder: Path, error: OSError) -> ValueError:
+    return ValueError(f"`out`: {folder} cannot be a folder to write into ({error}). Give another.")
+
+
 def _claim(folder: Path, begun: dict[str, Any]) -> None:
     """Note what the cache will be, or see that it is what was begun; each process does, before any writes a shard."""
     path = folder / MANIFEST
     try:
-        found = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
-        # What another process is writing is no stranger.
-        others = sorted(name for name in found if not name.startswith(MANIFEST))
-        if MANIFEST not in found and others and not path.is_file():
-            raise ValueError(
-                f"`out` must be a new folder, or one that this command has begun, but {folder} holds {some(others)}."
-            )
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(begun, indent=1))
@@ -248,7 +260,7 @@ def _claim(folder: Path, begun: dict[str, Any]) -> None:
         splits = list(known["settings"]["data"])
         was, now = (_flat(_settled(manifest, splits)) for manifest in (known, json.loads(json.dumps(begun))))
     except OSError as error:
-        raise ValueError(f"`out`: {folder} cannot be a folder to write into ({error}). Give another.") from error
+        raise _no_folder(folder, error) from error
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"`out`: {path} is damaged, or is no manifest of a latent cache ({error!r}). Give another folder, or "

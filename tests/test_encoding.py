@@ -379,6 +379,30 @@ def test_images_that_are_left_out_are_counted_at_the_end(make_module: MakeModule
     assert sum(json.loads((out / "manifest.json").read_text())["images"].values()) == 17
 
 
+@pytest.mark.filterwarnings("ignore:Left out 1 of")
+@pytest.mark.parametrize(
+    "options", [{"buckets": {"divisor": 8, "max_aspect": 4.0}}, {"captions": "sidecar", "missing_captions": "skip"}]
+)
+def test_what_is_found_bad_beforehand_is_named_in_a_new_folder(
+    make_module: MakeModule, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Before anything is encoded: an image without a header, and one without a caption."""
+    photos, module = photos_in(tmp_path / "photos", 23), make_module()
+    for path in photos.rglob("*.png"):
+        path.with_suffix(".txt").write_text(path.stem)
+    bad = photos / "a" / "bad.png"
+    bad.write_bytes(b"no image")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"`out` must be a new folder.* holds notes\.txt"):
+        encode(module, folder_data(photos, **options), tmp_path / "full")
+    assert list(content(tmp_path / "full")) == ["notes.txt"]
+    for _ in range(2):
+        out = encode(module, folder_data(photos, **options), tmp_path / "cache")
+        assert set(read_faults(out / "bad_data.jsonl")) == {str(bad)}
+        assert sum(json.loads((out / "manifest.json").read_text())["images"].values()) == 23
+
+
 def test_numbers_that_do_not_fit_are_refused(make_module: MakeModule, tmp_path: Path) -> None:
     """A posterior's width, and embeddings, as well as latents."""
     photos = photos_in(tmp_path / "photos", 6)
