@@ -55,7 +55,8 @@ class HuggingFaceDataModule(SourceDataModule):
         caption: Column of captions, strings or lists of strings, or several columns. Of several captions of a training
             image one is drawn anew each time; else its first is taken. None has no captions.
         classes: The classes where the column does not say them: how many, a list of their names, or a text file with a
-            name a line. Of a table of names None takes those that there are, sorted.
+            name a line; names that the column says must be these. Of a table of names None takes those that there are,
+            sorted.
         images_per_epoch: Images of an epoch of a stream, of all processes. None takes what the data set says, or reads
             the stream once to count them, which shares images out exactly.
         shuffle_buffer: Images that each loader process of a stream holds, as stored, to draw the next from.
@@ -154,11 +155,16 @@ class HuggingFaceDataModule(SourceDataModule):
 
     def _classes(self) -> tuple[str, ...]:
         label, data = str(self.columns.label), self._data(str(self.splits["train"]))
-        feature = (data.features or {}).get(label)
-        found: tuple[str, ...] = tuple(getattr(feature, "names", None) or ())
+        feature, found = (data.features or {}).get(label), self._named(data)
         if self.classes:
             if found and len(found) != len(self.classes):
                 raise ValueError(f"`classes` must be the {len(found)} of the column {label}, got {len(self.classes)}.")
+            # Numbers name nothing: a column without names has them too.
+            if found and tuple(map(str, range(len(found)))) not in (found, self.classes) and found != self.classes:
+                raise ValueError(
+                    f"`classes` must be those of the column {label} in their order, {some(found)}, got "
+                    f"{some(self.classes)}: its labels are numbers of these. Leave `classes` out."
+                )
             return self.classes
         if found:
             return found
@@ -170,6 +176,10 @@ class HuggingFaceDataModule(SourceDataModule):
             f"`classes` must be given, how many or their names, for the column {label} ({feature}) does not say which "
             "there are."
         )
+
+    def _named(self, data: Any) -> tuple[str, ...]:
+        """Names that the column of classes has for its numbers, if any."""
+        return tuple(getattr((data.features or {}).get(self.columns.label), "names", None) or ())
 
     @property
     def has_captions(self) -> bool:
@@ -259,11 +269,9 @@ class HuggingFaceDataModule(SourceDataModule):
             own = self.splits[split]
             data = self._data(str(own or self.splits["train"]))
             if self.columns.label is not None:
-                names = getattr((data.features or {}).get(self.columns.label), "names", None)
-                if names and not self.classes and tuple(names) != self.class_names:
-                    raise ValueError(
-                        f"The split {own} must have the classes {some(self.class_names)}, not {some(names)}."
-                    )
+                names, known = self._named(data), self._named(self._data(str(self.splits["train"]))) or self.class_names
+                if names and names != known:
+                    raise ValueError(f"The split {own} must have the classes {some(known)}, not {some(names)}.")
             columns = self.columns._replace(class_names=self.class_names)
             given = [self.path, self.name, self.data_dir, self.data_files, own or self.splits["train"]]
             name = ", ".join(str(part) for part in given if part is not None)

@@ -374,6 +374,20 @@ def test_labels_by_name_and_classes_that_are_given(tmp_path: Path) -> None:
     assert next(iter(data.val_dataloader()))["label"].tolist() == [2, 1, 0, 2]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_classes_that_are_given_for_a_column_that_says_how_many(tmp_path: Path, streaming: bool) -> None:
+    """Its numbers are named then, as are those of the other splits; the same names twice do no harm either."""
+    numbers = datasets.ClassLabel(num_classes=3)
+    table(range(6)).cast_column("label", numbers).save_to_disk(tmp_path / "numbers")
+    table(range(6)).save_to_disk(tmp_path / "names")
+    options: dict[str, Any] = {"val_split": "train", "streaming": streaming}
+    given: list[tuple[str, Any, str]] = [("numbers", ["dog", "cow", "cat"], "dog"), ("names", [*CLASSES], "cat")]
+    for name, classes, first in [*given, ("names", 3, "0")]:
+        data = module(str(tmp_path / name), classes=classes, **options)
+        assert next(iter(data.val_dataloader()))["label"].tolist() == [0, 1, 2, 0]
+        assert data.class_names[0] == first
+
+
 def test_images_by_path_in_json(tmp_path: Path) -> None:
     for number in range(4):
         photo(number).save(tmp_path / f"{number}.png")
@@ -413,7 +427,10 @@ def test_images_by_path_in_json(tmp_path: Path) -> None:
         ({"revision": "v7", "name": "en"}, r"saved is what `save_to_disk` wrote, which name, revision cannot choose"),
         ({"split": "dev"}, r"no split 'dev' in .*saved, which has train, val"),
         ({"val_split": "val"}, r"The split val must have the classes cat, cow, dog, not a, b"),
+        ({"val_split": "val", "classes": 3}, r"The split val must have the classes cat, cow, dog, not a, b"),
+        ({"val_split": "val", "classes": [*CLASSES]}, r"The split val must have the classes cat, cow, dog, not a, b"),
         ({"classes": 2, "val_split": "train"}, r"`classes` must be the 3 of the column label, got 2"),
+        ({"classes": ["dog", "cow", "cat"]}, r"`classes` must be those of .*, cat, cow, dog, got dog, cow, cat: its"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
