@@ -482,6 +482,34 @@ def test_without_the_library_the_error_says_what_to_install(tmp_path: Path, monk
         module(str(tmp_path)).setup("fit")
 
 
+COUNTS = """---
+dataset_info:
+  features:
+  - {name: image, dtype: image}
+  - {name: label, dtype: int64}
+  - {name: text, dtype: string}
+  splits:
+  - {name: train, num_bytes: 1, num_examples: 8}
+  - {name: validation, num_bytes: 1, num_examples: 40}
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: train.parquet}
+  - {split: validation, path: validation.parquet}
+---
+"""
+
+
+def test_what_a_card_counts_is_believed_of_training_alone(tmp_path: Path) -> None:
+    for name, numbers in (("train", range(20)), ("validation", range(20, 32))):
+        rows = table(numbers).cast_column("label", datasets.Value("int64"))
+        rows.select_columns(["image", "label", "text"]).to_parquet(tmp_path / f"{name}.parquet")
+    (tmp_path / "README.md").write_text(COUNTS)
+    data = module(str(tmp_path), val_split="validation", streaming=True, classes=3)
+    assert captions(data.val_dataloader()) == [f"photo {number}" for number in range(20, 32)]
+    assert len(captions(data.train_dataloader())) == 8
+
+
 CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: ['{}', 'a.png']\n---\n"
 
 
