@@ -32,6 +32,7 @@ from lpl_lightning.data.folder_dataset import ImageFolderDataset
 from lpl_lightning.data.latent_cache import FORMAT, MANIFEST
 from lpl_lightning.data.latent_shards import UNFINISHED
 from lpl_lightning.data.listing import some
+from lpl_lightning.data.sources import SourceDataModule
 from lpl_lightning.data.streams import StreamDataset
 from lpl_lightning.encoding_tasks import Task, Variants, said_of, tasks
 from lpl_lightning.evaluation.report import write_whole
@@ -115,6 +116,8 @@ class EncodingTrainer(SweepingTrainer):
         datamodule.faults.report = folder / REPORT
         if hasattr(datamodule, "verify"):
             datamodule.verify = False  # images are decoded once, here
+        if isinstance(datamodule, SourceDataModule):
+            datamodule.count_all()
         datamodule.prepare_data()
         sets: dict[Split, Any] = {split: datamodule.dataset(split) for split in dict.fromkeys(splits)}
         if crops > 1 and "train" in sets and _prepared(sets["train"]).get("crop") == "center":

@@ -321,7 +321,7 @@ class HuggingFaceDataModule(SourceDataModule):
             return self._streamed(split, stream, shards, None, self.images_per_epoch)
         said = (data.info.splits or {}).get(str(data.split)) if data.info is not None else None
         # It may be wrong: of training images it says how long an epoch is, others are read once each.
-        if split == "train" and whole and said is not None and said.num_examples:
+        if split == "train" and whole and self._believes_counts and said is not None and said.num_examples:
             return self._streamed(split, stream, shards, None, said.num_examples)
         rank_zero_info(f"Reading {name} once to count its images; `images_per_epoch` skips this in training.")
         lengths = [stream.count(shard) for shard in shards]

@@ -74,6 +74,13 @@ class SourceDataModule(ImageDataModule):
             True: SquareCrop(image_size, crop, horizontal_flip, interpolation),
             False: SquareCrop(image_size, interpolation=interpolation),
         }
+        self._datasets: dict[Split, Any] = {}
+        self._believes_counts = True
+
+    def count_all(self) -> None:
+        """Count the images of streams, whatever is said of them: each is to be asked for once, without epochs."""
+        self.images_per_epoch, self._believes_counts = None, False
+        self._datasets.clear()
 
     def plan(self, dataset: Dataset[dict[str, Any]], batch_size: int) -> EpochPlan:
         """Which images make the training batches of an epoch."""

@@ -508,6 +508,8 @@ def test_what_a_card_counts_is_believed_of_training_alone(tmp_path: Path) -> Non
     data = module(str(tmp_path), val_split="validation", streaming=True, classes=3)
     assert captions(data.val_dataloader()) == [f"photo {number}" for number in range(20, 32)]
     assert len(captions(data.train_dataloader())) == 8
+    data.count_all()
+    assert len(data.dataset("train")) == 20
 
 
 CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: ['{}', 'a.png']\n---\n"

@@ -24,6 +24,7 @@ from lpl_lightning.data import (
     LatentCacheDataModule,
     WebDatasetDataModule,
 )
+from lpl_lightning.data.latent_shards import LatentShard
 from lpl_lightning.encoding import EncodingTrainer
 
 datasets = pytest.importorskip("datasets")
@@ -204,6 +205,26 @@ def test_loader_processes_encode_the_same(tmp_path: Path, make: Make, monkeypatc
     data = make(tmp_path / "others", tmp_path / "made2")
     with pytest.raises(ValueError, match=r"begun with other settings \(data\.train\.(contents|names) [^;]*\)"):
         run.encode(module, data, str(tmp_path / "2"), ("train",), shard_size=8, crops=2)
+
+
+@pytest.mark.parametrize("images_per_epoch", [5, 50])
+@pytest.mark.parametrize("make", [as_stream, as_shards], ids=lambda make: make.__name__)
+def test_each_image_of_a_stream_is_encoded_once(tmp_path: Path, make: Make, images_per_epoch: int) -> None:
+    """However many an epoch has, also where the data were looked at before."""
+    for number in range(20):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(photo(number, (24, 18))))
+    data: Any = make(tmp_path / "photos", tmp_path / "made")
+    data.images_per_epoch = images_per_epoch
+    assert len(data.dataset("train")) == images_per_epoch
+    parts: Any = (FlowMatching(), tiny_sd3(), ClassTokens(2, token_dim=8, pooled_dim=8))
+    run = EncodingTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    out = run.encode(LatentDiffusionModule(Autoencoder(tiny_kl()), *parts), data, str(tmp_path / "out"))
+    for split in ("train", "val"):
+        (shard,) = LatentCacheDataModule(out).dataset(split).paths
+        keys = [LatentShard(shard).item(row)["key"] for row in range(len(LatentShard(shard)))]
+        assert len(set(keys)) == len(keys) == 20
 
 
 def test_an_encoding_goes_on_with_the_same_table_alone(tmp_path: Path) -> None:
