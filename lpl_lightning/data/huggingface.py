@@ -287,7 +287,7 @@ class HuggingFaceDataModule(SourceDataModule):
             rows = np.delete(rows, list(twice))
         whole = self.splits["val"] is not None or split == "test"
         if split != "train" or not whole:
-            hashes, paths = row_hashes(data, columns.image)
+            hashes, paths = row_hashes(data, columns)
             if not whole:
                 out = hashes < self.val_fraction
                 if len(rows) and not out[rows].any():

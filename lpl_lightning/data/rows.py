@@ -94,12 +94,17 @@ class Columns(NamedTuple):
             captions = captions_of(name, {column: row.get(column) for column in self.captions})
         return Sample(name, key, image, label, captions)
 
+    def place(self, path: str) -> str | None:
+        """Where the image of a path lies; None where the path leads out of ``folder``."""
+        place = os.path.join(self.folder, path)
+        leads_out = self.folder and os.path.relpath(place, self.folder).split(os.sep)[0] == os.pardir
+        return None if leads_out else place
+
     def _encoded(self, name: str, value: object) -> bytes | str:
         if isinstance(value, Mapping):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, str) and "://" not in value:
-            path = os.path.join(self.folder, value)
-            if self.folder and os.path.relpath(path, self.folder).split(os.sep)[0] == os.pardir:
+            if (path := self.place(value)) is None:
                 raise Unreadable(name, f"the path in the column {self.image} leads out of `image_folder`")
             return path
         if isinstance(value, bytes | str):
@@ -207,20 +212,20 @@ class RowStream:
         return sum(1 for _ in self.read(shard, images=False))
 
 
-def row_hashes(table: Any, image: str) -> tuple[npt.NDArray[np.float64], bool]:
-    """A number in [0, 1) for each row, and whether it comes from the path of its image, as in image folders.
+def row_hashes(table: Any, columns: Columns) -> tuple[npt.NDArray[np.float64], bool]:
+    """A number in [0, 1) for each row, of the path of its image, and whether rows are the files of a folder.
 
     The path counts from the folder that all images are in; other rows are told apart by their numbers.
     """
-    if (found := _paths(table, image)) is not None:
+    if (found := _paths(table, columns)) is not None:
         root = Path(os.path.commonpath([os.path.dirname(path) for path in found]))
-        return np.array([path_hash(path, root) for path in found]), True
+        return np.array([path_hash(path, root) for path in found]), not isinstance(table[0][columns.image], str)
     return np.array([path_hash(str(row), Path()) for row in range(len(table))]), False
 
 
 def doubled_rows(table: Any, columns: Columns) -> dict[int, int]:
     """Rows that say what one before them does, of the same image by its path, and which that is."""
-    paths = _paths(table, columns.image)
+    paths = _paths(table, columns)
     if paths is None or len(set(paths)) == len(paths):
         return {}
     names = columns.names(images=False)
@@ -234,9 +239,14 @@ def doubled_rows(table: Any, columns: Columns) -> dict[int, int]:
     return twice
 
 
-def _paths(table: Any, image: str) -> list[str] | None:
+def _paths(table: Any, columns: Columns) -> list[str] | None:
     """Paths of all images, where all are files of the disk."""
+    image = columns.image
     first = table[0][image] if len(table) else None
+    if isinstance(first, str):
+        names = table.select_columns([image])[image]
+        places = [None if name is None or "://" in name else columns.place(name) for name in names]
+        return None if None in places else [os.path.abspath(str(place)) for place in places]
     if isinstance(first, Mapping) and first.get("bytes") is None and os.path.isabs(str(first.get("path"))):
         found = [value and value["path"] for value in table.select_columns([image])[image]]
         if all(path and os.path.isabs(path) for path in found):

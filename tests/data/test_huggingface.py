@@ -342,6 +342,27 @@ def test_rows_that_say_the_same_are_named_and_count_once(tmp_path: Path) -> None
         module("imagefolder", data_dir=str(root), on_error="raise", **options).setup("fit")
 
 
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_rows_of_one_path_are_in_one_split_and_count_once(tmp_path: Path, is_relative: bool) -> None:
+    """Two captions of each image, one of them twice; the images as strings."""
+    for number in range(30):
+        photo(number).save(tmp_path / f"{number}.png")
+    place = "./" if is_relative else f"{tmp_path}/"
+    rows = [(f"{place}{number}.png", f"{kind} {number}") for number in range(30) for kind in ("first", "second")]
+    rows += [(f"{number}.png" if is_relative else f"{place}{number}.png", f"first {number}") for number in range(3)]
+    files, texts = zip(*rows, strict=True)
+    datasets.Dataset.from_dict({"image": files, "text": texts}).to_parquet(tmp_path / "a.parquet")
+    options: dict[str, Any] = {"data_files": str(tmp_path / "a.parquet"), "label": None, "val_fraction": 0.3}
+    data = module("parquet", image_folder=tmp_path if is_relative else None, batch_size=1, **options)
+    with pytest.warns(UserWarning, match=r"Left out 3 of 63 rows that say what another does"):
+        train, val = captions(data.train_dataloader()), captions(data.val_dataloader())
+    assert sorted(train + val) == sorted(texts[:60])
+    of_train, of_val = ({text.split()[1] for text in found} for found in (train, val))
+    assert len(of_val) > 1
+    assert not of_train & of_val
+    assert val == [text for text in texts[:60] if text in val], "in the order of the table"
+
+
 def test_labels_that_a_table_keeps_as_floats(tmp_path: Path) -> None:
     labels = [0.0, 2.0, None, 1.5, float("nan"), 1.0]
     rows = {"image": [png(photo(number)) for number in range(6)], "label": labels}
