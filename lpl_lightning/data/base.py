@@ -206,13 +206,14 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         if self.trainer is None or self.trainer.is_global_zero:
             self.faults.write(bad)
 
-    def _left_out(self, bad: Mapping[str, str], total: int, what: str) -> None:
+    def _left_out(self, bad: Mapping[str, str], total: int, what: str, is_harmless: bool = False) -> None:
         """Leave out what was found bad beforehand, or refuse to.
 
         Args:
             bad: Reasons by name.
             total: How many items those are among.
             what: What they are, for the warning.
+            is_harmless: Whether nothing is lost with them, so that they may be any number.
 
         Raises:
             Unreadable: They are not to be skipped.
@@ -223,7 +224,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         if self.faults.on_error == "raise":
             raise Unreadable(*next(iter(bad.items())))
         self._write_faults(bad)
-        self.faults.check_share(len(bad), total, bad)
+        if not is_harmless:
+            self.faults.check_share(len(bad), total, bad)
         rank_zero_warn(
             f"Left out {len(bad)} of {total} {what}: "
             f"{some(f'{name} ({reason})' for name, reason in bad.items())}. Mend or remove them to be rid of this "

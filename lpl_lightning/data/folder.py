@@ -160,7 +160,8 @@ class ImageFolderDataModule(ImageDataModule):
         else:
             found = read_metadata(folder, paths, self.caption_columns, place, is_beside)
         captions = found.texts
-        self._left_out(found.doubled, found.total, found.what)
+        # Doubled rows cost nothing; an image whose text file is another's is lost.
+        self._left_out(found.doubled, found.total, found.what, is_harmless=self.captions == "metadata")
         paths = [path for path in paths if path not in found.doubled]
         bare = [path for path in paths if path not in captions]
         if bare and self.missing_captions == "skip":

@@ -283,7 +283,7 @@ class HuggingFaceDataModule(SourceDataModule):
         rows = np.arange(len(data))
         if twice := doubled_rows(data, columns):
             said = {f"{name}, row {row}": f"it says what row {first} does" for row, first in twice.items()}
-            self._left_out(said, len(rows), "rows that say what another does")
+            self._left_out(said, len(rows), "rows that say what another does", is_harmless=True)
             rows = np.delete(rows, list(twice))
         whole = self.splits["val"] is not None or split == "test"
         if split != "train" or not whole:

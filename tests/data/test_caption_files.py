@@ -369,6 +369,8 @@ def test_rows_that_say_the_same_are_named_and_count_once(tmp_path: Path) -> None
         found = captions_of(tmp_path, report=report, max_bad_share=0.2)
     assert found == {"a.png": ["one", "two", "two", "three"], "b.png": ["one"]}
     assert read_faults(report) == {f"{table}, line 4": "another row has said the same of a.png"}
+    with pytest.warns(UserWarning, match=r"Left out 1 of 7 rows"):
+        assert captions_of(tmp_path, max_bad_share=0) == found, "nothing is lost with them"
     with pytest.raises(ValueError, match=r"line 4 cannot be read \(another row has said the same of a\.png\)"):
         captions_of(tmp_path, on_error="raise")
 

@@ -338,6 +338,9 @@ def test_rows_that_say_the_same_are_named_and_count_once(tmp_path: Path) -> None
     assert {name.rpartition(", ")[2]: why for name, why in named.items()} == dict.fromkeys(
         ("row 20", "row 22"), "it says what row 3 does"
     )
+    with pytest.warns(UserWarning, match=r"Left out 2 of 23 rows"):
+        again = captions(module("imagefolder", data_dir=str(root), max_bad_share=0, **options).val_dataloader())
+    assert again == found, "nothing is lost with them"
     with pytest.raises(ValueError, match=r"row 20 cannot be read \(it says what row 3 does\)"):
         module("imagefolder", data_dir=str(root), on_error="raise", **options).setup("fit")
 
