@@ -1,4 +1,4 @@
-"""The weights that a LoRA was trained over, which its checkpoints do not hold.
+"""The weights that a LoRA was trained over, which its checkpoints do not hold, and those that a run began from.
 
 A checkpoint says where they were loaded from, and some of their values, by which they are known again wherever their
 file lies. About a thousand values, spread over all layers, tell two trainings apart in milliseconds; a hash of billions
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -23,6 +24,7 @@ BASE = "lpl_lightning_base"
 """Where a checkpoint says what its weights were trained from."""
 
 _OVER = "lpl_lightning_lora_base"
+_BEGUN = "lpl_lightning_begun"
 _VALUES = 1024
 """About how many values are kept, one of each parameter at the least."""
 _ROUNDING = 2**-7
@@ -31,10 +33,11 @@ _ROUNDING = 2**-7
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """What is known of the weights that a LoRA is trained over.
+    """What is known of weights that a LoRA is trained over, or that a run began from.
 
     Attributes:
-        source: Where they were loaded from, as ``weights`` has it; None where the backbone came with them.
+        source: Where they were loaded from, as ``weights`` has it; None where the backbone came with them or they were
+            drawn.
         ema: Decay of the average that was taken of it.
         values: Some of their values, in the order of the denoiser's parameters; None where they are not known.
     """
@@ -74,9 +77,33 @@ class BaseWeights:
             return cls(given["weights"], given.get("weights_ema"))
         return cls(checkpoint.get(BASE))
 
+    @classmethod
+    def begun_by(cls, checkpoint: Mapping[str, Any]) -> Self | None:
+        """Those that the run of a checkpoint began from; None where a LoRA's of an earlier release does not say."""
+        if (said := checkpoint.get(_BEGUN)) is not None:
+            return cls(said.get("source"), said.get("ema"), said.get("values"))
+        return None if _OVER in checkpoint else cls.said_by(checkpoint)
+
     def note(self, checkpoint: dict[str, Any]) -> None:
         """Write down in a checkpoint what is known."""
         checkpoint[_OVER] = asdict(self)
+
+    def note_begun(self, checkpoint: dict[str, Any]) -> None:
+        """Write down in a checkpoint that its run began from these."""
+        checkpoint[_BEGUN] = asdict(self)
+
+    def are(self, other: BaseWeights) -> bool:
+        """Whether two are the same weights: of the same file, whose values may be others by now, or by their values."""
+        apart = self.differs(other)
+        is_same_file = self.source == other.source or (
+            None not in (self.source, other.source)
+            and Path(f"{self.source}").resolve() == Path(f"{other.source}").resolve()
+        )
+        return apart is False or (is_same_file and (self.ema == other.ema or apart is None))
+
+    def __str__(self) -> str:
+        ema = "" if self.ema is None else f" (`weights_ema` {self.ema:g})"
+        return "no `model.weights`" if self.source is None else f"{self.source}{ema}"
 
     def differs(self, other: BaseWeights) -> bool | None:
         """Whether two are different weights, up to their precision; None where it is not known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path, PurePath
@@ -19,7 +19,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lpl_lightning.checkpoint_files import clear_drafts, draft_of, fault_of, has_optimizer, put_file
+from lpl_lightning.checkpoint_files import META, clear_drafts, draft_of, fault_of, has_optimizer, put_file
 
 __all__ = [
     "WEIGHTS_ALONE",
@@ -29,6 +29,7 @@ __all__ = [
     "checkpoint_folders",
     "is_plain",
     "newest_checkpoint",
+    "notes_of",
     "refusal_of",
     "with_plain_settings",
 ]
@@ -232,7 +233,9 @@ def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def newest_checkpoint(trainer: pl.Trainer, to_train: bool = False) -> Path | None:
+def newest_checkpoint(
+    trainer: pl.Trainer, to_train: bool = False, is_other: Callable[[Path], bool] | None = None
+) -> Path | None:
     """The checkpoint written last, of all runs of a trainer's configuration, that is whole; None where there is none.
 
     Those that are not are named in a warning.
@@ -240,13 +243,26 @@ def newest_checkpoint(trainer: pl.Trainer, to_train: bool = False) -> Path | Non
     Args:
         trainer: The trainer.
         to_train: Whether training is to go on from it, which it cannot from weights alone.
+        is_other: Says of a checkpoint whether it is to be passed over as another run's, before it is read as a whole.
     """
     for path in sorted(_files(checkpoint_folders(trainer)), key=_written, reverse=True):
+        if is_other is not None and is_other(path):
+            continue
         why = fault_of(path) or ("it holds weights alone" if to_train and _is_weights_alone(path) else None)
         if why is None:
             return path
         rank_zero_warn(f"{path} is passed over for an older checkpoint: {why}.")
     return None
+
+
+def notes_of(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint holds, of a folder of shards what lies beside them; None where it cannot be read."""
+    place = path / META if path.is_dir() else path
+    try:
+        found: dict[str, Any] = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # Whoever loads it says what is wrong.
+        return None
+    return found
 
 
 def _files(folders: list[Path]) -> Iterator[Path]:

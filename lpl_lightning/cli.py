@@ -16,7 +16,6 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -43,13 +42,8 @@ from lpl_lightning.callbacks import (
     UnfinishedValidation,
 )
 from lpl_lightning.captioning import caption_images
-from lpl_lightning.checkpoints import (
-    SafeCheckpointIO,
-    check_checkpoint,
-    check_settings,
-    checkpoint_folders,
-    newest_checkpoint,
-)
+from lpl_lightning.checkpoints import SafeCheckpointIO, check_settings
+from lpl_lightning.chosen_checkpoint import find_checkpoint
 from lpl_lightning.command_arguments import check_one_each, check_suites, named
 from lpl_lightning.command_texts import COMMANDS, TITLES
 from lpl_lightning.encoding import EncodingTrainer
@@ -209,25 +203,9 @@ class LPLCLI(LightningCLI):
         self._refuse_untrained("sweep")
 
     def _find_checkpoint(self, command: str) -> None:
-        """Find what ``last`` means, the newest whole checkpoint of this configuration, and look through a folder.
-
-        Lightning would read a distributed checkpoint's index, a pickle, and go on without the last one there is not.
-        """
-        found = self.config[command].ckpt_path
-        if found == "last":
-            newest = newest_checkpoint(self.trainer, to_train=command == "fit")
-            if newest is None:
-                where = ", ".join(map(str, checkpoint_folders(self.trainer))) or "any folder"
-                if command != "fit":
-                    raise ValueError(
-                        f"`ckpt_path` is last, and there is no checkpoint in {where}: give `lpl {command}` one by its "
-                        "path, or leave it out by `--ckpt_path null`."
-                    )
-                rank_zero_info(f"No checkpoint in {where}: training starts anew.")
-            found = None if newest is None else str(newest)
-            self.config[command].ckpt_path = self.config_init[command].ckpt_path = found
-        if found and Path(found).is_dir():
-            check_checkpoint(Path(found))
+        given = self.config[command].ckpt_path
+        found = find_checkpoint(self.trainer, self.model, command, given)
+        self.config[command].ckpt_path = self.config_init[command].ckpt_path = found
 
     def _choose_average(self, command: str) -> None:
         ema = self.config[command].ema

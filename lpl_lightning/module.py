@@ -110,6 +110,8 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         self.fine_tuning = fine_tuning
         self._base: BaseWeights | None = None
         """What a LoRA is trained over, which checkpoints do not hold."""
+        self.begun = BaseWeights()
+        """What this run begins from, if it does not go on from a checkpoint."""
         self._evaluated = 0  # samples of the set at hand, by this process
         if weights is None and weights_ema is not None:
             raise ValueError(
@@ -131,6 +133,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
                 BaseWeights.of(self.denoiser, base.source, base.ema).agreed(base)
         elif source is not None and found is not None and not is_tuned:
             self._load(found, source)
+            self.begun = BaseWeights.of(self.denoiser, source, ema)
         if tuning is not None:
             if not tuning.saves_all:
                 self._base = BaseWeights.of(self.denoiser, base.source, base.ema)
@@ -138,6 +141,7 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
             tuning.prepare(self.denoiser)
         if source is not None and found is not None and is_tuned:
             self._load(found, source)
+            self.begun = BaseWeights.of(self.denoiser, source, ema)
         if source is not None:
             # A checkpoint of this module holds its own weights and asks for no others but a LoRA's base.
             own = self._base if self._base is not None else BaseWeights()
@@ -232,8 +236,9 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
         super().on_load_checkpoint(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the weights mean, which their shapes do not tell."""
+        """Note what the weights mean, which their shapes do not tell, and what they were trained from."""
         checkpoint[MEANING] = self.meaning()
+        self.begun.note_begun(checkpoint)
         if self.base is not None:
             checkpoint[BASE] = self.base
         if self._base is not None:

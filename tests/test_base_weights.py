@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,25 @@ def test_runs_whose_checkpoints_hold_all_note_no_base(tmp_path: Path) -> None:
         checkpoint: dict[str, Any] = {}
         other(1, fine_tuning=tuning).on_save_checkpoint(checkpoint)
         assert "lpl_lightning_lora_base" not in checkpoint
+
+
+def test_a_checkpoint_says_what_its_run_began_from(lora: LatentDiffusionModule, tmp_path: Path) -> None:
+    """One of a LoRA that began from another says that, and not what both were trained over."""
+    path = str(tmp_path / "lora.ckpt")
+    found = torch.load(path, weights_only=True)
+    begun = BaseWeights.begun_by(found)
+    assert begun is not None
+    assert begun.source == str(tmp_path / "base.safetensors")
+    assert begun.are(lora.begun)
+    assert begun.are(replace(begun, source="moved"))
+    assert begun.are(replace(begun, values=[0.0] * len(begun.values or []))), "the file was written anew"
+    assert not begun.are(BaseWeights())
+    second = other(2, weights=path)
+    assert second.begun.source == path
+    assert not second.begun.are(begun)
+    del found["lpl_lightning_begun"]
+    assert BaseWeights.begun_by(found) is None, "of an earlier release"
+    assert BaseWeights.begun_by({"lpl_lightning_base": "a.ckpt"}) == BaseWeights("a.ckpt")
+    assert BaseWeights("a.ckpt").are(BaseWeights("./a.ckpt", 0.9)), "which did not say the average"
+    assert not replace(begun, ema=0.9, values=[]).are(begun)
+    assert BaseWeights.begun_by({}) == BaseWeights()

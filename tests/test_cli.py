@@ -317,6 +317,36 @@ def test_the_last_checkpoint_of_a_run_or_none(command: str, tmp_path: Path) -> N
     main([command, *tiny, *options])
 
 
+ONLY_STEPS = [
+    "--trainer.accelerator=cpu",
+    "--trainer.limit_val_batches=0",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.callbacks=[{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 1}}]",
+    "--data.batch_size=2",
+]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_training_goes_on_with_a_run_of_the_same_weights_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of all runs in the logger's folder; wherever the weights lie by now."""
+    command = ["fit", "-c", str(CONFIGS / "quickstart.yaml"), *ONLY_STEPS, *in_folder(tmp_path), "--ckpt_path=last"]
+    main([*command, "--trainer.max_steps=1", "--model.weights=null"])
+    (base,) = last_run(tmp_path).rglob("*.ckpt")
+    command.append("--trainer.max_steps=2")
+    said = f"{base} is passed over.*its run began from no `model.weights`, this one begins from {base}"
+    with pytest.warns(UserWarning, match=said):
+        main([*command, f"--model.weights={base}"])
+    assert "No checkpoint to go on with in" in caplog.text
+    own = last_run(tmp_path)
+    assert len(logged(own)["loss"]) == 2
+    main([*command, f"--model.weights={shutil.copy(base, tmp_path / 'moved.ckpt')}"])
+    (newest,) = own.rglob("*.ckpt")
+    assert f"`trainer.max_steps` is 2, and {newest} is of step 2: nothing is left to do." in caplog.text
+
+
 def test_two_of_lpl_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two LPLCallbacks .* Leave configs/lpl.yaml out"):
         main(["fit", *(word for name in ("quickstart", "lpl") for word in ("-c", str(CONFIGS / f"{name}.yaml")))])

@@ -74,6 +74,7 @@ ORDER = [
     "encoding_tasks",
     "encoder",
     "encoding",
+    "chosen_checkpoint",
     "stand_ins",
     "packaged_configs",
     "parser_errors",
