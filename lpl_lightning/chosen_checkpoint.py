@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning.pytorch as pl
+import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lpl_lightning.base_weights import BaseWeights
 from lpl_lightning.checkpoints import check_checkpoint, checkpoint_folders, newest_checkpoint, notes_of
 from lpl_lightning.module import LatentDiffusionModule
 
-__all__ = ["find_checkpoint"]
+__all__ = ["check_inherited", "find_checkpoint"]
+
+
+def check_inherited(command: str, given: str | None, configs: Iterable[Path]) -> None:
+    """Refuse to look at the checkpoint that a run went on from, which the run's own config names.
+
+    Args:
+        command: The command.
+        given: What the configs say.
+        configs: Their files. That of a run has the run's checkpoints beside it.
+
+    Raises:
+        ValueError: It is such.
+    """
+    for path in configs:
+        own = path.with_name("checkpoints")
+        if given not in (None, "last") and own.is_dir() and yaml.safe_load(path.read_text()).get("ckpt_path") == given:
+            raise ValueError(
+                f"`ckpt_path`: {path} names {given}, from which its run went on: give `lpl {command}` the checkpoint "
+                f"to look at by `--ckpt_path`, such as one of {own}, or last."
+            )
 
 
 def find_checkpoint(trainer: pl.Trainer, module: pl.LightningModule, command: str, given: str | None) -> str | None:

@@ -16,6 +16,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -43,7 +44,7 @@ from lpl_lightning.callbacks import (
 )
 from lpl_lightning.captioning import caption_images
 from lpl_lightning.checkpoints import SafeCheckpointIO, check_settings
-from lpl_lightning.chosen_checkpoint import find_checkpoint
+from lpl_lightning.chosen_checkpoint import check_inherited, find_checkpoint
 from lpl_lightning.command_arguments import check_one_each, check_suites, named
 from lpl_lightning.command_texts import COMMANDS, TITLES
 from lpl_lightning.encoding import EncodingTrainer
@@ -128,6 +129,8 @@ class LPLCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and put the stand-ins in place of what they stand in for; a refusal is one line."""
+        words = args if isinstance(args, list) else sys.argv[1:]
+        self._names_checkpoint = any(str(word).partition("=")[0] == "--ckpt_path" for word in words)
         try:
             self._parse(parser, args)
         except ArgumentError as error:
@@ -203,9 +206,13 @@ class LPLCLI(LightningCLI):
         self._refuse_untrained("sweep")
 
     def _find_checkpoint(self, command: str) -> None:
-        given = self.config[command].ckpt_path
-        found = find_checkpoint(self.trainer, self.model, command, given)
-        self.config[command].ckpt_path = self.config_init[command].ckpt_path = found
+        config = self.config[command]
+        if command != "fit" and not self._names_checkpoint:
+            check_inherited(command, config.ckpt_path, [Path(one.absolute) for one in config.get("config") or []])
+        found = find_checkpoint(self.trainer, self.model, command, config.ckpt_path)
+        self.config_init[command].ckpt_path = found
+        if command != "fit":  # whose saved config is to go on with the last, too
+            config.ckpt_path = found
 
     def _choose_average(self, command: str) -> None:
         ema = self.config[command].ema

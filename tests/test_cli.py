@@ -347,6 +347,30 @@ def test_training_goes_on_with_a_run_of_the_same_weights_alone(
     assert f"`trainer.max_steps` is 2, and {newest} is of step 2: nothing is left to do." in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_saved_config_goes_on_and_hides_no_newer_checkpoint(tmp_path: Path) -> None:
+    command = ["fit", "-c", str(CONFIGS / "quickstart.yaml"), *ONLY_STEPS, *in_folder(tmp_path)]
+    main([*command, "--trainer.max_steps=1", "--ckpt_path=last"])
+    first = last_run(tmp_path)
+    main(["fit", "-c", str(first / "config.yaml"), "--trainer.max_steps=2"])
+    second = last_run(tmp_path)
+    assert len(logged(second)["loss"]) == 1
+    assert {yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] for run in (first, second)} == {"last"}
+    predict = ["predict", "-c", str(second / "config.yaml"), "--data.num_generate=1", *FEW_STEPS]
+    main([*predict, f"--writer.dirname={tmp_path / 'images'}"])
+    (newest,) = second.rglob("*.ckpt")
+    assert yaml.safe_load((last_run(tmp_path) / "config.yaml").read_text())["ckpt_path"] == str(newest)
+    (oldest,) = first.rglob("*.ckpt")
+    main([*command, "--trainer.max_steps=2", f"--ckpt_path={oldest}"])
+    third = last_run(tmp_path)
+    predict[2] = str(third / "config.yaml")
+    with pytest.raises(
+        ValueError, match=f"{third / 'config.yaml'} names {oldest}, from which its run went on: give `l"
+    ):
+        main(predict)
+    main([*predict, f"--ckpt_path={oldest}", f"--writer.dirname={tmp_path / 'older'}"])
+
+
 def test_two_of_lpl_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two LPLCallbacks .* Leave configs/lpl.yaml out"):
         main(["fit", *(word for name in ("quickstart", "lpl") for word in ("-c", str(CONFIGS / f"{name}.yaml")))])
