@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
-import yaml
 from jsonargparse import Namespace, auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelSummary
@@ -54,7 +53,7 @@ from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.own_files import find_own_modules
 from lpl_lightning.packaged_configs import with_packaged_configs
 from lpl_lightning.parser_errors import plain_error, said_of_mistake
-from lpl_lightning.stand_ins import StandIns, merged, put_stand_ins
+from lpl_lightning.stand_ins import StandIns, put_all_stand_ins
 
 __all__ = ["LPLCLI", "main"]
 
@@ -103,6 +102,7 @@ class LPLCLI(LightningCLI):
             # So that the config that a run has saved can be given.
             for name in ("weights_only", *(() if subcommand == "replay" else ("ckpt_path",))):
                 parser.add_argument(f"--{name}", type=Any, default=None, help="Not looked at.")
+        _prints_stand_ins(parser)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -144,12 +144,9 @@ class LPLCLI(LightningCLI):
     def _parse(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
-        rules = merged([*(_rules(path) for path in config.get("config") or []), config.stand_ins])
-        if rules:
-            for part in (part for part in vars(config).values() if isinstance(part, Namespace)):
-                for said in put_stand_ins(part, rules):
-                    rank_zero_info(f"Stand-in: {said}")
-            config.stand_ins = rules
+        for said in put_all_stand_ins(config):
+            rank_zero_info(f"Stand-in: {said}")
+        if config.stand_ins:
             self.config = parser.parse_object(self.config)
 
     def instantiate_classes(self) -> None:
@@ -261,10 +258,17 @@ def _plain_refusals() -> Iterator[None]:
         raise kind(str(said)) from error
 
 
-def _rules(path: Any) -> StandIns:
-    """The stand-ins of one config file; a parser of whole configs keeps those of the last alone."""
-    rules: StandIns = (yaml.safe_load(path.get_content()) or {}).get("stand_ins") or {}
-    return rules
+def _prints_stand_ins(parser: LightningArgumentParser) -> None:
+    """Have ``--print_config``, which ends the parsing, print a config with its stand-ins in place."""
+    own = cast(Any, parser)
+    dump: Callable[..., str] = own.dump
+
+    def dumped(cfg: Namespace, **options: Any) -> str:
+        if hasattr(own.parent_parser, "print_config"):
+            put_all_stand_ins(cfg)
+        return dump(cfg, **options)
+
+    own.dump = dumped
 
 
 def main(args: ArgsType = None) -> None:

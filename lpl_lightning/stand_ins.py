@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, cast
 
+import yaml
 from jsonargparse import Namespace
 
-__all__ = ["StandIns", "merged", "put_stand_ins"]
+__all__ = ["StandIns", "merged", "put_all_stand_ins", "put_stand_ins"]
 
 StandIns = dict[str, str | dict[str, Any] | None]
 """By hub id (or any other string of the config) what is written in its place; by class path the arguments that are laid
@@ -31,6 +32,31 @@ def merged(rules: Iterable[StandIns]) -> StandIns:
             known = found.get(name)
             found[name] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
     return found
+
+
+def put_all_stand_ins(config: Namespace) -> list[str]:
+    """Put the stand-ins of all files of a command's config in it, of which its parser keeps those of the last alone.
+
+    Args:
+        config: The parsed config, with its files as ``config``. Changed in place.
+
+    Returns:
+        What has been replaced, a line each.
+
+    Raises:
+        ValueError: Arguments are given for what is no class.
+    """
+    rules = merged([*(_rules(path) for path in config.get("config") or []), config.stand_ins])
+    said = [
+        said for part in vars(config).values() if isinstance(part, Namespace) for said in put_stand_ins(part, rules)
+    ]
+    config.stand_ins = rules
+    return said
+
+
+def _rules(path: Any) -> StandIns:
+    rules: StandIns = (yaml.safe_load(path.get_content()) or {}).get("stand_ins") or {}
+    return rules
 
 
 def put_stand_ins(config: Namespace, stand_ins: StandIns) -> list[str]:

@@ -233,6 +233,27 @@ def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert yaml.safe_load(first)["model"]["init_args"]["weights"] == "embedded:denoiser_shapes"
 
 
+def test_print_config_prints_what_a_run_would_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the stand-ins of all files, also where it is laid under another that has some."""
+
+    def printed(*names: str) -> Any:
+        with pytest.raises(SystemExit):
+            main(["fit", *(word for name in names for word in ("-c", name)), "--print_config"])
+        return yaml.safe_load(capsys.readouterr().out)
+
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("stand_ins: {lpl_lightning.Sampler: {num_steps: 7}}")
+    second.write_text("stand_ins: {lpl_lightning.FlowMatching: {shift: 3.0}}")
+    whole = printed(str(CONFIGS / "quickstart.yaml"), str(first), str(second))
+    parts = whole["model"]["init_args"]
+    assert parts["sampler"]["init_args"]["num_steps"] == 7
+    assert parts["noise"]["init_args"]["shift"] == 3
+    assert set(whole["stand_ins"]) == {"lpl_lightning.Sampler", "lpl_lightning.FlowMatching"}
+    (tmp_path / "printed.yaml").write_text(yaml.safe_dump(whole))
+    assert printed(str(tmp_path / "printed.yaml"), str(second)) == whole
+    assert "stand_ins" in printed()
+
+
 def test_a_checkpoint_is_left_at_the_end(photos: Path, tmp_path: Path) -> None:
     """Also where the run ends in the middle of an epoch and between two validations."""
     args = ["fit", "-c", str(CONFIGS / "folder.yaml"), *FEW, *SHORT, *folder_args(photos), *in_folder(tmp_path)]
