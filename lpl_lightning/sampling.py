@@ -89,13 +89,21 @@ class Sampler:
         self.precision = precision
 
     def check(self, noise: NoiseProcess) -> None:
-        """Refuse a scheduler made for another prediction than the noise process's, or for pixels.
+        """Refuse a scheduler made for another prediction than the noise process's, or for pixels, and too many steps.
 
         Raises:
-            ValueError: They do not fit, the scheduler follows a flow in part only, goes from clean latents to noise,
-                clips what it samples, asks for a shift of each image size, or does not step from each of its timesteps
-                to the next.
+            ValueError: They do not fit, there are fewer steps in the chain, the scheduler follows a flow in part only, goes
+                from clean latents to noise, clips what it samples, asks for a shift of each image size, or does not step
+                from each of its timesteps to the next.
         """
+        if self.num_steps > noise.num_train_timesteps:
+            try:
+                copy.deepcopy(self.scheduler or noise.sampling_scheduler()).set_timesteps(self.num_steps)
+            except ValueError as error:  # of those that go by steps of the chain
+                raise ValueError(
+                    f"`num_steps` must be {noise.num_train_timesteps} or less, the steps of the chain, got "
+                    f"{self.num_steps}."
+                ) from error
         if self.scheduler is None:
             return
         config = self.scheduler.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -148,7 +149,8 @@ class SweepingTrainer(ReplayingTrainer):
         """Evaluate a model under several settings, as ``test`` does under one: give one of them a list.
 
         Number of images, metrics and real images are those of ``evaluation``. Each setting has its report, which a
-        sweep that was stopped finds again; the table of all, with a plot, lies beside them.
+        sweep that was stopped finds again; the table of all, or of those that were finished, with a plot, lies beside
+        them.
 
         Args:
             model: The model.
@@ -163,7 +165,8 @@ class SweepingTrainer(ReplayingTrainer):
             The reports.
 
         Raises:
-            ValueError: None or several of the lists are given, or the model or checkpoint has no such thing.
+            ValueError: None or several of the lists are given, or the model or checkpoint has no such thing, or no
+                images are asked for.
         """
         given = {"num_steps": num_steps, "guidance_scale": guidance_scale, "ema": ema}
         lists = {name: list(values) for name, values in given.items() if values is not None}
@@ -178,6 +181,10 @@ class SweepingTrainer(ReplayingTrainer):
             raise ValueError(f"`{argument}` must hold each setting once, got {settings}.")
         if not isinstance(model, LatentDiffusionModule):
             raise ValueError(f"`model` must be a LatentDiffusionModule, got {type(model).__name__}.")
+        for steps in num_steps or ():
+            sampler = copy.copy(model.sampler)
+            sampler.num_steps = steps
+            sampler.check(model.noise)
         if getattr(self, "fast_dev_run", False) or isinstance(self.strategy.launcher, _MultiProcessingLauncher):
             raise ValueError("A sweep needs its files and this process: no `fast_dev_run`, and no spawned strategy.")
         if ema is not None:
@@ -187,6 +194,7 @@ class SweepingTrainer(ReplayingTrainer):
             for decay in ema:
                 chosen_state(checkpoint, ckpt_path, decay)
         evaluation = self._evaluation()
+        at_least(1, **{"evaluation.num_images": evaluation.num_images})
         found = Sweep(argument, settings, [], "weights" if ckpt_path is None else Path(ckpt_path).stem)
         dirname, before = evaluation.dirname, getattr(model.sampler, argument, None)
         limit, self.limit_test_batches = self.limit_test_batches, 1
@@ -208,11 +216,12 @@ class SweepingTrainer(ReplayingTrainer):
             self.limit_test_batches, evaluation.dirname, evaluation.origin = limit, dirname, None
             if ema is None:
                 setattr(model.sampler, argument, before)
-        if self.is_global_zero and evaluation.folder is not None:
-            # Beside the folders of images, in each of which lies a report.
-            path = found.write(evaluation.folder.parent.parent if dirname is None else Path(dirname).expanduser())
-            print(found.markdown())
-            rank_zero_info(f"Sweep: {path}")
+            found.settings = settings[: len(found.reports)]  # where one has ended it, those before it
+            if self.is_global_zero and found.reports and evaluation.folder is not None:
+                # Beside the folders of images, in each of which lies a report.
+                path = found.write(evaluation.folder.parent.parent if dirname is None else Path(dirname).expanduser())
+                print(found.markdown())
+                rank_zero_info(f"Sweep: {path}")
         return found
 
     def _evaluation(self) -> Evaluation:

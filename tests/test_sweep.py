@@ -12,7 +12,7 @@ from evaluations import Weights, data, evaluation, values
 from forked import run_script
 from test_mixin import Foreign
 
-from lpl_lightning import EMA, ClassTokens, LatentDiffusionModule
+from lpl_lightning import EMA, ClassTokens, FlowMatching, LatentDiffusionModule, Sampler
 from lpl_lightning.cli import main
 from lpl_lightning.evaluation import Report
 from lpl_lightning.sweep import SweepingTrainer
@@ -130,6 +130,35 @@ def test_wrong_settings_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         trainer(tmp_path, callbacks=[evaluation()]).sweep(module, data(), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_finished_is_in_the_table(
+    module: LatentDiffusionModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = module.generate
+
+    def ends(*args: Any) -> Any:
+        if module.sampler.num_steps == 2:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    monkeypatch.setattr(module, "generate", ends)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(tmp_path, callbacks=[evaluation()]).sweep(module, data(), num_steps=[1, 2, 3])
+    (table,) = tmp_path.rglob("sweep_num_steps_weights-*.csv")
+    with table.open() as file:
+        assert [row["num_steps"] for row in csv.DictReader(file)] == ["1"]
+
+
+def test_too_many_steps_and_no_images_are_refused_beforehand(make_module: MakeModule, tmp_path: Path) -> None:
+    chain = make_module(dit=True)
+    with pytest.raises(ValueError, match="`num_steps` must be 1000 or less, the steps of the chain, got 2000"):
+        trainer(tmp_path, callbacks=[evaluation()]).sweep(chain, data(), num_steps=[1, 2000])
+    assert chain.sampler.num_steps == 2
+    Sampler(num_steps=2000).check(FlowMatching())
+    with pytest.raises(ValueError, match=r"`evaluation.num_images` must be 1 or more, got 0"):
+        trainer(tmp_path, callbacks=[evaluation(num_images=0)]).sweep(make_module(), data(), num_steps=[1])
     assert not list(tmp_path.iterdir())
 
 
