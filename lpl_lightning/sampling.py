@@ -92,9 +92,9 @@ class Sampler:
         """Refuse a scheduler made for another prediction than the noise process's, or for pixels, and too many steps.
 
         Raises:
-            ValueError: They do not fit, there are fewer steps in the chain, the scheduler follows a flow in part only, goes
-                from clean latents to noise, clips what it samples, asks for a shift of each image size, or does not step
-                from each of its timesteps to the next.
+            ValueError: They do not fit, there are fewer steps in the chain, the scheduler follows a flow in part only,
+                goes from clean latents to noise, clips what it samples, asks for a shift of each image size, or does
+                not step from each of its timesteps to the next.
         """
         if self.num_steps > noise.num_train_timesteps:
             try:
