@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from captioners import blip, florence, make_photos, photo, qwen, transformers
+from conftest import ROOT
 from forked import LPL, Script
 from PIL import Image
 
@@ -378,6 +380,17 @@ def test_images_that_cannot_be_read_are_counted_and_tried_again(damaged: Path, t
     caption(damaged, tiny)
     assert table(damaged) == by_hand(tiny, damaged)
     assert report(damaged)["failed"] == {}
+
+
+@pytest.mark.filterwarnings(UNREADABLE)
+def test_training_as_the_page_says_goes_without_them(damaged: Path, tiny: Path, tmp_path: Path) -> None:
+    caption(damaged, tiny, f"--out={tmp_path / 'captions'}")
+    page = (ROOT / "lpl_lightning" / "data" / "README.md").read_text()
+    command = page.partition("Train on them by\n\n```bash\n")[2].partition("```")[0]
+    given = dict(re.findall(r"--data\.(\w+) (\S+)", command))
+    assert given.pop("root") == "PHOTOS"
+    given["caption_folder"] = str(tmp_path / given["caption_folder"])
+    assert read_by_the_data_module(damaged, **given) == table(tmp_path / "captions")
 
 
 def test_images_that_cannot_be_read_stop_it_if_asked(damaged: Path, tiny: Path) -> None:
