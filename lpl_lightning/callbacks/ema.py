@@ -24,6 +24,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.callbacks.counting import optimizer_steps
+from lpl_lightning.callbacks.kept_weights import KeptWeights
 from lpl_lightning.callbacks.step_guard import last_step_skipped
 from lpl_lightning.pretrained import AVERAGES, averaged_by, averages_of
 from lpl_lightning.rebuilding import RebuiltModule, WeightsCallback
@@ -84,13 +85,12 @@ class EMA(WeightsCallback):
         self._of_checkpoint = False  # whether they were loaded to be evaluated
         self._averages_of: ref[pl.LightningModule] | None = None  # the module that was trained
         self._stays = False  # whether one was in place before an evaluation
-        self._kept: dict[str, Tensor] | None = None  # the weights as they were trained, while an average is in place
-        self._kept_of: ref[pl.LightningModule] | None = None  # of which module
+        self._kept = KeptWeights(self._device)  # the weights as they were trained, while an average is in place
 
     @property
     def in_place(self) -> float | None:
-        """Decay of the average that is in place of the weights; None while they are as they were trained."""
-        return None if self._kept is None else self._chosen
+        """Decay of the average that is in place of the weights; None while they are as they were trained, or set."""
+        return self._chosen if self._kept.in_place else None
 
     def decay_at(self, decay: float, updates: int) -> float:
         """Decay of an update of one of the averages after so many."""
@@ -102,7 +102,8 @@ class EMA(WeightsCallback):
         return self.decay if self.evaluate is None else None if self.evaluate == "trained" else float(self.evaluate)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin anew where training begins, but not where a trainer goes on with it."""
+        """Begin anew where training begins, but not where a trainer goes on with it; weights set since stay."""
+        self._kept.leave_what_was_set(pl_module)
         if isinstance(trainer.strategy, FSDPStrategy):
             raise ValueError(
                 "EMA averages parameters, which FSDPStrategy makes one of: take lpl_lightning.FSDP2Strategy, or leave "
@@ -117,7 +118,7 @@ class EMA(WeightsCallback):
                     f"checkpoints: those of a {type(pl_module).__name__} would lack the averages of EMA, and hold one "
                     "in the place of the weights once training has ended. Leave `save_weights_only` out."
                 )
-            self._put_back(pl_module)
+            self._kept.put_back(pl_module)
             goes_on = trainer.global_step and self._averages_of is not None and self._averages_of() is pl_module
             if not goes_on:
                 self._averages, self._updates, self._latest_step = {}, {}, 0
@@ -152,40 +153,25 @@ class EMA(WeightsCallback):
     def _placed(self, tensor: Tensor, parameter: Tensor) -> Tensor:
         return tensor.to(self._device or local(parameter).device, torch.float32)
 
-    @torch.no_grad()
     def _put(self, pl_module: pl.LightningModule) -> None:
         """Put an average in place, if there is one and none is yet."""
         chosen = self._chosen
-        if self._kept is not None or chosen is None or chosen not in self._averages:
+        if self._kept.weights is not None or chosen is None or chosen not in self._averages:
             return
         self._settle(pl_module)
-        self._kept, self._kept_of = {}, ref(pl_module)
-        parameters = sharded_parameters(pl_module)
-        for name, average in self._averages[chosen].items():
-            weight = local(parameters[name].detach())
-            self._kept[name] = weight.to(self._device or weight.device, copy=True)
-            weight.copy_(average)
-
-    @torch.no_grad()
-    def _put_back(self, pl_module: pl.LightningModule) -> None:
-        """Put the weights back, if an average is in place."""
-        if self._kept is not None and self._kept_of is not None and self._kept_of() is pl_module:
-            parameters = sharded_parameters(pl_module)
-            for name, weight in self._kept.items():
-                local(parameters[name].detach()).copy_(weight)
-        self._kept = self._kept_of = None
+        self._kept.put(pl_module, self._averages[chosen])
 
     @contextmanager
     def put_in_place(self, pl_module: pl.LightningModule) -> Iterator[None]:
         """Put the average in place for a while, between two steps of training."""
-        if self._kept is not None:
+        if self._kept.weights is not None:
             yield
             return
         self._put(pl_module)
         try:
             yield
         finally:
-            self._put_back(pl_module)
+            self._kept.put_back(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring averages of a checkpoint to where they are kept."""
@@ -199,7 +185,7 @@ class EMA(WeightsCallback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the average in place."""
-        self._stays = self._kept is not None
+        self._stays = self._kept.weights is not None
         self._put(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -211,9 +197,9 @@ class EMA(WeightsCallback):
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" or not (self._stays or self._of_checkpoint):
-            self._put_back(pl_module)
+            self._kept.put_back(pl_module)
         elif self._of_checkpoint:
-            self._put_back(pl_module)
+            self._kept.put_back(pl_module)
             self._averages, self._of_checkpoint = {}, False  # another evaluation may be of other weights
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -224,7 +210,11 @@ class EMA(WeightsCallback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the weights back where training or an evaluation is interrupted."""
-        self._put_back(pl_module)
+        self._kept.put_back(pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Note that Lightning has moved the module."""
+        self._kept.note_move(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """How often, and after which step, averages were updated; they themselves are in the checkpoint beside it."""
@@ -241,9 +231,11 @@ class EMA(WeightsCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the averages, and see to it that ``state_dict`` holds the weights as they were trained."""
+        if trainer.state.finished:
+            self._kept.leave_what_was_set(pl_module)
         parameters, names, saved = sharded_parameters(pl_module), _names(pl_module), checkpoint["state_dict"]
         in_shards = any(isinstance(tensor, DTensor) for tensor in saved.values())  # a folder of all processes' shards
-        for name, weight in (self._kept or {}).items():
+        for name, weight in (self._kept.weights or {}).items():
             shard = as_shard(weight, parameters[name])
             kept = shard if in_shards else whole(shard)
             saved |= {one: kept.to(saved[one].device) for one in names[name] if one in saved}
@@ -260,7 +252,7 @@ class EMA(WeightsCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take up what a checkpoint holds: to go on with, or the one that is to be evaluated."""
-        self._kept = self._kept_of = None  # what was in place is no more
+        self._kept.forget()  # what was in place is no more
         found = averages_of(checkpoint, unnamed=self.decay)
         if "current_model_state" in checkpoint:
             load_whole(pl_module, checkpoint["current_model_state"])

@@ -6,6 +6,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import pytest
 import torch
+from forked import run_script
 from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from test_fine_tuning import data, module
@@ -519,3 +520,73 @@ def test_a_trainer_that_goes_on_goes_on_with_the_averages(tmp_path: Path) -> Non
     run.fit_loop.epoch_loop.max_steps = 4
     run.fit(other, data())
     assert ema.state_dict()["updates"] == {"0.5": 1}, "those of another module begin anew"
+
+
+def by_load(trained: LatentDiffusionModule, state: dict[str, torch.Tensor]) -> None:
+    trained.load_state_dict(state)
+
+
+def by_assignment(trained: LatentDiffusionModule, state: dict[str, torch.Tensor]) -> None:
+    trained.load_state_dict(state, assign=True)
+
+
+def by_data(trained: LatentDiffusionModule, state: dict[str, torch.Tensor]) -> None:
+    for name, tensor in trained.state_dict(keep_vars=True).items():
+        tensor.data.copy_(state[name])
+
+
+@pytest.mark.parametrize(
+    ("put", "is_average"),
+    [(by_load, False), (by_assignment, False), (by_data, False), (by_load, True), (by_assignment, True)],
+)
+def test_weights_that_are_set_after_a_run_stay(tmp_path: Path, put: Any, is_average: bool) -> None:
+    """As of folds with one callback: in the next run, in an evaluation and in a checkpoint by hand."""
+    ema, watch, trained = EMA(decay=0.5), Watch(), module()
+    begin = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    run = trainer(tmp_path, max_steps=2, callbacks=[ema, watch], limit_val_batches=0)
+    run.fit(trained, data())
+    assert ema.in_place == 0.5
+    if is_average:
+        begin = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    wanted = begin[NAME]
+    put(trained, {name: tensor.clone() for name, tensor in begin.items()})
+    assert torch.equal(saved(run, tmp_path / "a.ckpt")["state_dict"][NAME], wanted)
+    trainer(tmp_path, callbacks=[ema, watch]).validate(trained, data(), verbose=False)
+    assert torch.equal(watch.validated[-1], wanted)
+    assert ema.in_place is None
+    trainer(tmp_path, max_steps=2, callbacks=[ema, watch], limit_val_batches=0).fit(trained, data())
+    assert torch.equal(watch.begins[1], wanted)
+    torch.testing.assert_close(key(trained), naive(watch.steps[2:], [0.5]))
+
+
+def test_a_module_that_is_moved_goes_on_from_its_weights(tmp_path: Path) -> None:
+    """And where one layer is drawn anew, the others do."""
+    ema, watch, trained = EMA(decay=0.5), Watch(), module()
+    trainer(tmp_path, max_steps=2, callbacks=[ema, watch], limit_val_batches=0).fit(trained, data())
+    trained.double().float()
+    assert ema.in_place == 0.5
+    nn.init.ones_(trained.denoiser.backbone.proj_out.bias)
+    trainer(tmp_path, callbacks=[ema, watch]).validate(trained, data(), verbose=False)
+    assert ema.in_place is None
+    torch.testing.assert_close(watch.validated[-1], naive(watch.steps, [0.5]))
+    seen: list[torch.Tensor] = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(pl_module.denoiser.backbone.proj_out.bias.detach().clone())
+
+    trainer(tmp_path, max_steps=1, callbacks=[ema, watch, Look()], limit_val_batches=0).fit(trained, data())
+    assert torch.equal(watch.begins[1], watch.steps[1])
+    assert torch.equal(seen[0], torch.ones_like(seen[0]))
+
+
+def test_weights_that_are_set_after_a_run_stay_in_shards_too(tmp_path: Path) -> None:
+    said = run_script(Path(__file__).with_name("sharded_folds.py"), tmp_path).stdout
+    found = [line for line in said.splitlines() if line.startswith(("first", "again", "set", "moved"))]
+    assert found == [
+        "first trained",
+        "again trained",
+        "set [[5.0, 5.0]]",
+        "moved trained",
+        "moved and set [[5.0, 5.0]]",
+    ]
