@@ -2,11 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 
-__all__ = ["optimizer_steps"]
+__all__ = ["StepCount"]
 
 
-def optimizer_steps(trainer: pl.Trainer) -> int:
-    """Batches or groups of batches that weights were updated on; ``global_step`` counts each optimizer's updates."""
-    return trainer.global_step // max(1, len(trainer.optimizers))
+class StepCount:
+    """Counts the batches, or groups of batches, that weights were updated on.
+
+    With one optimizer that is the trainer's ``global_step``, which counts each optimizer's updates. Of several, each
+    may step in some batches alone, such as a discriminator's that begins late: those in which any did are counted.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._steps: int | None = None  # of several optimizers
+        self._global_step = 0
+
+    def start(self, trainer: pl.Trainer) -> None:
+        """Training begins, or goes on."""
+        optimizers = len(trainer.optimizers)
+        if optimizers < 2:
+            self._steps = None
+        elif self._steps is None:  # a checkpoint of a version that did not count: as if all had stepped equally often
+            self._steps = trainer.global_step // optimizers
+        self._global_step = trainer.global_step
+
+    def end_batch(self, trainer: pl.Trainer) -> None:
+        """A batch was trained on."""
+        if self._steps is not None and trainer.global_step > self._global_step:
+            self._steps, self._global_step = self._steps + 1, trainer.global_step
+
+    def steps(self, trainer: pl.Trainer) -> int:
+        """How many there were; within a batch, without it."""
+        return trainer.global_step if self._steps is None else self._steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted of several optimizers; nothing of one."""
+        return {} if self._steps is None else {"optimizer_steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._steps = state.get("optimizer_steps")

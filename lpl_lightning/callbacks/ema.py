@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lpl_lightning.arguments import at_least
-from lpl_lightning.callbacks.counting import optimizer_steps
+from lpl_lightning.callbacks.counting import StepCount
 from lpl_lightning.callbacks.kept_weights import KeptWeights
 from lpl_lightning.callbacks.step_guard import last_step_skipped
 from lpl_lightning.pretrained import AVERAGES, averaged_by, averages_of
@@ -82,6 +82,7 @@ class EMA(WeightsCallback):
         self._averages: dict[float, Averages] = {}
         self._updates: dict[float, int] = {}
         self._latest_step = 0
+        self._count = StepCount()
         self._of_checkpoint = False  # whether they were loaded to be evaluated
         self._averages_of: ref[pl.LightningModule] | None = None  # the module that was trained
         self._stays = False  # whether one was in place before an evaluation
@@ -123,14 +124,17 @@ class EMA(WeightsCallback):
             if not goes_on:
                 self._averages, self._updates, self._latest_step = {}, {}, 0
             self._averages_of = ref(pl_module)
+            if not trainer.global_step:
+                self._count.forget()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update the averages after a step; after one that a ``StepGuard`` left out there is nothing new."""
+        self._count.end_batch(trainer)
         if self.every_n_steps == 1 and last_step_skipped(trainer):
             return
-        step, every = optimizer_steps(trainer), self.every_n_steps
+        step, every = self._count.steps(trainer), self.every_n_steps
         if (step - 1) // every > (self._latest_step - 1) // every:
             self._latest_step = step
             self._update(pl_module)
@@ -175,6 +179,7 @@ class EMA(WeightsCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring averages of a checkpoint to where they are kept."""
+        self._count.start(trainer)
         self._settle(pl_module)
 
     def _settle(self, pl_module: pl.LightningModule) -> None:
@@ -218,7 +223,8 @@ class EMA(WeightsCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """How often, and after which step, averages were updated; they themselves are in the checkpoint beside it."""
-        return {"updates": {str(decay): count for decay, count in self._updates.items()}, "step": self._latest_step}
+        updates = {str(decay): count for decay, count in self._updates.items()}
+        return {"updates": updates, "step": self._latest_step} | self._count.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; states of Lightning's callback, which this was once, say less."""
@@ -226,6 +232,7 @@ class EMA(WeightsCallback):
             self._updates = {float(decay): count for decay, count in state["updates"].items()}
         self._updates = {decay: self._updates.get(decay, 1) for decay in self._averages}
         self._latest_step = state.get("step", state.get("latest_update_step", 0))
+        self._count.load_state_dict(state)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

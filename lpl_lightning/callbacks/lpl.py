@@ -14,7 +14,7 @@ from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.callbacks.budget import Budget
 from lpl_lightning.callbacks.calibration import WeightCalibration
-from lpl_lightning.callbacks.counting import optimizer_steps
+from lpl_lightning.callbacks.counting import StepCount
 from lpl_lightning.callbacks.gradients import GradientRatio
 from lpl_lightning.losses import LatentPerceptualLoss
 from lpl_lightning.losses.diagnostics import count_of, scalars_of
@@ -87,6 +87,7 @@ class LPLCallback(Callback):
         self._weight = None if isinstance(weight, str) else weight
         self._calibration = WeightCalibration(target_share, calibration_steps)
         self._calibrated_at: int | None = None
+        self._count = StepCount()
         self.make_loss = loss
         self.autoencoder = autoencoder
         self._gradients = GradientRatio()
@@ -124,7 +125,7 @@ class LPLCallback(Callback):
         every: int = cast(Any, trainer).log_every_n_steps
         if not trainer.loggers or every < 1 or trainer.fit_loop._should_accumulate():
             return False
-        step = optimizer_steps(trainer)
+        step = self._count.steps(trainer)
         next_logged = step + (-(step + 1)) % every
         return step + self.every_n_steps > next_logged
 
@@ -136,6 +137,7 @@ class LPLCallback(Callback):
             # Another training than the one before, if there was one; a checkpoint's state comes after this.
             self._calibration.forget()
             self._calibrated_at = None
+            self._count.forget()
             self.budget.forget()
         if not isinstance(pl_module, LPLMixin):
             raise ValueError(
@@ -167,7 +169,7 @@ class LPLCallback(Callback):
         """The weighted loss of a batch, a scalar."""
         loss.announce(z0)
         # Not the module's mode: Lightning trains one that was left in eval mode as it is.
-        training, step = trainer.training, optimizer_steps(trainer)
+        training, step = trainer.training, self._count.steps(trainer)
         measuring = training and self.calibrating and self._due(step)
         weight = self.weight_at(step) if training else (self.weight or 0.0)
         if training and weight == 0 and not measuring:
@@ -213,6 +215,10 @@ class LPLCallback(Callback):
             return z0.new_zeros(())
         return value * weight
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count from here."""
+        self._count.start(trainer)
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what the backward pass told."""
         ratio = self._gradients.pop()
@@ -223,6 +229,7 @@ class LPLCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the calibration see the loss of the batch, and the budget its time."""
+        self._count.end_batch(trainer)
         if self.budget.measuring and not self.calibrating and self._loss is not None:
             self.budget.end_batch(trainer, pl_module.device, self._loss)
         if self.calibrating:
@@ -230,17 +237,20 @@ class LPLCallback(Callback):
             if not self.calibrating:
                 # The next whole step: one whose batches are being accumulated goes on without.
                 accumulating = trainer.fit_loop._should_accumulate()
-                self._calibrated_at = optimizer_steps(trainer) + int(accumulating)
+                self._calibrated_at = self._count.steps(trainer) + int(accumulating)
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``auto`` and ``budget`` found; nothing without them."""
-        state: dict[str, Any] = {} if self.budget.share is None else {"budget": self.budget.state_dict()}
+        """What ``auto`` and ``budget`` found, and how far several optimizers are; nothing without them."""
+        state = self._count.state_dict()
+        if self.budget.share is not None:
+            state["budget"] = self.budget.state_dict()
         if self._weight is None:
             state |= self._calibration.state_dict() | {"calibrated_at": self._calibrated_at}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what ``auto`` and ``budget`` had found."""
+        self._count.load_state_dict(state_dict)
         if self.budget.share is not None and "budget" in state_dict:
             self.budget.load_state_dict(state_dict["budget"])
             if self._loss is not None:

@@ -429,6 +429,71 @@ def test_averages_take_in_each_nth_step_of_several_optimizers(tmp_path: Path) ->
         assert average._updates == {0.9999: updates}
 
 
+class Unequal(Latents):
+    """The second optimizer begins at the fifth batch, and a batch in three is left to the next one's step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.batches = 0
+
+    def training_step(self, z0: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(z0, batch_idx)
+        self.manual_backward(loss)
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers[: self.batches // 4 + 1] if self.batches % 3 != 2 else []:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.batches += 1
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD([p], lr=1e-4) for p in self.net.parameters()]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["batches"] = self.batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.batches = checkpoint["batches"]
+
+
+@pytest.mark.parametrize("stopped_at", [None, 3, 7])
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_steps_of_optimizers_that_do_not_step_equally_often(tmp_path: Path, stopped_at: int | None) -> None:
+    """Batches in which any did, of 12 the ones but 2, 5, 8 and 11; also over a stop, at so many updates of all."""
+    autoencoder = Autoencoder(tiny_kl())
+
+    def callbacks() -> tuple[LPLCallback, EMA]:
+        return LPLCallback(weight=1.0, start_step=3, every_n_steps=2, loss=ungated, autoencoder=autoencoder), EMA()
+
+    found, (lpl, average), source = [], callbacks(), None
+    if stopped_at is not None:
+        first, source = Unequal(), tmp_path / "stopped.ckpt"
+        run(first, tmp_path, lpl, average, max_steps=stopped_at, num_batches=12).save_checkpoint(source)
+        found, (lpl, average) = first.terms, callbacks()
+    module = Unequal()
+    run(module, tmp_path, lpl, average, max_steps=13, num_batches=12, ckpt_path=source)
+    found += module.terms
+    # Steps 0 to 7 are taken in these batches, and those between wait with the next.
+    batches = [0, 1, 3, 4, 6, 7, 9, 10]
+    due = [steps in (3, 5, 7) for steps in (sum(b < i for b in batches) for i in range(len(found)))]
+    assert [bool(term) for term in found] == due
+    assert average._updates == {0.9999: 8}
+
+
+def test_steps_go_on_from_a_checkpoint_that_did_not_count_them(tmp_path: Path) -> None:
+    source = tmp_path / "stopped.ckpt"
+    run(TwoOptimizers(), tmp_path, EMA(), max_steps=6).save_checkpoint(source)
+    checkpoint = torch.load(source, weights_only=True)
+    assert checkpoint["callbacks"]["EMA"].pop("optimizer_steps") == 3
+    torch.save(checkpoint, source)
+    module, average = TwoOptimizers(), EMA()
+    callback = LPLCallback(weight=1.0, start_step=4, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    run(module, tmp_path, callback, average, max_steps=12, ckpt_path=source)
+    assert [bool(term) for term in module.terms] == [False, True, True]
+    assert average._updates == {0.9999: 6}
+
+
 class OneNeverFinite(TwoOptimizers):
     """Gradients of the bias are none, those of the weight are finite."""
 
