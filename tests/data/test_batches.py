@@ -211,8 +211,12 @@ def test_going_on_with_other_batches_is_refused() -> None:
     next(iter(stopped))
     with pytest.raises(ValueError, match=r"middle of an epoch of other batches \(.*batch_size 4 there, 5 here"):
         loader(batch_size=5).load_state_dict(stopped.state_dict())
-    with pytest.raises(ValueError, match=r"items 23 there, 24 here"):
+    with pytest.raises(ValueError, match=r"items 23 there, 24 here\)\. Go on"):
         loader(count=24).load_state_dict(stopped.state_dict())
+    with pytest.raises(
+        ValueError, match=r"items 23 there, 22 here\)\. Where `verify` .*`--data\.verify false` goes on"
+    ):
+        loader(count=22).load_state_dict(stopped.state_dict())
     # As many in a batch of all processes are the same batches, and after a whole epoch there is nothing to go on with.
     loader(batch_size=2, ranks=2).load_state_dict(stopped.state_dict())
     list(stopped)

@@ -136,6 +136,34 @@ def test_those_met_in_training_are_replaced_and_written_down(
     assert f"10 items could not be used: {report} names them" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:Left out 1 of 20")
+def test_going_on_where_an_image_turned_bad_in_the_epoch(tmp_path: Path) -> None:
+    """It is replaced where it is met; without it, as ``verify`` has it, the epoch would be another."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number in range(20):
+        (root / f"{number:02}.png").write_bytes(encoded("PNG", number))
+    torch.manual_seed(0)
+    stopped: Any = module(root).train_dataloader()
+    whole = [batch["image"] for batch in stopped]
+    begun: Any = module(root).train_dataloader()
+    next(iter(begun))
+    (root / "07.png").write_bytes(b"")
+    going: Any = module(root).train_dataloader()
+    with pytest.raises(ValueError, match=r"items 20 there, 19 here.* `--data\.verify false` goes on"):
+        going.load_state_dict(begun.state_dict())
+    going = module(root, verify=False).train_dataloader()
+    going.load_state_dict(begun.state_dict())
+    rest = [batch["image"] for batch in going]
+    assert len(rest) == 3
+    same = [
+        torch.equal(one, two)
+        for batch, other in zip(rest, whole[1:], strict=True)
+        for one, two in zip(batch, other, strict=True)
+    ]
+    assert same.count(False) <= 1
+
+
 def write_all(report: Path, number: int, start: Any) -> None:
     """Write faults one by one, as other processes do at the same time."""
     faults = Faults(max_bad_share=1, report=report)
