@@ -100,7 +100,8 @@ class Budget:
         self._found: Found | None = None
         self._batches = 0
         self._times: list[tuple[float, float]] = []  # seconds of the loss and of the whole step, of each
-        self._term: float | None = None
+        self._term: float | None = None  # seconds of the loss in the batch at hand
+        self._started = 0.0
         self._last: float | None = None
         self._latents: tuple[Tensor, Tensor] | None = None
 
@@ -127,19 +128,18 @@ class Budget:
             loss.subset = Subset(keep=self.keep)
 
     def start_term(self, device: torch.device) -> None:
-        """The loss of a batch is about to be computed."""
-        self._term = synchronize(device)
+        """The loss of a batch, or of a part of it, is about to be computed."""
+        self._started = synchronize(device)
 
     def end_term(self, z0_hat: Tensor, z0: Tensor, passed: Tensor | None) -> None:
-        """It was computed.
+        """It was computed; a batch's times add up.
 
         Args:
             z0_hat: Estimates (B, C, *positions).
             z0: Clean latents, likewise.
             passed: (B,) bool, which samples passed the gate; None is all.
         """
-        assert self._term is not None
-        self._term = synchronize(z0.device) - self._term
+        self._term = (self._term or 0.0) + synchronize(z0.device) - self._started
         if self._found is not None:
             return
         if passed is not None:
@@ -150,7 +150,7 @@ class Budget:
 
     def interrupt(self) -> None:
         """Something that is no training step comes between two of them."""
-        self._last = None
+        self._last = self._term = None
 
     def end_batch(self, trainer: pl.Trainer, device: torch.device, loss: LatentPerceptualLoss) -> None:
         """A batch was trained on; after the last that is timed, find or correct the probabilities.

@@ -44,12 +44,12 @@ class WeightCalibration:
         self._term: Tensor | None = None
 
     def measure(self, term: Tensor) -> None:
-        """Note the term's value, unweighted, of the batch at hand.
+        """Note the term's value, unweighted, in the batch at hand; of several in one, the sum.
 
         Args:
             term: A scalar; nothing waits for it.
         """
-        self._term = term.detach()
+        self._term = term.detach() if self._term is None else self._term + term.detach()
 
     def finish_batch(self, outputs: Any, trainer: pl.Trainer) -> None:
         """Note the loss that the batch was trained on, without the term, and freeze the weight after the last.

@@ -37,7 +37,8 @@ class LPLCallback(Callback):
     Args:
         weight: Weight w of the loss; the paper's best is about 3, where LPL is about a fifth of the total. ``auto``
             finds it: LPL is measured on the first ``calibration_steps`` batches, without being trained on, and the
-            weight that makes it ``target_share`` of the total is then kept to the end, checkpoints included. Until then
+            weight that makes it ``target_share`` of the total is then kept to the end, checkpoints included. Where
+            ``training_step`` calls ``auxiliary_loss`` more than once, the sum of what that gives counts. Until then
             ``val_loss`` is without LPL: where a checkpoint or a schedule looks at a loss, let it be
             ``val_loss_diffusion``.
         start_step: Optimizer step at which it starts.

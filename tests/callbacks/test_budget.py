@@ -85,6 +85,20 @@ def test_a_loss_that_takes_too_long_is_thinned_out_to_its_share(
     assert f"random {keep[0]:.0%}, {keep[1]:.0%}" in [first, *(m for m in corrected if "from now on" in m)][-1]
 
 
+def test_every_call_of_a_step_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture, clock: list[float]) -> None:
+    """Of 150 ms, two calls take 60 each."""
+
+    class Twice(Latents):
+        def training_step(self, *args: Any) -> Tensor:
+            time.sleep(0.03)
+            return super().training_step(*args) + super().training_step(*args)
+
+    callback = LPLCallback(loss=ungated, autoencoder=slow_decoder(), budget=0.5)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        run(Twice(), tmp_path, callback, max_steps=16, num_batches=16)
+    assert [r.message for r in caplog.records if "LPL takes 80% of a step and may take 50%" in r.message]
+
+
 def test_few_samples_that_take_the_time_of_many_are_taken_more_rarely(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, clock: list[float]
 ) -> None:

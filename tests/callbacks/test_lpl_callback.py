@@ -218,6 +218,22 @@ def test_auto_goes_on_from_a_checkpoint(tmp_path: Path, stopped_at: int) -> None
     assert resumed.weight_at(6) == pytest.approx(whole.weight_at(6), rel=1e-6)
 
 
+class Twice(Latents):
+    """Adds the term of each half of a batch."""
+
+    def training_step(self, z0: Tensor, batch_idx: int) -> Tensor:
+        halves: list[Tensor] = [super(Twice, self).training_step(half, batch_idx) for half in z0.chunk(2)]
+        return halves[0] + halves[1]
+
+
+def test_auto_counts_every_call_of_a_step(tmp_path: Path) -> None:
+    module, autoencoder = Twice(), Autoencoder(tiny_kl())
+    callback = LPLCallback(weight="auto", calibration_steps=4, loss=ungated, autoencoder=autoencoder)
+    run(module, tmp_path, callback, max_steps=8)
+    share = sum(module.terms[8:]) / (sum(module.terms[8:]) + sum(module.rests[8:]))
+    assert share == pytest.approx(0.2, abs=0.03)
+
+
 def test_auto_goes_on_with_another_share(tmp_path: Path) -> None:
     autoencoder = Autoencoder(tiny_kl())
     given: dict[str, Any] = {"weight": "auto", "calibration_steps": 1, "loss": ungated, "autoencoder": autoencoder}
