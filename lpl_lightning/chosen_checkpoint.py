@@ -53,8 +53,13 @@ def find_checkpoint(trainer: pl.Trainer, module: pl.LightningModule, command: st
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: There is no last one to look at, or the folder is not whole.
+        ValueError: There is no last one to look at, the folder is not whole, or the best is asked for, which Lightning
+            knows of a training in the same process alone.
     """
+    if given == "best":
+        raise ValueError(
+            "`ckpt_path` must be a checkpoint or last, got best: give that by its path, which a run says at its end."
+        )
     found = given
     if given == "last":
         to_train = command == "fit"

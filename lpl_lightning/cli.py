@@ -22,6 +22,7 @@ from typing import Any, Literal, cast
 import lightning.pytorch as pl
 from jsonargparse import Namespace, auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
@@ -283,9 +284,10 @@ def main(args: ArgsType = None) -> None:
         return
     try:
         _run(None)
-    except (*REFUSALS, RuntimeError) as error:
+    except (*REFUSALS, RuntimeError, MisconfigurationException) as error:
         # The system's own errors have a number, and say too little without a traceback.
         is_own = isinstance(error, REFUSALS) and raised_in(error).startswith("lpl_lightning")
+        is_own = is_own or isinstance(error, MisconfigurationException)  # Lightning's refusal
         said = str(error) if is_own and getattr(error, "errno", None) is None else refused_by_loader(error)
         if os.environ.get(TRACEBACK, "0") != "0" or not said:
             raise

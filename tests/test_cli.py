@@ -508,6 +508,34 @@ def test_what_is_refused_on_the_terminal_is_one_line(tmp_path: Path) -> None:
         main(args)
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["test", "--ckpt_path=best"], "`ckpt_path` must be a checkpoint or last, got best"),
+        (["predict", "--writer.dirname=FILE"], "`dirname` must be a folder, but FILE is a file"),
+        (["predict", "--trainer.devices=0"], "`Trainer(devices='0')` value is not"),
+    ],
+)
+def test_what_would_be_a_traceback_is_one_line(
+    command: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    words = [word.replace("FILE", str(file)) for word in command[1:]]
+    options = ["--trainer.accelerator=cpu", *in_folder(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["lpl", command[0], "-c", str(CONFIGS / "quickstart.yaml"), *options, *words])
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    signal.signal(signal.SIGTERM, handler)
+    assert ended.value.code == 1
+    assert f"lpl: error: {said.replace('FILE', str(file))}" in capsys.readouterr().err
+
+
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An error that another library raises is none of our refusals."""
     monkeypatch.setattr(sys, "argv", ["lpl", "compare", str(tmp_path), str(tmp_path)])

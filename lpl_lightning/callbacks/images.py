@@ -25,6 +25,7 @@ from lpl_lightning.evaluation.generated import (
     to_uint8,
     write_png,
 )
+from lpl_lightning.evaluation.report import check_folder
 from lpl_lightning.generation import evaluating
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.run_folder import log_picture, run_folder
@@ -160,8 +161,9 @@ class ImageWriter(BasePredictionWriter):
         self.generated = GeneratedFolder(Path(dirname))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Do not gather the images in memory."""
+        """Do not gather the images in memory, and refuse a file where their folder is to be."""
         if stage == "predict" and isinstance(pl_module, LatentDiffusionModule):
+            check_folder(self.generated.folder, "dirname")
             trainer.predict_loop.return_predictions = False
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -64,6 +64,7 @@ class Faults:
             raise ValueError(f"`on_error` must be one of {', '.join(get_args(OnError))}, got {on_error!r}.")
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"`max_bad_share` must be in [0, 1], got {max_bad_share}.")
+        _check_report(report)
         self.on_error: OnError = on_error
         self.max_bad_share, self.report = max_bad_share, report
         self.good = 0
@@ -76,7 +77,11 @@ class Faults:
 
         Args:
             report: File of the items that this one skips; None writes none.
+
+        Raises:
+            ValueError: It cannot be a file.
         """
+        _check_report(report)
         self.report, self.good, self._read_to = report, 0, 0
         self.met.clear()
         self._written.clear()
@@ -154,6 +159,17 @@ class Faults:
         self._written |= {fault["name"] for fault in _parsed(lines)}
         self._read_to = file.tell() - len(begun)
         return bool(begun)
+
+
+def _check_report(report: Path | None) -> None:
+    """Refuse a report that could not be written, before it is to be."""
+    if report is None:
+        return
+    if report.is_dir():
+        raise ValueError(f"`report` must be a file, but {report} is a folder. Give a file in it.")
+    there = next(path for path in report.absolute().parents if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"`report` must lie in a folder, but {there} is a file. Give another.")
 
 
 def _list(named: Mapping[str, str]) -> str:

@@ -405,3 +405,16 @@ def test_a_thousand_damaged_files_are_all_accounted_for(tmp_path: Path) -> None:
         assert batch["image"].shape == (50, 3, 16, 16)
         assert batch["image"].isfinite().all()
     assert read_faults(met) == bad
+
+
+def test_a_report_that_could_not_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for report, said in (
+        (tmp_path, "must be a file, but"),
+        (tmp_path / "file" / "x" / "a.jsonl", "is a file. Give an"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Faults(report=report)
+        with pytest.raises(ValueError, match=said):
+            Faults().begin(report)
+    Faults(report=tmp_path / "new" / "a.jsonl")
