@@ -7,6 +7,7 @@ equal s.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,8 @@ from lpl_lightning.arguments import at_least
 from lpl_lightning.processes import process_sums
 
 __all__ = ["WeightCalibration"]
+
+_log = logging.getLogger(__name__)
 
 
 class WeightCalibration:
@@ -96,6 +99,20 @@ class WeightCalibration:
             f"LPL's weight is {self.weight:.4g} from now on: over {self.steps} batches the loss was {rest:.4g} "
             f"and LPL {term_mean:.4g}, which makes it {self.target_share:.0%} of the total."
         )
+
+    def end(self, trainer: pl.Trainer) -> None:
+        """Say that training ended before the weight was found.
+
+        Args:
+            trainer: Its first process says it.
+        """
+        if trainer.is_global_zero:
+            _log.warning(
+                "LPL was not trained on: by the end of training, %d of the %d batches of `calibration_steps` were "
+                "measured. Go on from a checkpoint, lower `calibration_steps`, or give `weight` a number.",
+                self._batches,
+                self.steps,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The weight, or what has been measured so far."""

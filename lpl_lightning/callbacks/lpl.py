@@ -36,10 +36,10 @@ class LPLCallback(Callback):
 
     Args:
         weight: Weight w of the loss; the paper's best is about 3, where LPL is about a fifth of the total. ``auto``
-            finds it: LPL is measured on the first ``calibration_steps`` batches, without being trained on, and the
-            weight that makes it ``target_share`` of the total is then kept to the end, checkpoints included. Where
-            ``training_step`` calls ``auxiliary_loss`` more than once, the sum of what that gives counts. Until then
-            ``val_loss`` is without LPL: where a checkpoint or a schedule looks at a loss, let it be
+            finds it: LPL is measured on the first ``calibration_steps`` batches at which it is due, without being
+            trained on, and the weight that makes it ``target_share`` of the total is then kept to the end, checkpoints
+            included. Where ``training_step`` calls ``auxiliary_loss`` more than once, the sum of what that gives
+            counts. Until then ``val_loss`` is without LPL: where a checkpoint or a schedule looks at a loss, let it be
             ``val_loss_diffusion``.
         start_step: Optimizer step at which it starts.
         ramp_steps: Steps over which its weight then rises from 0 to ``weight``, linearly; after the calibration if
@@ -49,7 +49,7 @@ class LPLCallback(Callback):
         loss: Makes the loss of an autoencoder: ``LatentPerceptualLoss`` with the options that a config gives it.
         autoencoder: The autoencoder whose decoder is looked into; by default the module's ``autoencoder``.
         target_share: Share of the total loss that ``auto`` aims at.
-        calibration_steps: Batches that ``auto`` measures.
+        calibration_steps: Batches that ``auto`` measures; of a run that ends before, the log says so.
         budget: Share of the time of a training step that LPL may take, loading included, above 0 and below 1. Some
             fourteen batches with LPL train with the exact loss and are timed; if it takes more, each of its maps is
             then computed for a random part of the samples only, with the expectation of the loss kept (``Subset``).
@@ -268,13 +268,18 @@ class LPLCallback(Callback):
         """Leave validation out of the time."""
         self.budget.interrupt()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise what the loss of the last step was still to raise."""
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise what the loss of the last step was still to raise, before the mean over all batches is logged."""
         if self._loss is not None:
             self._loss.flush()
 
-    # Before the mean over all batches is logged.
-    on_validation_epoch_end = on_test_epoch_end = on_train_end
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise what the loss of the last step was still to raise, and say if ``auto`` has found no weight."""
+        self.on_validation_epoch_end(trainer, pl_module)
+        if self.calibrating:
+            self._calibration.end(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Detach the term."""

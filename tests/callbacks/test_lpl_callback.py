@@ -234,6 +234,21 @@ def test_auto_counts_every_call_of_a_step(tmp_path: Path) -> None:
     assert share == pytest.approx(0.2, abs=0.03)
 
 
+def test_auto_says_that_a_run_ended_before_it_found_the_weight(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of six batches it was due at two; in a longer run it is found."""
+    autoencoder = Autoencoder(tiny_kl())
+    for steps, said in ((6, ["2 of the 3 batches of `calibration_steps` were measured"]), (9, [])):
+        callback = LPLCallback("auto", every_n_steps=4, calibration_steps=3, loss=ungated, autoencoder=autoencoder)
+        caplog.clear()
+        run(Latents(), tmp_path, callback, max_steps=steps)
+        found = [record.message for record in caplog.records if "LPL was not trained on" in record.message]
+        assert len(found) == len(said)
+        assert all(part in message for part, message in zip(said, found, strict=True))
+        assert (callback.weight is None) == bool(said)
+
+
 def test_auto_goes_on_with_another_share(tmp_path: Path) -> None:
     autoencoder = Autoencoder(tiny_kl())
     given: dict[str, Any] = {"weight": "auto", "calibration_steps": 1, "loss": ungated, "autoencoder": autoencoder}
