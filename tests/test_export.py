@@ -73,8 +73,9 @@ from lpl_lightning.text_encoders import SideBySide, TextEncoder, TransformersTex
 from lpl_lightning.times import shifted
 
 LABELS = torch.tensor([0, 2])
-STEPS, SCALE = 3, 1.5
-SIGMAS = [1.0, 2 / 3, 1 / 3]
+STEPS, SCALE = 4, 1.5
+"""Steps whose number divides the chain, as DDIM needs in diffusers' pipelines."""
+SIGMAS = [1.0, 0.75, 0.5, 0.25]
 TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
 
@@ -552,6 +553,23 @@ def test_the_schedulers_of_the_sampler_goes_along(tmp_path: Path) -> None:
     assert pipe.scheduler.config.beta_end == 0.012
 
 
+@pytest.mark.parametrize("n", [3, 4])
+def test_a_number_of_steps_by_which_the_pipeline_leaves_noise_is_said(
+    tmp_path: Path, n: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = module_of(
+        unet(), ClassTokens(3, token_dim=8, tokens_per_class=2), noise=DDPM("v_prediction"), sampler=Sampler(n, SCALE)
+    )
+    with caplog.at_level("INFO"):
+        folder = export_diffusers(module, tmp_path / "out")
+    pipe = load(StableDiffusionPipeline, folder, **without(*TEXT[:2]))
+    z = torch.randn(2, 4, 4, 4)
+    asked: dict[str, Any] = embeddings(folder) | {"latents": z, "num_inference_steps": n, "guidance_scale": SCALE}
+    got, own = pipe(**asked, output_type="latent").images, module.sample_latents(z, {"label": LABELS})
+    assert torch.allclose(got, own, atol=1e-5) == (n == 4)
+    assert ("leaves noise behind by 3 steps, unlike `lpl predict`" in caplog.text) == (n == 3)
+
+
 @pytest.mark.parametrize("kind", ["other_channels", "no_diffusers_model"])
 def test_an_autoencoder_that_the_pipeline_cannot_use_is_left_out(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
@@ -778,7 +796,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "quickstart.yaml",
             tmp_path_factory.mktemp("run"),
             "--model.weights=null",
-            "--model.sampler.num_steps=3",
+            f"--model.sampler.num_steps={STEPS}",
             callbacks="{class_path: lpl_lightning.EMA, init_args: {decay: 0.5}}, ",
             steps=2,
         )

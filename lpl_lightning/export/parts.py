@@ -181,6 +181,13 @@ def scheduler_part(module: LatentDiffusionModule, target: Target, said: list[str
         not target.scales or target.pipeline is diffusers.DiTPipeline
     ):
         said.append(f"{name} does not scale the noise as {kind} asks: sample with `lpl predict`, or by your own loop")
+    elif isinstance(scheduler, diffusers.DDIMScheduler) and scheduler.config.timestep_spacing != "leading":
+        steps, chain = module.sampler.num_steps, scheduler.config.num_train_timesteps
+        if chain % steps:
+            said.append(
+                f"{name} leaves noise behind by {steps} steps, unlike `lpl predict`: give it num_inference_steps that "
+                f"divide {chain}"
+            )
     return scheduler
 
 
