@@ -206,6 +206,11 @@ class Sampler:
                     f"The scheduler {name} has {key}={config[key]!r}, but the noise process was trained with "
                     f"{trained[key]!r}: set it so, or leave `scheduler` out to have the matching one."
                 )
+        if config.get("snr_shift_scale", 1.0) != 1.0:
+            raise ValueError(
+                f"The scheduler {name} has snr_shift_scale={config['snr_shift_scale']!r}, so its noise levels are "
+                "others than those trained with: set it to 1.0, or leave `scheduler` out to have the matching one."
+            )
         key = "rescale_betas_zero_snr"
         # Those that know no such setting do not rescale.
         if key in trained and trained[key] != config.get(key, False):

@@ -396,6 +396,18 @@ def test_a_schedule_given_beta_by_beta_must_be_the_one_trained_with() -> None:
                 Sampler(scheduler=DDIMScheduler(**CHAIN, trained_betas=others, **options)).check(process)
 
 
+def test_a_scheduler_that_shifts_the_noise_levels_is_refused() -> None:
+    _, sigma = DDPM("epsilon").alpha_sigma(torch.arange(1000.0))
+    for shift, same in ((1.0, True), (3.0, False)):
+        scheduler = CogVideoXDDIMScheduler(**CHAIN, clip_sample=False, snr_shift_scale=shift)
+        assert torch.allclose((1 - scheduler.alphas_cumprod).sqrt().float(), sigma, atol=1e-4) == same
+        if same:
+            Sampler(scheduler=scheduler).check(DDPM("epsilon"))
+        else:
+            with pytest.raises(ValueError, match=r"CogVideoXDDIMScheduler has snr_shift_scale=3.0, .*set it to 1.0"):
+                Sampler(scheduler=scheduler).check(DDPM("epsilon"))
+
+
 @pytest.mark.parametrize("family", [UniPCMultistepScheduler, DPMSolverMultistepScheduler, DEISMultistepScheduler])
 def test_a_scheduler_that_follows_a_flow_in_part_only_is_refused(family: Any) -> None:
     """By its noise levels and not by what it takes the prediction for, or the other way round."""
