@@ -8,6 +8,7 @@ equal s.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -45,6 +46,7 @@ class WeightCalibration:
         self._sums: Tensor | None = None  # of the term, of all else, and of the batches counted
         self._batches = 0
         self._term: Tensor | None = None
+        self._given = False  # whether a batch had a loss
 
     def measure(self, term: Tensor) -> None:
         """Note the term's value, unweighted, in the batch at hand; of several in one, the sum.
@@ -68,15 +70,17 @@ class WeightCalibration:
             return
         term, self._term = self._term, None
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if not isinstance(loss, Tensor):
-            raise ValueError(
-                f"LPLCallback(weight='auto') needs the loss that `training_step` returns, got {type(loss).__name__}. "
-                "Return it, or give `weight` a number."
-            )
+        automatic = trainer.lightning_module.automatic_optimization
+        if isinstance(loss, Tensor):
+            self._given = True
+        elif loss is None and automatic:
+            loss = torch.full_like(term, math.nan)  # Lightning leaves out such a batch
+        else:
+            raise _no_loss(loss)
         # With automatic optimization Lightning gives the loss divided by the number of batches that it accumulates.
-        divided = trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
+        divided = trainer.accumulate_grad_batches if automatic else 1
         found = torch.stack([term, loss.detach().to(term) * divided, torch.ones_like(term)]).double()
-        # A batch that is not finite counts as none.
+        # A batch that is not finite, or was left out, counts as none.
         found = torch.where(found.isfinite().all(), found, torch.zeros_like(found))
         # Each batch's over all processes, so that the first one's checkpoint holds what all have measured.
         found = process_sums(found).double()
@@ -84,6 +88,7 @@ class WeightCalibration:
         self._batches += 1
         if self._batches < self.steps:
             return
+        self._check_given()
         term_mean, rest = (self._sums[:2] / self._sums[2]).tolist()
         for what, value, remedy in (
             ("a Latent Perceptual Loss", term_mean, "no sample passed the gate, or none was finite: raise `threshold`"),
@@ -105,7 +110,11 @@ class WeightCalibration:
 
         Args:
             trainer: Its first process says it.
+
+        Raises:
+            ValueError: ``training_step`` returned no loss.
         """
+        self._check_given()
         if trainer.is_global_zero:
             _log.warning(
                 "LPL was not trained on: by the end of training, %d of the %d batches of `calibration_steps` were "
@@ -113,6 +122,11 @@ class WeightCalibration:
                 self._batches,
                 self.steps,
             )
+
+    def _check_given(self) -> None:
+        """Refuse batches none of which had a loss."""
+        if self._sums is not None and not self._given and not self._sums[2]:
+            raise _no_loss(None)
 
     def state_dict(self) -> dict[str, Any]:
         """The weight, or what has been measured so far."""
@@ -127,3 +141,10 @@ class WeightCalibration:
             self.weight *= self.target_share / (1 - self.target_share) / (other / (1 - other))
         self._sums = None if state["sums"] is None else torch.tensor(state["sums"], dtype=torch.float64)
         self._batches = state["batches"]
+
+
+def _no_loss(got: object) -> ValueError:
+    return ValueError(
+        f"LPLCallback(weight='auto') needs the loss that `training_step` returns, got {type(got).__name__}. Return it, "
+        "or give `weight` a number."
+    )

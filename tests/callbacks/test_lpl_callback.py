@@ -427,6 +427,39 @@ def test_auto_leaves_out_batches_that_are_not_finite_and_refuses_a_negative_rest
         run(negative, tmp_path, callback(), max_steps=4)
 
 
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
+def test_auto_leaves_out_batches_that_training_leaves_out(tmp_path: Path) -> None:
+    """As if they were not there; with manual optimization a step that returns nothing says nothing of its loss."""
+
+    class Skips(Latents):
+        skipped: tuple[int, ...] = (0, 2)
+
+        def training_step(self, z0: Tensor, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+            loss = super().training_step(z0, batch_idx)
+            return None if len(self.rests) - 1 in self.skipped else loss
+
+    torch.manual_seed(7)
+    module, autoencoder = Skips(), Autoencoder(tiny_kl())
+    callback = LPLCallback("auto", calibration_steps=4, loss=ungated, autoencoder=autoencoder)
+    run(module, tmp_path, callback, max_steps=4)
+    lpl = ungated(autoencoder)
+    terms = [lpl(z_t - t * module.before(z_t), z0).mean().item() for z_t, t, z0 in module.measured[1::2]]
+    assert callback.weight == pytest.approx(0.25 * (module.rests[1] + module.rests[3]) / sum(terms), rel=1e-2)
+    module = Skips()
+    module.skipped = (0, 1, 2, 3)
+    with pytest.raises(ValueError, match="needs the loss that `training_step` returns, got NoneType"):
+        run(module, tmp_path, callback, max_steps=8)
+
+    class Silent(TwoOptimizers):
+        def training_step(self, z0: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+            super().training_step(z0, batch_idx)
+
+    silent = Silent()
+    with pytest.raises(ValueError, match="needs the loss that `training_step` returns, got NoneType"):
+        run(silent, tmp_path, callback, max_steps=8)
+    assert len(silent.terms) == 1
+
+
 class TwoOptimizers(Latents):
     """Manual optimization, each batch two updates."""
 
