@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.autoencoder import Autoencoder
@@ -76,6 +76,11 @@ class LPLCallback(Callback):
         at_least(1, every_n_steps=every_n_steps)
         if not isinstance(weight, str):
             at_least(0, weight=weight)
+        if isinstance(loss, nn.Module):
+            raise ValueError(
+                f"`loss` must make the loss of an autoencoder, got a {type(loss).__name__} that is made already. Give "
+                "what makes it, such as functools.partial(LatentPerceptualLoss, depth=4)."
+            )
         if budget is not None and every_n_steps > 1:
             raise ValueError(
                 f"`budget` and `every_n_steps` both thin LPL out, got {budget} and {every_n_steps}. Leave one of them "

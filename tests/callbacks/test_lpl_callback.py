@@ -53,6 +53,12 @@ def test_its_loss_is_made_with_the_options_given(tmp_path: Path) -> None:
     assert trainer.callback_metrics["gate_share"] == 0.5
 
 
+def test_a_loss_that_is_made_already_is_refused() -> None:
+    made: Any = LatentPerceptualLoss(Autoencoder(tiny_kl()))
+    with pytest.raises(ValueError, match=r"`loss` .*, got a LatentPerceptualLoss that is made.*functools.partial\("):
+        LPLCallback(loss=made)
+
+
 def test_two_of_them_are_refused(tmp_path: Path) -> None:
     pair = [LPLCallback(autoencoder=Autoencoder(tiny_kl())) for _ in range(2)]
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `LPLCallback`"):
