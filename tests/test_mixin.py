@@ -125,6 +125,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         LPLCallback().setup(pl.Trainer(logger=False), WithoutMixin(), "fit")
     with pytest.raises(ValueError, match=r"Foreign.autoencoder is NoneType. Give it one by `autoencoder`"):
         fit(Foreign(), tmp_path, LPLCallback())
+    with pytest.raises(ValueError, match=r"`autoencoder` must be an lpl_lightning.Autoencoder, got AutoencoderKL"):
+        fit(Foreign(), tmp_path, LPLCallback(autoencoder=tiny_kl()))
 
 
 def test_terms_see_the_prediction_and_nobody_later_does() -> None:

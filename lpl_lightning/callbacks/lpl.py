@@ -150,6 +150,11 @@ class LPLCallback(Callback):
                 f"LPLCallback needs a module with LPLMixin, got {type(pl_module).__name__}. Make it a subclass of "
                 "lpl_lightning.LPLMixin and add self.auxiliary_loss(z0_hat, z0, noise_to_signal) to its loss."
             )
+        if self.autoencoder is not None and not isinstance(self.autoencoder, Autoencoder):
+            kind = type(self.autoencoder).__name__
+            raise ValueError(
+                f"`autoencoder` must be an lpl_lightning.Autoencoder, got {kind}. Make it one: Autoencoder(your_vae)."
+            )
         autoencoder = self.autoencoder or getattr(pl_module, "autoencoder", None)
         if not isinstance(autoencoder, Autoencoder):
             raise ValueError(
