@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from numbers import Integral
 from pathlib import PurePath
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ __all__ = [
     "read_settings",
     "refusal",
     "refused_by_loader",
+    "whole_at_least",
 ]
 
 Settings = TypeVar("Settings")
@@ -43,18 +45,34 @@ def above(bound: float, **values: float) -> None:
 
 
 def at_least(least: float, **values: float) -> None:
-    """Refuse numbers that are too small.
+    """Refuse numbers that are too small, and what is no number.
 
     Args:
         least: The smallest that is allowed.
         values: Arguments by name.
 
     Raises:
-        ValueError: One is smaller.
+        ValueError: One is smaller, or NaN.
     """
     for name, value in values.items():
-        if value < least:
+        if not value >= least:
             raise ValueError(f"`{name}` must be {least} or more, got {value}.")
+
+
+def whole_at_least(least: int, **values: float) -> None:
+    """Refuse numbers that are not whole, and those that are too small.
+
+    Args:
+        least: The smallest that is allowed.
+        values: Arguments by name.
+
+    Raises:
+        ValueError: One is smaller, or not whole.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
+    at_least(least, **values)
 
 
 def read_settings(cls: type[Settings], argument: str, value: object) -> Settings:

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lpl_lightning.arguments import at_least
+from lpl_lightning.arguments import whole_at_least
 from lpl_lightning.processes import process_sums
 
 __all__ = ["WeightCalibration"]
@@ -35,7 +35,7 @@ class WeightCalibration:
     def __init__(self, target_share: float = 0.2, steps: int = 100) -> None:
         if not 0 < target_share < 1:
             raise ValueError(f"`target_share` must lie between 0 and 1, got {target_share}.")
-        at_least(1, calibration_steps=steps)
+        whole_at_least(1, calibration_steps=steps)
         self.target_share = target_share
         self.steps = steps
         self.forget()

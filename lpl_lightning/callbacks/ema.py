@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from lpl_lightning.arguments import at_least
+from lpl_lightning.arguments import whole_at_least
 from lpl_lightning.callbacks.counting import StepCount
 from lpl_lightning.callbacks.kept_weights import KeptWeights
 from lpl_lightning.callbacks.step_guard import last_step_skipped
@@ -73,7 +73,7 @@ class EMA(WeightsCallback):
                 raise ValueError(f"`{name}` must lie from 0 to below 1, got {value}.")
         if len({decay, *also}) <= len(also):
             raise ValueError(f"`also` must hold further decays, each once, beside {decay}, got {list(also)}.")
-        at_least(1, every_n_steps=every_n_steps)
+        whole_at_least(1, every_n_steps=every_n_steps)
         if evaluate not in (None, "trained", decay, *also):
             raise ValueError(f"`evaluate` must be one of {[decay, *also]} or 'trained', got {evaluate!r}.")
         self.decay, self.also, self.every_n_steps, self.warm_up = decay, tuple(also), every_n_steps, warm_up

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lpl_lightning.arguments import at_least
+from lpl_lightning.arguments import at_least, whole_at_least
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.callbacks.budget import Budget
 from lpl_lightning.callbacks.calibration import WeightCalibration
@@ -72,8 +72,8 @@ class LPLCallback(Callback):
     ) -> None:
         if weight != "auto" and (isinstance(weight, bool | str) or not isinstance(weight, int | float)):
             raise ValueError(f"`weight` must be a number or 'auto', got {weight!r}.")
-        at_least(0, start_step=start_step, ramp_steps=ramp_steps)
-        at_least(1, every_n_steps=every_n_steps)
+        whole_at_least(0, start_step=start_step, ramp_steps=ramp_steps)
+        whole_at_least(1, every_n_steps=every_n_steps)
         if not isinstance(weight, str):
             at_least(0, weight=weight)
         if isinstance(loss, nn.Module):

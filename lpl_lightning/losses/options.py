@@ -152,7 +152,7 @@ class LossOptions:
             raise ValueError(
                 f"`depth_weights` as a list must hold numbers of 0 or more, got {list(self.depth_weights)}."
             )
-        if isinstance(self.depth, int):
+        if isinstance(self.depth, int) and not isinstance(self.depth, bool):
             at_least(0, depth=self.depth)
         elif not isinstance(self.depth, tuple):
             raise ValueError(f"`depth` must be a whole number or names of stages, got {self.depth!r}.")
@@ -168,7 +168,7 @@ class LossOptions:
         for name in ("dilation", "erosion"):
             sizes = getattr(self, name)
             for size in sizes if isinstance(sizes, tuple) else (sizes,):
-                if size < 1 or size % 2 == 0:
+                if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
                     raise ValueError(f"`{name}` must be an odd number of positions, or a list of them, got {sizes}.")
 
     def reduce(self, losses: Tensor, passed: int | Tensor, reduction: Reduction | None = None) -> Tensor:

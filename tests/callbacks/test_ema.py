@@ -70,6 +70,8 @@ def test_weights_from_a_runs_average(tmp_path: Path) -> None:
         module(weights_ema=0.9)
     with pytest.raises(ValueError, match="`decay` must lie"):
         EMA(decay=1.0)
+    with pytest.raises(ValueError, match="`every_n_steps` must be a whole number, got 2.5"):
+        EMA(every_n_steps=2.5)  # type: ignore[arg-type]
     plain = trainer(tmp_path, max_steps=1, limit_val_batches=0)
     plain.fit(module(), data())
     plain.save_checkpoint(tmp_path / "plain.ckpt")

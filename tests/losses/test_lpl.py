@@ -413,6 +413,7 @@ def test_bad_input_is_named(autoencoder: Autoencoder, lpl: LatentPerceptualLoss)
         ({"depth": ["up_0", "up_9"]}, r"`depth` must name stages among \['mid', 'up_0', .*'image'\], got \['up_9'\]"),
         ({"depth": ["up_0", "up_0"]}, "must name each stage once"),
         ({"depth": []}, "must name each stage once"),
+        ({"depth": True}, "`depth` must be a whole number or names of stages, got True"),
         ({"depth": 2.5}, "`depth` must be a whole number or names of stages, got 2.5"),
         ({"threshold": {"snr": 0.1, "nsr": 3.0}}, "exactly one of the units"),
         ({"threshold": "3"}, "`threshold` must be a noise-to-signal ratio or one of nsr, snr"),
@@ -422,6 +423,8 @@ def test_bad_input_is_named(autoencoder: Autoencoder, lpl: LatentPerceptualLoss)
         ({"mask_outliers": "no"}, "`mask_outliers` must be true or false, got 'no'"),
         ({"threshold": 0.0}, "`threshold` in nsr must be a noise-to-signal ratio above 0"),
         ({"dilation": 2}, "`dilation` must be an odd number"),
+        ({"erosion": [3.0] * 4}, "`erosion` must be an odd number"),
+        ({"erosion": True}, "`erosion` must be an odd number"),
         (
             {"erosion": [1, 3]},
             "`erosion` as a list must have an entry for each compared feature map: expected 4, got 2",
