@@ -134,7 +134,7 @@ class RunSummary(Callback):
         z = torch.empty(shape, device="meta")
         tau = loss.tau(z)
         weight = "auto" if callback.weight is None else f"{callback.weight:g}"
-        floor = f", variances with relative_eps {found:g}" if (found := loss.options.relative_eps) else ""
+        floor = f", variances with relative_eps {found:g}" if (found := loss.options.floor) else ""
         yield _line("LPL", f"weight {weight}, comparing {', '.join(loss.compared) or 'nothing'}{floor}")
         said = [f"{UNITS[name]} {value:.4g}" for name, value in equivalents(tau, loss.ddpm).items()]
         if noise is not None:

@@ -193,7 +193,7 @@ class LatentPerceptualLoss(nn.Module):
             return
         self.announced = True
         tau = described(self.tau(z), z, self.autoencoder.is_video, self.options.reference_side, self.ddpm)
-        floor = f" Variances have a floor, `relative_eps` {found:g}." if (found := self.options.relative_eps) else ""
+        floor = f" Variances have a floor, `relative_eps` {found:g}." if (found := self.options.floor) else ""
         rank_zero_info(f"LPL compares {', '.join(self.compared) or 'nothing'}; {tau}.{floor}")
 
     def flush(self) -> None:

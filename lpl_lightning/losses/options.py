@@ -171,6 +171,11 @@ class LossOptions:
                 if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
                     raise ValueError(f"`{name}` must be an odd number of positions, or a list of them, got {sizes}.")
 
+    @property
+    def floor(self) -> float:
+        """``relative_eps`` where maps are divided by variances, else 0."""
+        return self.relative_eps if self.normalization == "standardize" and self.statistics != "none" else 0.0
+
     def reduce(self, losses: Tensor, passed: int | Tensor, reduction: Reduction | None = None) -> Tensor:
         """Losses (B,) as ``reduction``, by default the option, says, given how many passed: (B,) or a scalar."""
         match reduction or self.reduction:

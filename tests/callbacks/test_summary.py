@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,10 @@ def test_a_floor_of_the_variances_is_said(tmp_path: Path, caplog: pytest.LogCapt
     module.autoencoder = Autoencoder(tiny_taesd())
     trainer(tmp_path, RunSummary(), LPLCallback()).fit(module, batches(torch.randn(4, 4, 8, 8)))
     assert said(caplog, "LPL") == "weight 3, comparing mid, up_0, up_1, up_2, variances with relative_eps 0.1"
+    caplog.clear()
+    without = LPLCallback(loss=partial(LatentPerceptualLoss, statistics="none", relative_eps=0.1))
+    trainer(tmp_path / "without", RunSummary(), without).fit(module, batches(torch.randn(4, 4, 8, 8)))
+    assert said(caplog, "LPL") == "weight 3, comparing mid, up_0, up_1, up_2"
 
 
 def test_a_module_of_anyones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

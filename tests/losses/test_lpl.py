@@ -586,6 +586,19 @@ def test_on_real_weights(shared: Path, name: str, caplog: pytest.LogCaptureFixtu
     assert torch.isfinite(z0_hat.grad).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"), [({}, True), ({"preset": "diffusers"}, False), ({"statistics": "none"}, False)]
+)
+def test_a_floor_is_said_where_variances_have_one(
+    options: dict[str, Any], said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    lpl = LatentPerceptualLoss(Autoencoder(tiny_kl()), relative_eps=0.2, **options)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        lpl.announce(torch.zeros(1, 4, 4, 4))
+    assert "LPL compares" in caplog.text
+    assert ("Variances have a floor, `relative_eps` 0.2." in caplog.text) == said
+
+
 def test_variances_have_a_floor_where_the_decoder_has_no_normalization() -> None:
     """By default; and not for what divides by no variance, nor where one says so."""
     tiny = Autoencoder(tiny_taesd())
