@@ -286,9 +286,9 @@ def main(args: ArgsType = None) -> None:
         _run(None)
     except (*REFUSALS, RuntimeError, MisconfigurationException) as error:
         # The system's own errors have a number, and say too little without a traceback.
-        is_own = isinstance(error, REFUSALS) and raised_in(error).startswith("lpl_lightning")
-        is_own = is_own or isinstance(error, MisconfigurationException)  # Lightning's refusal
-        said = str(error) if is_own and getattr(error, "errno", None) is None else refused_by_loader(error)
+        is_ours = isinstance(error, REFUSALS) and raised_in(error).startswith("lpl_lightning")
+        is_refusal = is_ours or isinstance(error, MisconfigurationException)  # which Lightning refuses by
+        said = str(error) if is_refusal and getattr(error, "errno", None) is None else refused_by_loader(error)
         if os.environ.get(TRACEBACK, "0") != "0" or not said:
             raise
         print(f"lpl: error: {said}", file=sys.stderr)

@@ -232,11 +232,13 @@ class TrainingLoader(DataLoader[Any]):
         if own != found and state["batches"] < found["batches_in_epoch"]:
             keys = [key for key in own | found if own.get(key) != found.get(key)]
             said = ", ".join(f"{key} {found.get(key)} there, {own.get(key)} here" for key in keys)
-            is_fewer = own.get("items", 0) < found.get("items", 0)
-            bad = "Where `verify` had left out none, and now those that turned bad, `--data.verify false` goes on. "
+            turned_bad = ""
+            if own.get("items", 0) < found.get("items", 0):
+                turned_bad = "Where `verify` had left out none, and now those that turned bad, `--data.verify false` "
+                turned_bad += "goes on. "
             raise ValueError(
                 f"The checkpoint was written in the middle of an epoch of other batches ({said}). "
-                f"{bad * is_fewer}Go on with the data and the batch size (times processes) of its run, or start "
+                f"{turned_bad}Go on with the data and the batch size (times processes) of its run, or start "
                 "from its weights by `--model.weights`."
             )
         self.sampler.seed, self._epoch = int(state["seed"]), int(state["epoch"])
