@@ -9,13 +9,12 @@ What the package refuses is one line on the terminal; with ``LPL_TRACEBACK=1`` i
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,7 +26,7 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from lpl_lightning.arguments import NotFiniteError, raised_in, refusal, refused_by_loader
+from lpl_lightning.arguments import raised_in, refused_by_loader
 from lpl_lightning.autoencoder_module import AutoencoderModule
 from lpl_lightning.callbacks import (
     EMA,
@@ -45,7 +44,7 @@ from lpl_lightning.callbacks import (
 from lpl_lightning.captioning import caption_images
 from lpl_lightning.checkpoints import SafeCheckpointIO, check_settings
 from lpl_lightning.chosen_checkpoint import check_inherited, find_checkpoint
-from lpl_lightning.command_arguments import check_one_each, check_suites, named
+from lpl_lightning.command_arguments import check_files, check_one_each, named
 from lpl_lightning.command_texts import COMMANDS, TITLES
 from lpl_lightning.encoding import EncodingTrainer
 from lpl_lightning.evaluation import compare, evaluate_folder
@@ -53,7 +52,7 @@ from lpl_lightning.export import export_checkpoint
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.own_files import find_own_modules
 from lpl_lightning.packaged_configs import with_packaged_configs
-from lpl_lightning.parser_errors import plain_error, said_of_mistake
+from lpl_lightning.parser_errors import REFUSALS, TRACEBACK, plain_refusals, refuse_arguments, shows_tracebacks
 from lpl_lightning.stand_ins import StandIns, put_all_stand_ins
 
 __all__ = ["LPLCLI", "main"]
@@ -68,12 +67,6 @@ WITHOUT_TRAINER: dict[str, Callable[..., object]] = {
 
 EVALUATIONS = ("validate", "test", "predict")
 """Commands that look at a checkpoint."""
-
-REFUSALS = (ValueError, OSError, ModuleNotFoundError, NotFiniteError)
-"""What the package raises where it is a user's to mend, such as a full disk."""
-
-TRACEBACK = "LPL_TRACEBACK"
-"""Variable of the environment that, set to anything but 0, lets tracebacks be shown."""
 
 
 class LPLCLI(LightningCLI):
@@ -135,12 +128,9 @@ class LPLCLI(LightningCLI):
         try:
             self._parse(parser, args)
         except ArgumentError as error:
-            if os.environ.get(TRACEBACK, "0") != "0":
-                raise
             of_all = [action for one in self._subcommand_parsers.values() for action in one._actions]
             known = {name for action in of_all for name in action.option_strings}
-            print(f"lpl: error: {plain_error(str(error), sorted(known))}", file=sys.stderr)
-            raise SystemExit(2) from None
+            refuse_arguments(error, [*sorted(known), *self._subcommand_parsers, *WITHOUT_TRAINER])
 
     def _parse(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
@@ -152,7 +142,7 @@ class LPLCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build the parts, with errors that say what a part refuses."""
-        with _plain_refusals():
+        with plain_refusals():
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -177,6 +167,7 @@ class LPLCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Choose the average that is asked for."""
+        self._refuse_in_training("validate", "validation")
         self._find_checkpoint("validate")
         self._choose_average("validate")
 
@@ -193,6 +184,7 @@ class LPLCLI(LightningCLI):
 
     def before_test(self) -> None:
         """The same, unless only the loss is asked for."""
+        self._refuse_in_training("test", "evaluation")
         self._find_checkpoint("test")
         self._choose_average("test")
         if self.config.test.evaluation.num_images:
@@ -202,6 +194,12 @@ class LPLCLI(LightningCLI):
         """The same."""
         self._find_checkpoint("sweep")
         self._refuse_untrained("sweep")
+
+    def _refuse_in_training(self, command: str, key: str) -> None:
+        if self.config[command][key].every_n_steps is not None:
+            raise ValueError(
+                f"`{key}.every_n_steps` evaluates during training, which `lpl {command}` is not: leave it out here."
+            )
 
     def _find_checkpoint(self, command: str) -> None:
         config = self.config[command]
@@ -244,21 +242,6 @@ class LPLCLI(LightningCLI):
         """
 
 
-@contextmanager
-def _plain_refusals() -> Iterator[None]:
-    """What a part refuses is the error; the parser's list of all that it tried is its cause."""
-    try:
-        yield
-    except ValueError as error:
-        said = refusal(error)
-        if said is error:
-            raise
-        if not isinstance(said, REFUSALS):  # a mistake in a part: its text alone says too little
-            raise ValueError(f"{said_of_mistake(said)} {TRACEBACK}=1 shows how it came to that.") from error
-        kind = type(said) if type(said) in (FileNotFoundError, ModuleNotFoundError) else ValueError
-        raise kind(str(said)) from error
-
-
 def _prints_stand_ins(parser: LightningArgumentParser) -> None:
     """Have ``--print_config``, which ends the parsing, print a config with its stand-ins in place."""
     own = cast(Any, parser)
@@ -289,7 +272,7 @@ def main(args: ArgsType = None) -> None:
         is_ours = isinstance(error, REFUSALS) and raised_in(error).startswith("lpl_lightning")
         is_refusal = is_ours or isinstance(error, MisconfigurationException)  # which Lightning refuses by
         said = str(error) if is_refusal and getattr(error, "errno", None) is None else refused_by_loader(error)
-        if os.environ.get(TRACEBACK, "0") != "0" or not said:
+        if shows_tracebacks() or not said:
             raise
         print(f"lpl: error: {said}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -303,13 +286,18 @@ def _run(args: ArgsType) -> None:
             sys.argv[1:] = given  # where Lightning looks, in the processes that it starts too
         else:
             args = given
-        check_suites(given)
+        check_files(given)
         if given[:1] not in (["compare"], ["caption"], ["export"]):  # whose arguments name no classes
             find_own_modules(given)
     if isinstance(given, list) and given and given[0] in WITHOUT_TRAINER:
         name, *rest = given
-        with _plain_refusals():
-            auto_cli(WITHOUT_TRAINER[name], args=named(name, rest), as_positional=False, prog=f"lpl {name}")
+        command = WITHOUT_TRAINER[name]
+        try:
+            with plain_refusals():
+                words = named(name, rest)
+                auto_cli(command, args=words, as_positional=False, prog=f"lpl {name}", exit_on_error=False)
+        except ArgumentError as error:
+            refuse_arguments(error, [f"--{option}" for option in signature(command).parameters])
         return
     # Lightning warns of every module in eval mode, which a frozen autoencoder is on purpose, and of a call of its own.
     silent = [r".*module\(s\) in eval mode at the start of training", r".*LeafSpec.*is deprecated"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+
+import yaml
 
 from lpl_lightning.callbacks import EMA, LPLCallback
 
-__all__ = ["check_one_each", "check_suites", "named"]
+__all__ = ["check_files", "check_one_each", "named"]
 
 ONE_EACH = {
     LPLCallback: "the config turns LPL on by itself. Leave configs/lpl.yaml out.",
@@ -41,14 +44,35 @@ def named(command: str, args: Sequence[str]) -> list[str]:
     return options
 
 
-def check_suites(args: Sequence[str]) -> None:
-    """Refuse files of suites that do not exist, which the parser would take for classes."""
-    for arg, after in zip(args, [*args[1:], ""], strict=True):
+def check_files(args: Sequence[str]) -> None:
+    """Refuse files of configs and of suites that no parser could read, by what is wrong in which line.
+
+    Raises:
+        FileNotFoundError: A file of a suite does not exist, which the parser would take for a class.
+        ValueError: A file is no YAML, or no mapping.
+    """
+    for arg, after in pairwise([*args, ""]):
         name, given, value = arg.partition("=")
-        value = value if given else after
-        is_suite = name.startswith("--") and name.split(".")[-1].removeprefix("--") == "suite"
-        if is_suite and value.endswith((".yaml", ".yml", ".json")) and not Path(value).is_file():
-            raise FileNotFoundError(f"`{name.removeprefix('--')}`: there is no file {value}.")
+        path = Path(value if given else after)
+        option = name.split(".")[-1].lstrip("-") if name.startswith("-") else ""
+        if option not in ("c", "config", "suite") or path.suffix not in (".yaml", ".yml", ".json"):
+            continue
+        if path.is_file():
+            _check_yaml(path)
+        elif option == "suite":
+            raise FileNotFoundError(f"`{name.removeprefix('--')}`: there is no file {path}.")
+
+
+def _check_yaml(path: Path) -> None:
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: {', '.join(filter(None, (error.problem, error.context)))}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if node is not None and not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"{path} must hold keys and their values, such as `trainer: {{max_steps: 100}}`.")
 
 
 def check_one_each(callbacks: Sequence[object]) -> None:

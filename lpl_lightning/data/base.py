@@ -299,8 +299,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
         Raises:
             FileNotFoundError: ``prompts`` does not exist.
-            ValueError: ``prompts`` is not a UTF-8 text file with at least one line.
+            ValueError: ``prompts`` is not a UTF-8 text file with at least one line, or ``num_generate`` is 0.
         """
+        if self.num_generate == 0:
+            raise ValueError("`data.num_generate` is 0: there is nothing to generate.")
         # All captions, not as many as are asked for, so that requests of a longer run begin as those of a shorter.
         captions = tuple(self.validation_captions()) if self.prompts is None else read_prompts(self.prompts)
         requests = SampleRequests(self.num_generate, self.num_classes, self.generate_seed, captions)

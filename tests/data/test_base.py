@@ -153,6 +153,13 @@ def test_predict_batches_without_classes() -> None:
     assert batch.keys() == {"index", "label", "seed"}
 
 
+def test_there_is_something_to_predict() -> None:
+    """A trainer would end without a word of what was made: nothing."""
+    data = NumbersDataModule(length=1, batch_size=8, num_generate=0)
+    with pytest.raises(ValueError, match=r"`data\.num_generate` is 0"):
+        data.predict_dataloader()
+
+
 def test_data_without_captions_have_none() -> None:
     data = NumbersDataModule(length=1, batch_size=8)
     assert not data.has_captions
