@@ -94,6 +94,7 @@ class Scale:
         short: Of post-training where one choice is compared with others.
         setting: How images are made, unless that is what is compared.
         choice: How they are made where one choice is compared with others.
+        fewer: The same where that is done for several averages or numbers of sampling steps, too.
         overlays: Config files that are laid over the models'.
         side: Of the photos, in pixels.
     """
@@ -103,13 +104,21 @@ class Scale:
     short: int
     setting: Setting
     choice: Setting
+    fewer: Setting
     overlays: tuple[str, ...] = ()
     side: int = 64
 
 
 SCALES = {
-    "cpu": Scale(4000, 500, 250, Setting(5000, "0.995", 10), Setting(2000, "0.99", 10)),
-    "gpu": Scale(10000, 3000, 1500, *2 * (Setting(10000, "0.995", 50),), ("configs/study/gpu.yaml",)),
+    "cpu": Scale(
+        4000,
+        500,
+        250,
+        setting=Setting(5000, "0.995", 10),
+        choice=Setting(5000, "0.99", 10),
+        fewer=Setting(2000, "0.99", 10),
+    ),
+    "gpu": Scale(10000, 3000, 1500, *3 * (Setting(10000, "0.995", 50),), ("configs/study/gpu.yaml",)),
 }
 SCALES["gpu-128"] = replace(
     SCALES["gpu"], side=128, overlays=(*SCALES["gpu"].overlays, "configs/study/imagenette.yaml")
@@ -160,7 +169,7 @@ def post(scale: Scale, name: str, process: str = "flow", seed: int = 1, **option
 
 def experiments(scale: Scale) -> dict[str, list[Run]]:
     """All of them, by name; runs of the same name are one."""
-    few, by_50 = replace(scale.setting, images=2000), replace(scale.setting, num_steps=50)
+    by_50 = replace(scale.setting, num_steps=50)
     losses = {"none": None, "lpl": {}}
     pair = [post(scale, name, loss=loss) for name, loss in losses.items()]
 
@@ -189,8 +198,8 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
         "every-4": {"callback": {"every_n_steps": 4}},
         "budget-0.15": {"callback": {"budget": 0.15}},
     }
-    steps = tuple(replace(scale.choice, num_steps=count) for count in (5, 10, 20, 50))
-    decays = tuple(replace(few, ema=decay) for decay in ("trained", "0.99", "0.995", "0.998", "0.999"))
+    steps = tuple(replace(scale.fewer, num_steps=count) for count in (5, 10, 20, 50))
+    decays = tuple(replace(scale.fewer, ema=decay) for decay in ("trained", "0.99", "0.995", "0.998", "0.999"))
     early = scale.pretrain // 4
     start = replace(pretrained("flow", scale), at=early, settings=(scale.choice,))
 
@@ -204,7 +213,7 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
         "main": main,
         "main_by_50": [replace(one, settings=(by_50,)) for one in main],
         **{
-            name: [replace(one, settings=(scale.choice, replace(scale.choice, num_steps=50))) for one in others]
+            name: [replace(one, settings=(scale.choice, steps[-1])) for one in others]
             for name, others in {
                 "dit": briefly("dit"),
                 "taesd": briefly("taesd"),
