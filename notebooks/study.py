@@ -193,6 +193,14 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
     modes = choose("statistics", "statistics", ["predicted_detached", "target", "separate", "none"])
     weights = choose("depth-weights", "depth_weights", ["exponential", "uniform"])
     shares = {f"share-{share}": {"loss": {}, "callback": {"target_share": share}} for share in (0.05, 0.1, 0.4, 0.6)}
+    fixed = {  # the weight that `auto` finds for LPL as it is, from the same step on
+        f"weight-0.2-{name}": {"loss": loss, "callback": {"weight": 0.2, "start_step": scale.short // 5}}
+        for name, loss in {
+            "threshold-1.0": {"threshold": 1.0},
+            "threshold-6.0": {"threshold": 6.0},
+            "depth-1": {"depth": 1},
+        }.items()
+    }
     thin = {
         "keep-0.25": {"callback": {"loss": {"subset": {"keep": 0.25}}}},
         "every-4": {"callback": {"every_n_steps": 4}},
@@ -235,6 +243,7 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
         "depth_weights": variants(weights),
         "threshold": variants(thresholds),
         "weight": variants(shares),
+        "fixed": variants(fixed),
         "share": [
             replace(post(scale, "share-0.1", process, **shares["share-0.1"]), settings=(by_50,))
             for process in PROCESSES[1:]

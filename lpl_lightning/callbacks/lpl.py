@@ -36,11 +36,11 @@ class LPLCallback(Callback):
 
     Args:
         weight: Weight w of the loss; the paper's best is about 3, where LPL is about a fifth of the total. ``auto``
-            finds it: LPL is measured on the first ``calibration_steps`` batches at which it is due, without being
-            trained on, and the weight that makes it ``target_share`` of the total is then kept to the end, checkpoints
-            included. Where ``training_step`` calls ``auxiliary_loss`` more than once, the sum of what that gives
-            counts. Until then ``val_loss`` is without LPL: where a checkpoint or a schedule looks at a loss, let it be
-            ``val_loss_diffusion``.
+            finds it: LPL is measured on the first ``calibration_steps`` batches from ``start_step`` on, whatever
+            ``every_n_steps`` is, without being trained on, and the weight that makes it ``target_share`` of the total
+            is then kept to the end, checkpoints included. Where ``training_step`` calls ``auxiliary_loss`` more than
+            once, the sum of what that gives counts. Until then ``val_loss`` is without LPL: where a checkpoint or a
+            schedule looks at a loss, let it be ``val_loss_diffusion``.
         start_step: Optimizer step at which it starts.
         ramp_steps: Steps over which its weight then rises from 0 to ``weight``, linearly; after the calibration if
             there is one.
@@ -127,13 +127,13 @@ class LPLCallback(Callback):
         return since >= 0 and since % self.every_n_steps == 0
 
     def _shows(self, trainer: pl.Trainer) -> bool:
-        """Whether this step, at which the loss is due, is the last such one before the logger takes what was logged."""
+        """Whether this step, of those with the loss, is the last one before the logger takes what was logged."""
         every: int = cast(Any, trainer).log_every_n_steps
         if not trainer.loggers or every < 1 or trainer.fit_loop._should_accumulate():
             return False
         step = self._count.steps(trainer)
         next_logged = step + (-(step + 1)) % every
-        return step + self.every_n_steps > next_logged
+        return step + (1 if self.calibrating else self.every_n_steps) > next_logged
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Attach the term."""
@@ -181,7 +181,7 @@ class LPLCallback(Callback):
         loss.announce(z0)
         # Not the module's mode: Lightning trains one that was left in eval mode as it is.
         training, step = trainer.training, self._count.steps(trainer)
-        measuring = training and self.calibrating and self._due(step)
+        measuring = training and self.calibrating and step >= self.start_step
         weight = self.weight_at(step) if training else (self.weight or 0.0)
         if training and weight == 0 and not measuring:
             return z0.new_zeros(())

@@ -247,9 +247,9 @@ def test_auto_counts_every_call_of_a_step(tmp_path: Path) -> None:
 def test_auto_says_that_a_run_ended_before_it_found_the_weight(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of six batches it was due at two; in a longer run it is found."""
+    """After two batches of three; in a longer run it is found."""
     autoencoder = Autoencoder(tiny_kl())
-    for steps, said in ((6, ["2 of the 3 batches of `calibration_steps` were measured"]), (9, [])):
+    for steps, said in ((2, ["2 of the 3 batches of `calibration_steps` were measured"]), (3, [])):
         callback = LPLCallback("auto", every_n_steps=4, calibration_steps=3, loss=ungated, autoencoder=autoencoder)
         caplog.clear()
         run(Latents(), tmp_path, callback, max_steps=steps)
@@ -257,6 +257,16 @@ def test_auto_says_that_a_run_ended_before_it_found_the_weight(
         assert len(found) == len(said)
         assert all(part in message for part, message in zip(said, found, strict=True))
         assert (callback.weight is None) == bool(said)
+
+
+def test_auto_measures_each_batch_also_where_few_are_trained_on(tmp_path: Path) -> None:
+    """Else the weight of a loss at each fourth step takes four times as many steps to be found."""
+    module, autoencoder = Latents(), Autoencoder(tiny_kl())
+    callback = LPLCallback("auto", every_n_steps=4, calibration_steps=3, loss=ungated, autoencoder=autoencoder)
+    run(module, tmp_path, callback, max_steps=9)
+    assert callback.weight is not None
+    assert [bool(term) for term in module.terms] == [step in (3, 7) for step in range(9)]
+    assert [callback.weight_at(step) for step in (3, 4)] == [4 * callback.weight, 0]
 
 
 def test_auto_goes_on_with_another_share(tmp_path: Path) -> None:
