@@ -45,11 +45,15 @@ class WeightCalibration:
         self.weight: float | None = None
         self._sums: Tensor | None = None  # of the term, of all else, and of the batches counted
         self._batches = 0
-        self._term: Tensor | None = None
         self._given = False  # whether a batch had a loss
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """A training step begins."""
+        self._term: Tensor | None = None
 
     def measure(self, term: Tensor) -> None:
-        """Note the term's value, unweighted, in the batch at hand; of several in one, the sum.
+        """Note the term's value, unweighted, in the training step at hand; of several in one, the sum.
 
         Args:
             term: A scalar; nothing waits for it.

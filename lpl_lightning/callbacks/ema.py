@@ -111,6 +111,7 @@ class EMA(WeightsCallback):
                 "EMA out."
             )
         if stage == "fit":
+            self._count.prepare()
             callbacks: list[Any] = trainer.checkpoint_callbacks
             alone = [type(one).__name__ for one in callbacks if getattr(one, "save_weights_only", False)]
             if alone and not isinstance(pl_module, RebuiltModule):

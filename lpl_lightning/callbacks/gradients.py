@@ -8,6 +8,8 @@ backward pass, over the predictions of all processes; nothing is computed twice.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -21,11 +23,13 @@ class GradientRatio:
     """Listens to one backward pass."""
 
     def __init__(self) -> None:
-        self._squares: Tensor | None = None  # of both norms
-        self._term: Tensor | None = None
+        self._squares: Tensor | None = None  # of both norms, over predictions
+        self._heard = False
+        # Of each prediction that is listened to, what the terms that are computed from it pull at it.
+        self._terms: list[tuple[Tensor, list[Tensor]]] = []
 
     def watch(self, z0_hat: Tensor, prediction: Tensor) -> Tensor:
-        """Listen to the next backward pass.
+        """Listen to the next backward pass; of several terms in one, the sum counts.
 
         Args:
             z0_hat: Estimates of the clean latents, an elementwise function of the prediction.
@@ -38,7 +42,8 @@ class GradientRatio:
         Raises:
             ValueError: ``z0_hat`` is not computed from the prediction, or not element by element.
         """
-        self._squares, self._term = torch.zeros(2, device=prediction.device), None
+        if self._squares is None or self._heard:
+            self._squares, self._heard, self._terms = torch.zeros(2, device=prediction.device), False, []
         (slope,) = torch.autograd.grad(
             z0_hat, prediction, torch.ones_like(z0_hat), retain_graph=True, allow_unused=True
         )
@@ -57,26 +62,35 @@ class GradientRatio:
                 + ". Give the very tensor, not a copy or a part of it, or leave it out."
             )
 
-        def of_term(gradient: Tensor) -> None:
-            self._term = gradient.detach().float() * slope.float()
+        terms = next((of_it for one, of_it in self._terms if one is prediction), None)
+        if terms is None:
+            terms = []
+            self._terms.append((prediction, terms))
+            prediction.register_hook(partial(self._hear, terms))
+        of_prediction = terms
 
-        def of_all(gradient: Tensor) -> None:
-            if self._term is not None:
-                rest = gradient.detach().float() - self._term
-                self._squares = torch.stack([self._term.square().sum(), rest.square().sum()])
-                self._term = None
+        def of_term(gradient: Tensor) -> None:
+            of_prediction.append(gradient.detach().float() * slope.float())
 
         listened = z0_hat.view_as(z0_hat)
         listened.register_hook(of_term)
-        prediction.register_hook(of_all)
         return listened
+
+    def _hear(self, terms: list[Tensor], gradient: Tensor) -> None:
+        """Take up the gradient at a prediction, whose terms have been heard before."""
+        if terms and self._squares is not None:
+            term = torch.stack(terms).sum(0)
+            rest = gradient.detach().float() - term
+            self._squares = self._squares + torch.stack([term.square().sum(), rest.square().sum()])
+            self._heard = True
+            terms.clear()
 
     def pop(self) -> Tensor | None:
         """The ratio of the last backward pass that was listened to, a scalar; None without one.
 
         All processes must call it, and have listened to the same backward passes.
         """
-        squares, self._squares = self._squares, None
+        squares, self._squares, self._terms = self._squares, None, []
         if squares is None:
             return None
         of_term, of_rest = process_sums(squares)

@@ -28,11 +28,12 @@ __all__ = ["LPLCallback"]
 class LPLCallback(Callback):
     """Adds ``weight * LPL`` to the loss of a module with ``LPLMixin``.
 
-    The term is attached at setup and detached at teardown. It logs ``loss_lpl`` (before the weight), ``gate_share``
-    (share of the batch that passed the gate) and ``lpl_weight``; in validation ``val_loss_lpl``, in test
-    ``test_loss_lpl``. At the last step before each log entry it also logs, of its last batch in all processes, what
-    ``Diagnostics.scalars`` names, and, if the module gives ``auxiliary_loss`` its prediction, ``lpl_gradient_ratio``:
-    the norm of the term's gradient at the prediction over that of all else. At other steps none of it is computed.
+    The term is attached at setup and detached at teardown. It logs ``loss_lpl`` (before the weight; the sum of several
+    in one step), ``gate_share`` (share of the batch that passed the gate) and ``lpl_weight``; in validation
+    ``val_loss_lpl``, in test ``test_loss_lpl``. At the last step before each log entry it also logs, of its last batch
+    in all processes, what ``Diagnostics.scalars`` names, and, if the module gives ``auxiliary_loss`` its prediction,
+    ``lpl_gradient_ratio``: the norm of the term's gradient at the prediction over that of all else. At other steps none
+    of it is computed.
 
     Args:
         weight: Weight w of the loss; the paper's best is about 3, where LPL is about a fifth of the total. ``auto``
@@ -97,6 +98,9 @@ class LPLCallback(Callback):
         self.make_loss = loss
         self.autoencoder = autoencoder
         self._gradients = GradientRatio()
+        self._value: Tensor | float = 0.0
+        self._passed: list[Tensor] = []
+        self._step_ended = False
         self._loss: LatentPerceptualLoss | None = None
 
     @property
@@ -139,6 +143,8 @@ class LPLCallback(Callback):
         """Attach the term."""
         if stage == "predict":
             return
+        if stage == "fit":
+            self._count.prepare()
         if stage == "fit" and not trainer.global_step:
             # Another training than the one before, if there was one; a checkpoint's state comes after this.
             self._calibration.forget()
@@ -185,6 +191,8 @@ class LPLCallback(Callback):
         weight = self.weight_at(step) if training else (self.weight or 0.0)
         if training and weight == 0 and not measuring:
             return z0.new_zeros(())
+        if training and self._step_ended:
+            self._begin_step()
         if loss.autoencoder.scale.device != z0.device:
             loss.autoencoder.to(z0.device)
         loss.train(training)
@@ -205,9 +213,11 @@ class LPLCallback(Callback):
             passed = None if noise_to_signal is None else loss.passes(noise_to_signal.detach(), z0)
             self.budget.end_term(z0_hat, z0, passed)
         if training:
-            means = {"loss_lpl": value}
+            self._value = self._value + value.detach()
+            means = {"loss_lpl": self._value}
             if noise_to_signal is not None:
-                means["gate_share"] = loss.passes(noise_to_signal, z0).float().mean()
+                self._passed.append(loss.passes(noise_to_signal, z0).float())
+                means["gate_share"] = torch.cat(self._passed).mean()
             for name, scalar in process_means(means, z0.device).items():
                 pl_module.log(name, scalar, prog_bar=True, batch_size=len(z0))
             # A tensor on the CPU: a number would be copied to the accelerator, and the step would wait for it.
@@ -229,6 +239,17 @@ class LPLCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count from here."""
         self._count.start(trainer)
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        """A training step begins, whose terms are added up; an optimizer may ask for several of one batch."""
+        self._step_ended = False
+        self._value, self._passed = 0.0, []
+        self._calibration.begin_step()
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """The loss of a training step is whole."""
+        self._step_ended = pl_module.automatic_optimization
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what the backward pass told."""
@@ -240,6 +261,7 @@ class LPLCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the calibration see the loss of the batch, and the budget its time."""
+        self._step_ended = True
         self._count.end_batch(trainer)
         if self.budget.measuring and not self.calibrating and self._loss is not None:
             self.budget.end_batch(trainer, pl_module.device, self._loss)

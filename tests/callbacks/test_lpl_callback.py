@@ -244,6 +244,69 @@ def test_auto_counts_every_call_of_a_step(tmp_path: Path) -> None:
     assert share == pytest.approx(0.2, abs=0.03)
 
 
+class AskedTwice(torch.optim.SGD):
+    """An optimizer that asks for the loss twice a step, as LBFGS and SAM do."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
+class Resting(Latents):
+    """Nothing is learned, so that a loss asked for twice is the same."""
+
+    kind: type[torch.optim.SGD] = torch.optim.SGD
+    fails_at: int | None = None
+
+    def training_step(self, z0: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(z0, 0)
+        if len(self.terms) == self.fails_at:
+            raise RuntimeError("out of memory")
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.kind(self.parameters(), lr=0.0)
+
+
+def found_by_auto(module: Resting, tmp_path: Path, logger: Recorder | None = None) -> float:
+    torch.manual_seed(3)
+    callback = LPLCallback(weight="auto", calibration_steps=3, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    module.net.load_state_dict(Resting().net.state_dict())
+    options: dict[str, Any] = {"logger": logger, "log_every_n_steps": 1} if logger else {}
+    if module.fails_at is None:
+        run(module, tmp_path, callback, max_steps=4, **options)
+    else:
+        settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+        trainer = pl.Trainer(callbacks=[callback], max_steps=4, **settings)
+        torch.manual_seed(0)
+        latents: Any = list(torch.randn(4, 4, 4, 4))
+        loader = DataLoader(latents, batch_size=4)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            trainer.fit(module, loader)
+        module.fails_at = None
+        trainer.fit(module, loader)
+    assert callback.weight is not None
+    return callback.weight
+
+
+def test_auto_counts_a_loss_that_is_asked_for_twice_once(tmp_path: Path) -> None:
+    """A closure that an optimizer calls again is the same batch, and not another term of it."""
+    once, twice, logger = Resting(), Resting(), Recorder()
+    twice.kind = AskedTwice
+    weight = found_by_auto(once, tmp_path)
+    assert found_by_auto(twice, tmp_path, logger) == pytest.approx(weight, rel=1e-6)
+    assert len(twice.terms) == 2 * len(once.terms)
+    (logged,) = {entry["loss_lpl"] for entry in logger.seen[3:] if "loss_lpl" in entry}
+    assert logged * weight == pytest.approx(once.terms[-1], rel=1e-5)
+
+
+def test_auto_forgets_a_step_that_failed(tmp_path: Path) -> None:
+    """As where a cell of a notebook is run again after an error."""
+    weight, failing = found_by_auto(Resting(), tmp_path), Resting()
+    failing.fails_at = 2
+    assert found_by_auto(failing, tmp_path) == pytest.approx(weight, rel=1e-6)
+
+
 def test_auto_says_that_a_run_ended_before_it_found_the_weight(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -513,6 +576,43 @@ def test_averages_take_in_each_nth_step_of_several_optimizers(tmp_path: Path) ->
         assert average._updates == {0.9999: updates}
 
 
+def test_steps_are_those_of_the_batches_after_a_checkpoint_within_one(tmp_path: Path) -> None:
+    """It holds the batch's updates, of which callbacks that come later have not been told."""
+
+    class Early(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 6:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    def callback() -> LPLCallback:
+        return LPLCallback(weight=1.0, start_step=4, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+
+    whole, resumed = TwoOptimizers(), TwoOptimizers()
+    run(whole, tmp_path, Early(), callback(), max_steps=12)
+    run(resumed, tmp_path, callback(), max_steps=12, ckpt_path=tmp_path / "early.ckpt")
+    assert [bool(term) for term in whole.terms] == [False] * 4 + [True] * 2
+    assert [bool(term) for term in resumed.terms] == [False, True, True]
+
+
+def test_a_checkpoint_that_is_tested_takes_no_steps_back(tmp_path: Path) -> None:
+    class Looked(TwoOptimizers):
+        def test_step(self, z0: Tensor, batch_idx: int) -> None:
+            pass
+
+    module = Looked()
+    callback = LPLCallback(weight=1.0, start_step=5, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    trainer = run(module, tmp_path, callback, max_steps=4)
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    latents: Any = list(torch.randn(4, 4, 4, 4))
+    loader = DataLoader(latents, batch_size=4)
+    trainer.fit_loop.epoch_loop.max_steps = 8
+    trainer.fit(module, loader)
+    trainer.test(module, loader, ckpt_path=tmp_path / "second.ckpt", weights_only=True)
+    trainer.fit_loop.epoch_loop.max_steps = 14
+    trainer.fit(module, loader)
+    assert [bool(term) for term in module.terms] == [False] * 5 + [True] * 2
+
+
 class Unequal(Latents):
     """The second optimizer begins at the fifth batch, and a batch in three is left to the next one's step."""
 
@@ -570,6 +670,7 @@ def test_steps_go_on_from_a_checkpoint_that_did_not_count_them(tmp_path: Path) -
     run(TwoOptimizers(), tmp_path, EMA(), max_steps=6).save_checkpoint(source)
     checkpoint = torch.load(source, weights_only=True)
     assert checkpoint["callbacks"]["EMA"].pop("optimizer_steps") == 3
+    assert checkpoint["callbacks"]["EMA"].pop("counted_to") == 6
     torch.save(checkpoint, source)
     module, average = TwoOptimizers(), EMA()
     callback = LPLCallback(weight=1.0, start_step=4, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
@@ -617,6 +718,37 @@ def test_every_log_entry_has_diagnostics_where_the_loss_was_due_since_the_last(
 def test_a_trainer_that_logs_nothing_is_no_trouble(tmp_path: Path) -> None:
     callback = LPLCallback(loss=ungated, autoencoder=Autoencoder(tiny_kl()))
     run(Latents(), tmp_path, callback, max_steps=1, logger=Recorder(), log_every_n_steps=0)
+
+
+def test_several_terms_of_a_step_are_logged_as_one(tmp_path: Path) -> None:
+    """Of one prediction: their sum, the samples of both, and the pull of both."""
+
+    class Both(Latents):
+        def training_step(self, z0: Tensor, batch_idx: int) -> Tensor:
+            prediction = self.net(z0)
+            parts = [
+                self.auxiliary_loss(z0 - scale * prediction, z0, torch.full((4,), ratio), prediction=prediction)
+                for scale, ratio in ((0.5, 0.1), (0.2, 9.0), (0.3, 0.1))
+            ]
+            term, rest = torch.stack(parts).sum(), prediction.square().mean()
+            self.terms, self.rests = [part.item() for part in parts], []
+            for part in () if self.trainer.loggers else (term, rest):
+                (gradient,) = torch.autograd.grad(part, prediction, retain_graph=True)
+                self.rests.append(gradient.norm().item())
+            loss: Tensor = term + rest
+            return loss
+
+    module, logger = Both(), Recorder()
+    before = copy.deepcopy(module.state_dict())
+    gated = partial(LatentPerceptualLoss, reference_side=0, threshold=1.0)
+    callback = LPLCallback(weight=2.0, loss=gated, autoencoder=Autoencoder(tiny_kl()))
+    run(module, tmp_path, callback, max_steps=1, logger=logger, log_every_n_steps=1)
+    (logged,) = [entry for entry in logger.seen if "loss_lpl" in entry]
+    module.load_state_dict(before)
+    run(module, tmp_path, callback, max_steps=1)
+    assert logged["loss_lpl"] == pytest.approx(sum(module.terms) / 2)
+    assert logged["gate_share"] == pytest.approx(2 / 3)
+    assert logged["lpl_gradient_ratio"] == pytest.approx(module.rests[0] / module.rests[1], rel=1e-4)
 
 
 def test_a_prediction_that_cannot_be_compared_is_named(tmp_path: Path) -> None:
