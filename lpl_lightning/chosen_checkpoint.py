@@ -16,7 +16,7 @@ from lpl_lightning.module import LatentDiffusionModule
 __all__ = ["check_inherited", "find_checkpoint"]
 
 
-def check_inherited(command: str, given: str | None, configs: Iterable[Path]) -> None:
+def check_inherited(command: str, given: str | None, configs: Iterable[Path]) -> bool:
     """Refuse to look at the checkpoint that a run went on from, which the run's own config names.
 
     Args:
@@ -24,29 +24,40 @@ def check_inherited(command: str, given: str | None, configs: Iterable[Path]) ->
         given: What the configs say.
         configs: Their files. That of a run has the run's checkpoints beside it.
 
+    Returns:
+        Whether it is a run's own config that says so.
+
     Raises:
         ValueError: It is such.
     """
+    inherited = False
     for path in configs:
         own = path.with_name("checkpoints")
-        if given not in (None, "last") and own.is_dir() and yaml.safe_load(path.read_text()).get("ckpt_path") == given:
+        if given is None or not own.is_dir() or (yaml.safe_load(path.read_text()) or {}).get("ckpt_path") != given:
+            continue
+        inherited = True
+        if given != "last" and Path(given).absolute().parent != own.absolute():
             raise ValueError(
                 f"`ckpt_path`: {path} names {given}, from which its run went on: give `lpl {command}` the checkpoint "
                 f"to look at by `--ckpt_path`, such as one of {own}, or last."
             )
+    return inherited
 
 
-def find_checkpoint(trainer: pl.Trainer, module: pl.LightningModule, command: str, given: str | None) -> str | None:
+def find_checkpoint(
+    trainer: pl.Trainer, module: pl.LightningModule, command: str, given: str | None, of_run: bool = False
+) -> str | None:
     """Find what ``last`` means, the newest whole checkpoint of this configuration, and look through a folder.
 
-    Training goes on with runs that began from the same weights alone. Lightning would read a distributed checkpoint's
-    index, a pickle, and go on without the last one there is not.
+    Training goes on with runs that began from the same weights alone, and what a run's own config calls the last is of
+    these. Lightning would read a distributed checkpoint's index, a pickle, and go on without the last one there is not.
 
     Args:
         trainer: The trainer.
         module: The model.
         command: The command.
         given: A checkpoint, ``last`` or None.
+        of_run: Whether a run's own config says so.
 
     Returns:
         The checkpoint; None where training starts anew, or none is given.
@@ -63,7 +74,7 @@ def find_checkpoint(trainer: pl.Trainer, module: pl.LightningModule, command: st
     found = given
     if given == "last":
         to_train = command == "fit"
-        is_other = _Others(module) if to_train and isinstance(module, LatentDiffusionModule) else None
+        is_other = _Others(module) if (to_train or of_run) and isinstance(module, LatentDiffusionModule) else None
         newest = newest_checkpoint(trainer, to_train, is_other)
         if newest is None:
             where = ", ".join(map(str, checkpoint_folders(trainer))) or "any folder"
@@ -97,7 +108,7 @@ class _Others:
             self.named.append(begun)
             rank_zero_warn(
                 f"{path} is passed over, and so are others like it: its run began from {begun}, this one begins from "
-                f"{self.begun}. To go on with it all the same, give its path as `ckpt_path`."
+                f"{self.begun}. To take it all the same, give its path as `ckpt_path`."
             )
         return True
 

@@ -195,6 +195,12 @@ class LPLCLI(LightningCLI):
         self._find_checkpoint("sweep")
         self._refuse_untrained("sweep")
 
+    def before_replay(self) -> None:
+        """Find the last checkpoint, if it is asked for; the last that a config names is no other than the record's."""
+        if self.config.replay.ckpt_path == "last":
+            found = find_checkpoint(self.trainer, self.model, "replay", "last") if self._names_checkpoint else None
+            self.config_init.replay.ckpt_path = self.config.replay.ckpt_path = found
+
     def _refuse_in_training(self, command: str, key: str) -> None:
         if self.config[command][key].every_n_steps is not None:
             raise ValueError(
@@ -203,9 +209,11 @@ class LPLCLI(LightningCLI):
 
     def _find_checkpoint(self, command: str) -> None:
         config = self.config[command]
+        of_run = False
         if command != "fit" and not self._names_checkpoint:
-            check_inherited(command, config.ckpt_path, [Path(one.absolute) for one in config.get("config") or []])
-        found = find_checkpoint(self.trainer, self.model, command, config.ckpt_path)
+            configs = [Path(one.absolute) for one in config.get("config") or []]
+            of_run = check_inherited(command, config.ckpt_path, configs)
+        found = find_checkpoint(self.trainer, self.model, command, config.ckpt_path, of_run)
         self.config_init[command].ckpt_path = found
         if command != "fit":  # whose saved config is to go on with the last, too
             config.ckpt_path = found

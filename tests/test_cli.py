@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,12 @@ def test_training_goes_on_with_a_run_of_the_same_weights_alone(
     main([*command, f"--model.weights={shutil.copy(base, tmp_path / 'moved.ckpt')}"])
     (newest,) = own.rglob("*.ckpt")
     assert f"`trainer.max_steps` is 2, and {newest} is of step 2: nothing is left to do." in caplog.text
+    # What a run's own config calls the last is of these, too.
+    for run, checkpoint in ((base.parents[1], base), (own, newest)):
+        given = ["predict", "-c", str(run / "config.yaml"), "--data.num_generate=1", *FEW_STEPS]
+        with pytest.warns(UserWarning, match="is passed over") if run != own else nullcontext():
+            main([*given, f"--writer.dirname={tmp_path / run.name}"])
+        assert yaml.safe_load((last_run(tmp_path) / "config.yaml").read_text())["ckpt_path"] == str(checkpoint)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -390,6 +397,13 @@ def test_a_saved_config_goes_on_and_hides_no_newer_checkpoint(tmp_path: Path) ->
     ):
         main(predict)
     main([*predict, f"--ckpt_path={oldest}", f"--writer.dirname={tmp_path / 'older'}"])
+    # A config of one's own that names a checkpoint beside it means that.
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    mine = shutil.copy(oldest, tmp_path / "mine" / "checkpoints" / "chosen.ckpt")
+    saved = yaml.safe_load((third / "config.yaml").read_text())
+    predict[2] = str(tmp_path / "mine" / "mine.yaml")
+    Path(predict[2]).write_text(yaml.safe_dump(saved | {"ckpt_path": str(mine)}))
+    main([*predict, f"--writer.dirname={tmp_path / 'mine' / 'images'}"])
 
 
 def test_two_of_lpl_are_refused_by_name(tmp_path: Path) -> None:

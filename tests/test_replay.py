@@ -172,7 +172,7 @@ def test_a_batch_that_came_so_is_named(make_module: MakeModule, tmp_path: Path) 
 def test_the_command_replays_what_a_run_has_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ["-c", str(ROOT / "configs" / "quickstart.yaml"), "-c", str(ROOT / "configs" / "guards.yaml")]
     config += ["-c", str(ROOT / "configs" / "tiny.yaml"), "--trainer.enable_progress_bar=false", *in_folder(tmp_path)]
-    main(["fit", *config, "--trainer.callbacks.record_steps=[1]"])
+    main(["fit", *config, "--trainer.callbacks.record_steps=[1]", "--ckpt_path=last"])
     run = last_run(tmp_path)
     saved = yaml.safe_load((run / "config.yaml").read_text())
     guards = [entry for entry in saved["trainer"]["callbacks"] if entry["class_path"].endswith("StepGuard")]
@@ -182,6 +182,13 @@ def test_the_command_replays_what_a_run_has_left(tmp_path: Path, capsys: pytest.
     said = capsys.readouterr().out
     assert "Optimizer step 1 of process 0 of 1, 1 batches from number 1, weights of the record." in said
     assert ", equal." in said
+    # The last that the config names is what its run would go on with, and not of the step.
+    next((run / "nonfinite").glob("*-weights.safetensors")).unlink()
+    command = ["replay", "-c", str(run / "config.yaml"), f"--record={run / 'nonfinite' / 'asked-00000001-rank-0'}"]
+    with pytest.raises(ValueError, match="without the step's weights. Give `ckpt_path`"):
+        main(command)
+    main([*command, "--ckpt_path=last"])
+    assert f"weights of {run / 'checkpoints'}" in capsys.readouterr().out
 
 
 def test_what_cannot_be_replayed_is_refused(make_module: MakeModule, tmp_path: Path) -> None:
