@@ -605,7 +605,8 @@ def logged(out: Path) -> Iterator[tuple[str, int, str, float]]:
 def collect(out: Path) -> None:
     """Write reports, logs and costs as tables: a row a value, and a row a frequency of a spectrum.
 
-    Rows of other folders, with an autoencoder and models of their own, stay in the tables.
+    What the tables hold stays in them, but for values that have been measured anew: of the same run of a folder of the
+    same name, made and measured alike.
     """
     rows, spectra = [], []
     for name, report, folder in reports(out):
@@ -633,20 +634,24 @@ def collect(out: Path) -> None:
                     interval = cell["difference_interval"] or {"low": None, "high": None}
                     of_value = [cell["difference"], interval["low"], interval["high"], cell["verdict"]]
                     compared.append([path.parent.name, value, *of_value])
-    tables = [(RESULTS, [*of, "images", "against", "photos", "value", "is"], rows)]
-    tables += [(SPECTRA, [*of, "images", *heads], spectra)] if spectra else []
+    # With how many of the columns say which value a row has.
+    tables = [(RESULTS, 9, [*of, "images", "against", "photos", "value", "is"], rows)]
+    tables += [(SPECTRA, 7, [*of, "images", *heads], spectra)] if spectra else []
     heads = ["comparison", "value", "difference", "low", "high", "verdict"]
-    tables += [(DIFFERENCES, heads, compared)] if compared else []
-    for path, head, body in tables:
+    tables += [(DIFFERENCES, 2, heads, compared)] if compared else []
+    for path, keys, head, body in tables:
         kept: list[list[str]] = []
         if path.is_file():
             with path.open(newline="") as file:
-                kept = [row for row in csv.reader(file) if row[0] not in ("folder", out.name)]
+                _, *kept = csv.reader(file)
+        by_value = {}
+        for row in [*kept, *([out.name, *row] for row in body)]:
+            words = ["" if word is None else str(word) for word in row]
+            by_value[tuple(words[: 1 + keys])] = words
         with path.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["folder", *head])
-            writer.writerows(kept)
-            writer.writerows([out.name, *row] for row in body)
+            writer.writerows(by_value.values())
 
 
 def table(path: Path, first: str = "none", second: str = "lpl") -> str:

@@ -227,15 +227,16 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     (folder / "comparison.json").write_text(json.dumps({"rows": {"fd": {"cells": cells}}}))
     for table in ("RESULTS", "SPECTRA", "DIFFERENCES"):
         monkeypatch.setattr(study, table, tmp_path / f"{table}.csv")
-    (tmp_path / "RESULTS.csv").write_text("folder,run\nyours,flow-lpl-1\nmine,flow-lpl-1\n")
+    by_5, by_6 = ("flow-lpl-1,5,0.9,4,2.0,7,val,3,fd", "flow-lpl-1,6,0.9,4,2.0,7,val,3,fd")
+    before = [f"yours,{by_5},1", f"mine,{by_5},1", f"mine,{by_6},1"]
+    (tmp_path / "RESULTS.csv").write_text("\n".join(["folder,run", *before]) + "\n")
     study.collect(out)
     rows = (tmp_path / "RESULTS.csv").read_text().splitlines()
     assert rows[0].startswith("folder,run,step,")
-    assert "yours,flow-lpl-1" in rows
-    assert "mine,flow-lpl-1" not in rows
-    assert "mine,flow-lpl-1,5,0.9,4,2.0,7,val,3,fd,5" in rows
+    # What has been measured anew is in the place of what was, and nothing else is gone.
+    assert rows[1:4] == [before[0], f"mine,{by_5},5", before[2]]
     assert "mine,flow-lpl-1,4,,,,,,,log_lpl_weight,5.0" in rows
-    assert len(rows) == 1 + 1 + len(runs) + len(guided) + 1
+    assert len(rows) == 1 + 2 + len(runs) + len(guided) + 1
     assert (tmp_path / "DIFFERENCES.csv").read_text().splitlines()[1:] == ["mine,flow-lpl-1-5-7-0.9-4-val,fd,-1,-2,0,"]
     assert "flow-lpl-1" not in str([task.name for task in study.comparisons(out)]), "what has been done is not again"
 
