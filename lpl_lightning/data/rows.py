@@ -213,45 +213,58 @@ class RowStream:
 
 
 def row_hashes(table: Any, columns: Columns) -> tuple[npt.NDArray[np.float64], bool]:
-    """A number in [0, 1) for each row, of the path of its image, and whether rows are the files of a folder.
+    """A number in [0, 1) for each row, of the path of its image, and whether all rows are the files of a folder.
 
-    The path counts from the folder that all images are in; other rows are told apart by their numbers.
+    The path counts from the folder that all images are in; rows without one are told apart by their numbers.
     """
-    if (found := _paths(table, columns)) is not None:
-        root = Path(os.path.commonpath([os.path.dirname(path) for path in found]))
-        return np.array([path_hash(path, root) for path in found]), not isinstance(table[0][columns.image], str)
-    return np.array([path_hash(str(row), Path()) for row in range(len(table))]), False
+    paths = _paths(table, columns)
+    folders = {os.path.dirname(path) for path in paths if path is not None}
+    root = Path(os.path.commonpath(folders) if folders else "")
+    hashes = [path_hash(str(row), Path()) if path is None else path_hash(path, root) for row, path in enumerate(paths)]
+    is_text = "string" in str(getattr(table.features[columns.image], "dtype", ""))
+    return np.array(hashes), None not in paths and not is_text
 
 
 def doubled_rows(table: Any, columns: Columns) -> dict[int, int]:
     """Rows that say what one before them does, of the same image by its path, and which that is."""
-    paths = _paths(table, columns)
-    if paths is None or len(set(paths)) == len(paths):
+    paths = {row: path for row, path in enumerate(_paths(table, columns)) if path is not None}
+    if len(set(paths.values())) == len(paths):
         return {}
     names = columns.names(images=False)
     said = table.select_columns(names)[:] if names else {}
     found: dict[str, int] = {}
     twice = {}
-    for row, path in enumerate(paths):
+    for row, path in paths.items():
         first = found.setdefault(repr([path, *(said[name][row] for name in names)]), row)
         if first != row:
             twice[row] = first
     return twice
 
 
-def _paths(table: Any, columns: Columns) -> list[str] | None:
-    """Paths of all images, where all are files of the disk."""
-    image = columns.image
-    first = table[0][image] if len(table) else None
-    if isinstance(first, str):
-        names = table.select_columns([image])[image]
-        places = [None if name is None or "://" in name else columns.place(name) for name in names]
-        return None if None in places else [os.path.abspath(str(place)) for place in places]
-    if isinstance(first, Mapping) and first.get("bytes") is None and os.path.isabs(str(first.get("path"))):
-        found = [value and value["path"] for value in table.select_columns([image])[image]]
-        if all(path and os.path.isabs(path) for path in found):
-            return found
-    return None
+def _paths(table: Any, columns: Columns) -> list[str | None]:
+    """Path of each row's image; None where it is no file of the disk, or one outside of the folder."""
+    found: list[str | None] = []
+    for batch in table.select_columns([columns.image]).with_format("arrow").iter(batch_size=1000):
+        for name in _references(batch[columns.image]):
+            place = columns.place(name) if name and "://" not in name else None
+            found.append(None if place is None else os.path.abspath(place))
+    return found
+
+
+def _references(images: Any) -> list[str | None]:
+    """Paths and URLs of a column of images; None where there is an image itself, whose bytes are not copied for it."""
+    compute, types = optional("pyarrow.compute"), optional("pyarrow.types")
+    if types.is_struct(images.type):
+        fields = {field.name for field in images.type}
+        if "path" not in fields:
+            return [None] * len(images)
+        paths = compute.struct_field(images, "path")
+        if "bytes" in fields:
+            paths = compute.if_else(compute.is_valid(compute.struct_field(images, "bytes")), None, paths)
+        return list(paths.to_pylist())
+    if types.is_binary(images.type) or types.is_large_binary(images.type):
+        return [None] * len(images)
+    return list(images.to_pylist())
 
 
 def identity(table: Any, columns: Columns) -> str:

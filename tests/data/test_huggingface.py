@@ -16,6 +16,7 @@ from strangers import refused
 from lpl_lightning.data import HuggingFaceDataModule, ImageFolderDataModule
 from lpl_lightning.data.faults import Unreadable, read_faults
 from lpl_lightning.data.listing import path_hash
+from lpl_lightning.data.rows import RowsDataset
 
 datasets = pytest.importorskip("datasets")
 parquet_files = pytest.importorskip("pyarrow.parquet")
@@ -364,6 +365,33 @@ def test_rows_of_one_path_are_in_one_split_and_count_once(tmp_path: Path, is_rel
     assert len(of_val) > 1
     assert not of_train & of_val
     assert val == [text for text in texts[:60] if text in val], "in the order of the table"
+
+
+@pytest.mark.parametrize("place", [0, 60])
+@pytest.mark.parametrize("bad", [None, "", "https://example.org/1.png", "../1.png"])
+@pytest.mark.parametrize("stored", ["texts", "images"])
+def test_a_row_without_a_path_leaves_the_others_split_by_theirs(
+    tmp_path: Path, stored: str, bad: str | None, place: int
+) -> None:
+    """Two captions of each image, one of them twice, and one more row: the split of the others is as without it."""
+    rows: list[tuple[str | None, str]] = [
+        (f"{n}.png", f"{kind} {n}") for n in range(30) for kind in ("first", "second")
+    ]
+    rows += [("3.png", "first 3")]
+
+    def split(rows: list[tuple[str | None, str]], name: str) -> list[set[str]]:
+        files, texts = zip(*rows, strict=True)
+        images = files if stored == "texts" else [{"bytes": None, "path": file} for file in files]
+        datasets.Dataset.from_dict({"image": images, "text": texts}).to_parquet(tmp_path / name)
+        options: dict[str, Any] = {"label": None, "val_fraction": 0.3, "image_folder": tmp_path / "photos"}
+        source = module("parquet", data_files=str(tmp_path / name), **options)
+        with pytest.warns(UserWarning, match=rf"Left out 1 of {len(rows)} rows that say what another does"):
+            found = [source.dataset("train"), source.dataset("val")]
+        return [{texts[row] for row in part.rows} - {"bad"} for part in found if isinstance(part, RowsDataset)]
+
+    train, val = split([*rows[:place], (bad, "bad"), *rows[place:]], "bad.parquet")
+    assert {text.split()[1] for text in train}.isdisjoint(text.split()[1] for text in val)
+    assert [train, val] == split(rows, "good.parquet")
 
 
 def test_labels_that_a_table_keeps_as_floats(tmp_path: Path) -> None:
