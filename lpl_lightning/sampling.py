@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
@@ -89,23 +90,46 @@ class Sampler:
         self.precision = precision
 
     def check(self, noise: NoiseProcess) -> None:
-        """Refuse a scheduler made for another prediction than the noise process's, or for pixels, and too many steps.
+        """Refuse a scheduler made for another prediction than the noise process's, or for pixels, and steps that fail.
 
         Raises:
             ValueError: They do not fit, there are fewer steps in the chain, the scheduler follows a flow in part only,
-                goes from clean latents to noise, clips what it samples, asks for a shift of each image size, or does
-                not step from each of its timesteps to the next.
+                goes from clean latents to noise, clips what it samples, asks for a shift of each image size, does
+                not step from each of its timesteps to the next, or cannot be set up for the steps or take them.
         """
-        if self.num_steps > noise.num_train_timesteps:
-            try:
-                copy.deepcopy(self.scheduler or noise.sampling_scheduler()).set_timesteps(self.num_steps)
-            except ValueError as error:  # of those that go by steps of the chain
-                raise ValueError(
-                    f"`num_steps` must be {noise.num_train_timesteps} or less, the steps of the chain, got "
-                    f"{self.num_steps}."
-                ) from error
-        if self.scheduler is None:
-            return
+        if self.scheduler is not None:
+            self._check_scheduler(noise)
+        self._check_steps(noise)
+
+    def _check_steps(self, noise: NoiseProcess) -> None:
+        """Refuse steps that cannot be set up, lie outside of the chain or fail on a latent of zeros."""
+        scheduler, chain = self._copied_scheduler(noise), noise.num_train_timesteps
+        asked = f"The scheduler {type(scheduler).__name__} with num_steps={self.num_steps}"
+        remedy = "or leave `scheduler` out to have the matching one"
+        try:
+            _set_timesteps(scheduler, self.num_steps, torch.device("cpu"))
+        except Exception as error:  # Schedulers do not agree on a type.
+            if self.num_steps > chain:
+                said = f"`num_steps` must be {chain} or less, the steps of the chain, got {self.num_steps}."
+                raise ValueError(said) from error
+            raise ValueError(f"{asked} cannot be set up ({error}): give fewer steps, {remedy}.") from error
+        timesteps = scheduler.timesteps
+        goes_by_chain = "beta_schedule" in getattr(scheduler, "config", {}) and noise.prediction_type != "flow"
+        if goes_by_chain and not (timesteps.min() >= 0 and timesteps.max() < chain):
+            raise ValueError(
+                f"{asked} has timesteps from {timesteps.max():g} to {timesteps.min():g}, and those of the chain are "
+                f"{chain - 1} to 0: give fewer steps, set `steps_offset` to 0 if it is not, {remedy}."
+            )
+        z = torch.zeros(1, 4, 8, 8)
+        try:
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+                self._sample(scheduler, lambda z_t, *_: 0 * z_t, noise, z, Condition(), None, [torch.Generator()])
+        except Exception as error:
+            raise ValueError(f"{asked} cannot sample ({error!r}): give fewer steps, {remedy}.") from error
+
+    def _check_scheduler(self, noise: NoiseProcess) -> None:
+        """Refuse a scheduler of settings by which it does not fit."""
+        assert self.scheduler is not None
         config = self.scheduler.config
         kind = config.get("prediction_type")
         # Such a scheduler takes its noise levels by one and what the denoiser gives by the other.
@@ -146,6 +170,13 @@ class Sampler:
                 f"The scheduler {name} goes from clean latents to noise: set invert_sigmas=False where it has that, or "
                 "leave `scheduler` out to have the matching one."
             )
+        try:
+            inspect.signature(getattr(self.scheduler, "step", None)).bind(None, None, None)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ValueError(
+                f"The scheduler {name} cannot be called as `step(prediction, timestep, z)`, whatever num_steps is: "
+                "take another, or leave `scheduler` out to have the matching one."
+            ) from error
         self._check_chain(noise)
         for key in ("clip_sample", "thresholding"):
             if config.get(key):
@@ -221,7 +252,6 @@ class Sampler:
                 "leave `scheduler` out to have the matching one."
             )
 
-    @torch.no_grad()
     def __call__(
         self,
         predict: Callable[[Tensor, Tensor, Condition], Tensor],
@@ -245,8 +275,25 @@ class Sampler:
             z0: (B, C, h, w) float32.
         """
         self.check(noise)
-        scheduler = copy.deepcopy(self.scheduler) if self.scheduler is not None else noise.sampling_scheduler()
+        scheduler = self._copied_scheduler(noise)
         _set_timesteps(scheduler, self.num_steps, z_start.device)
+        return self._sample(scheduler, predict, noise, z_start, condition, null, generators)
+
+    def _copied_scheduler(self, noise: NoiseProcess) -> Any:
+        return copy.deepcopy(self.scheduler) if self.scheduler is not None else noise.sampling_scheduler()
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        scheduler: Any,
+        predict: Callable[[Tensor, Tensor, Condition], Tensor],
+        noise: NoiseProcess,
+        z_start: Tensor,
+        condition: Condition,
+        null: Condition | None,
+        generators: Sequence[torch.Generator] | None,
+    ) -> Tensor:
+        """Sample by a scheduler that is set up; it is changed."""
         both = None if null is None or self.guidance_scale == 1 else condition.joined(null)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         noise_source = {"generator": list(generators)} if generators is not None and takes_generator else {}

@@ -10,6 +10,7 @@ from backbones import POOLED_DIM, TOKEN_DIM, denoiser
 from diffusers import (
     CMStochasticIterativeScheduler,
     CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDIMInverseScheduler,
     DDIMParallelScheduler,
     DDIMScheduler,
@@ -27,6 +28,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     IPNDMScheduler,
     KarrasVeScheduler,
+    LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
     UnCLIPScheduler,
@@ -247,6 +249,70 @@ def test_a_scheduler_that_steps_by_one_wherever_its_next_timestep_is_is_refused(
     Sampler(1000, scheduler=scheduler).check(process)
     with pytest.raises(ValueError, match="UnCLIPScheduler does not step from each of its timesteps to the next"):
         Sampler(50, scheduler=scheduler).check(process)
+
+
+@pytest.mark.parametrize(
+    ("process", "scheduler", "n", "said"),
+    [
+        (
+            DDPM(),
+            DDIMScheduler(**CHAIN, clip_sample=False, steps_offset=1),
+            1000,
+            r"with num_steps=1000 has timesteps from 1000 to 1, and those of the chain are 999 to 0: give fewer steps",
+        ),
+        (DDPM(), LCMScheduler(**CHAIN, clip_sample=False), 100, r"with num_steps=100 cannot be set up .*give fewer"),
+        (
+            DDPM(),
+            CogVideoXDPMScheduler(**CHAIN, clip_sample=False, rescale_betas_zero_snr=False),
+            50,
+            r"cannot be called as `step\(prediction, timestep, z\)`, whatever num_steps is: take another",
+        ),
+        (
+            DDPM(),
+            DPMSolverMultistepScheduler(**CHAIN, timestep_spacing="leading"),
+            1000,
+            r"with num_steps=1000 cannot sample \(IndexError.*give fewer steps",
+        ),
+        (
+            FlowMatching(),
+            DDIMScheduler(clip_sample=False, prediction_type="flow_prediction"),
+            10,
+            r"with num_steps=10 cannot sample \(ValueError\('prediction_type given as.*leave `scheduler` out",
+        ),
+    ],
+    ids=["DDIM", "LCM", "CogVideoX", "DPM++ 2M", "DDIM of a flow"],
+)
+def test_steps_that_would_fail_are_refused_beforehand(process: NoiseProcess, scheduler: Any, n: int, said: str) -> None:
+    """What is refused is what fails in a plain loop over the scheduler."""
+    with pytest.raises(ValueError, match=f"The scheduler {type(scheduler).__name__} {said}"):
+        Sampler(n, scheduler=scheduler).check(process)
+
+    def sample(z: Tensor) -> None:
+        scheduler.set_timesteps(n)
+        for t in scheduler.timesteps:
+            z = scheduler.step(z, t, z).prev_sample
+
+    with pytest.raises((IndexError, TypeError, ValueError)):
+        sample(torch.zeros(1, 4, 2, 2))
+
+
+def test_a_timestep_before_the_first_of_the_chain_is_refused() -> None:
+    scheduler = EulerDiscreteScheduler(**CHAIN, timestep_spacing="trailing")
+    for n, least in ((60, 16), (61, -1)):
+        scheduler.set_timesteps(n)
+        assert scheduler.timesteps.min() == least
+    Sampler(60, scheduler=scheduler).check(DDPM())
+    with pytest.raises(ValueError, match=r"EulerDiscreteScheduler with num_steps=61 has timesteps from 999 to -1"):
+        Sampler(61, scheduler=scheduler).check(DDPM())
+
+
+@pytest.mark.parametrize("n", [1, 2, 50, 333, 501, 999])
+def test_ddim_as_stable_diffusion_has_it_is_taken_at_all_numbers_of_steps_below_the_chain_s(n: int) -> None:
+    scheduler, random = DDIMScheduler(**CHAIN, clip_sample=False, set_alpha_to_one=False, steps_offset=1), torch.random
+    state = random.get_rng_state()
+    Sampler(n, scheduler=scheduler).check(DDPM())
+    assert torch.equal(random.get_rng_state(), state)
+    assert scheduler.num_inference_steps is None, "the one that was given stays as it was"
 
 
 def test_guidance_extrapolates_from_the_null_condition() -> None:
