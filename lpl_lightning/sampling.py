@@ -53,7 +53,7 @@ class Sampler:
 
     Args:
         num_steps: Number of sampling steps. DDIM takes any; in diffusers' own pipelines one that does not divide
-            ``num_train_timesteps`` leaves noise behind.
+            ``num_train_timesteps`` leaves noise behind, and nearly any with ``timestep_spacing`` linspace does.
         guidance_scale: lambda of classifier-free guidance, ``null + lambda * (conditional - null)``; 1 is none, and
             costs half.
         scheduler: A diffusers scheduler; by default the one that the noise process names (DDIM, or Euler for flow

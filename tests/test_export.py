@@ -553,21 +553,24 @@ def test_the_schedulers_of_the_sampler_goes_along(tmp_path: Path) -> None:
     assert pipe.scheduler.config.beta_end == 0.012
 
 
-@pytest.mark.parametrize("n", [3, 4])
-def test_a_number_of_steps_by_which_the_pipeline_leaves_noise_is_said(
-    tmp_path: Path, n: int, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("spacing", "n"), [("trailing", 3), ("trailing", 4), ("linspace", 3), ("linspace", 4)])
+def test_steps_by_which_the_pipeline_samples_otherwise_are_said(
+    tmp_path: Path, spacing: str, n: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    module = module_of(
-        unet(), ClassTokens(3, token_dim=8, tokens_per_class=2), noise=DDPM("v_prediction"), sampler=Sampler(n, SCALE)
-    )
+    noise = DDPM("v_prediction")
+    scheduler = DDIMScheduler(**noise.schedule, clip_sample=False, timestep_spacing=spacing)
+    sampler = Sampler(n, SCALE, scheduler)
+    module = module_of(unet(), ClassTokens(3, token_dim=8, tokens_per_class=2), noise=noise, sampler=sampler)
     with caplog.at_level("INFO"):
         folder = export_diffusers(module, tmp_path / "out")
     pipe = load(StableDiffusionPipeline, folder, **without(*TEXT[:2]))
     z = torch.randn(2, 4, 4, 4)
     asked: dict[str, Any] = embeddings(folder) | {"latents": z, "num_inference_steps": n, "guidance_scale": SCALE}
     got, own = pipe(**asked, output_type="latent").images, module.sample_latents(z, {"label": LABELS})
-    assert torch.allclose(got, own, atol=1e-5) == (n == 4)
-    assert ("leaves noise behind by 3 steps, unlike `lpl predict`" in caplog.text) == (n == 3)
+    assert torch.allclose(got, own, atol=1e-5) == (spacing == "trailing" and n == 4)
+    assert ("leaves noise behind by 3 steps, unlike `lpl predict`" in caplog.text) == (spacing == "trailing" and n == 3)
+    said = "by timestep_spacing='linspace', at any num_inference_steps from 2 to 999: export with 'trailing'"
+    assert (said in caplog.text) == (spacing == "linspace")
 
 
 @pytest.mark.parametrize("kind", ["other_channels", "no_diffusers_model"])

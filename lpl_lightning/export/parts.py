@@ -183,7 +183,13 @@ def scheduler_part(module: LatentDiffusionModule, target: Target, said: list[str
         said.append(f"{name} does not scale the noise as {kind} asks: sample with `lpl predict`, or by your own loop")
     elif isinstance(scheduler, diffusers.DDIMScheduler) and scheduler.config.timestep_spacing != "leading":
         steps, chain = module.sampler.num_steps, scheduler.config.num_train_timesteps
-        if chain % steps:
+        if scheduler.config.timestep_spacing == "linspace":
+            said.append(
+                f"{name} samples otherwise than `lpl predict` by timestep_spacing='linspace', at any "
+                f"num_inference_steps from 2 to {chain - 1}: export with 'trailing', and give it such that "
+                f"divide {chain}"
+            )
+        elif chain % steps:
             said.append(
                 f"{name} leaves noise behind by {steps} steps, unlike `lpl predict`: give it num_inference_steps that "
                 f"divide {chain}"
