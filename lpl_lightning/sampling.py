@@ -97,17 +97,27 @@ class Sampler:
                 goes from clean latents to noise, clips what it samples, asks for a shift of each image size, does
                 not step from each of its timesteps to the next, or cannot be set up for the steps or take them.
         """
+        scheduler = self._set_up(noise, torch.device("cpu"))
+        z = torch.zeros(1, 4, 8, 8)
+        try:
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+                self._sample(scheduler, lambda z_t, *_: 0 * z_t, noise, z, Condition(), None, [torch.Generator()])
+        except Exception as error:  # Schedulers do not agree on a type.
+            raise ValueError(
+                f"The scheduler {type(scheduler).__name__} with num_steps={self.num_steps} cannot sample ({error!r}): "
+                "give fewer steps, or leave `scheduler` out to have the matching one."
+            ) from error
+
+    def _set_up(self, noise: NoiseProcess, device: torch.device) -> Any:
+        """The scheduler with its timesteps, if it fits and they lie within the chain."""
         if self.scheduler is not None:
             self._check_scheduler(noise)
-        self._check_steps(noise)
-
-    def _check_steps(self, noise: NoiseProcess) -> None:
-        """Refuse steps that cannot be set up, lie outside of the chain or fail on a latent of zeros."""
-        scheduler, chain = self._copied_scheduler(noise), noise.num_train_timesteps
+        scheduler = copy.deepcopy(self.scheduler) if self.scheduler is not None else noise.sampling_scheduler()
+        chain = noise.num_train_timesteps
         asked = f"The scheduler {type(scheduler).__name__} with num_steps={self.num_steps}"
         remedy = "or leave `scheduler` out to have the matching one"
         try:
-            _set_timesteps(scheduler, self.num_steps, torch.device("cpu"))
+            _set_timesteps(scheduler, self.num_steps, device)
         except Exception as error:  # Schedulers do not agree on a type.
             if self.num_steps > chain:
                 said = f"`num_steps` must be {chain} or less, the steps of the chain, got {self.num_steps}."
@@ -120,12 +130,7 @@ class Sampler:
                 f"{asked} has timesteps from {timesteps.max():g} to {timesteps.min():g}, and those of the chain are "
                 f"{chain - 1} to 0: give fewer steps, set `steps_offset` to 0 if it is not, {remedy}."
             )
-        z = torch.zeros(1, 4, 8, 8)
-        try:
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
-                self._sample(scheduler, lambda z_t, *_: 0 * z_t, noise, z, Condition(), None, [torch.Generator()])
-        except Exception as error:
-            raise ValueError(f"{asked} cannot sample ({error!r}): give fewer steps, {remedy}.") from error
+        return scheduler
 
     def _check_scheduler(self, noise: NoiseProcess) -> None:
         """Refuse a scheduler of settings by which it does not fit."""
@@ -274,13 +279,8 @@ class Sampler:
         Returns:
             z0: (B, C, h, w) float32.
         """
-        self.check(noise)
-        scheduler = self._copied_scheduler(noise)
-        _set_timesteps(scheduler, self.num_steps, z_start.device)
+        scheduler = self._set_up(noise, z_start.device)
         return self._sample(scheduler, predict, noise, z_start, condition, null, generators)
-
-    def _copied_scheduler(self, noise: NoiseProcess) -> Any:
-        return copy.deepcopy(self.scheduler) if self.scheduler is not None else noise.sampling_scheduler()
 
     @torch.no_grad()
     def _sample(

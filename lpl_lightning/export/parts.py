@@ -186,8 +186,8 @@ def scheduler_part(module: LatentDiffusionModule, target: Target, said: list[str
         if scheduler.config.timestep_spacing == "linspace":
             said.append(
                 f"{name} samples otherwise than `lpl predict` by timestep_spacing='linspace', at any "
-                f"num_inference_steps from 2 to {chain - 1}: export with 'trailing', and give it such that "
-                f"divide {chain}"
+                f"num_inference_steps from 2 to {chain - 1}: export with 'trailing', and sample by steps that divide "
+                f"{chain}"
             )
         elif chain % steps:
             said.append(
