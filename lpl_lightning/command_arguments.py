@@ -54,8 +54,8 @@ def check_files(args: Sequence[str]) -> None:
     for arg, after in pairwise([*args, ""]):
         name, given, value = arg.partition("=")
         path = Path(value if given else after)
-        option = name.split(".")[-1].lstrip("-") if name.startswith("-") else ""
-        if option not in ("c", "config", "suite") or path.suffix not in (".yaml", ".yml", ".json"):
+        option = "config" if name == "-c" else name.split(".")[-1].removeprefix("--") if name.startswith("--") else ""
+        if option not in ("config", "suite") or path.suffix not in (".yaml", ".yml", ".json"):
             continue
         if path.is_file():
             _check_yaml(path)
