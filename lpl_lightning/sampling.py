@@ -97,32 +97,9 @@ class Sampler:
                 goes from clean latents to noise, clips what it samples, asks for a shift of each image size, does
                 not step from each of its timesteps to the next, or cannot be set up for the steps or take them.
         """
-        scheduler = self._set_up(noise, torch.device("cpu"))
-        z = torch.zeros(1, 4, 8, 8)
-        try:
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
-                self._sample(scheduler, lambda z_t, *_: 0 * z_t, noise, z, Condition(), None, [torch.Generator()])
-        except Exception as error:  # Schedulers do not agree on a type.
-            raise ValueError(
-                f"The scheduler {type(scheduler).__name__} with num_steps={self.num_steps} cannot sample ({error!r}): "
-                "give fewer steps, or leave `scheduler` out to have the matching one."
-            ) from error
-
-    def _set_up(self, noise: NoiseProcess, device: torch.device) -> Any:
-        """The scheduler with its timesteps, if it fits and they lie within the chain."""
-        if self.scheduler is not None:
-            self._check_scheduler(noise)
-        scheduler = copy.deepcopy(self.scheduler) if self.scheduler is not None else noise.sampling_scheduler()
-        chain = noise.num_train_timesteps
+        scheduler, chain = self._set_up(noise, torch.device("cpu")), noise.num_train_timesteps
         asked = f"The scheduler {type(scheduler).__name__} with num_steps={self.num_steps}"
         remedy = "or leave `scheduler` out to have the matching one"
-        try:
-            _set_timesteps(scheduler, self.num_steps, device)
-        except Exception as error:  # Schedulers do not agree on a type.
-            if self.num_steps > chain:
-                said = f"`num_steps` must be {chain} or less, the steps of the chain, got {self.num_steps}."
-                raise ValueError(said) from error
-            raise ValueError(f"{asked} cannot be set up ({error}): give fewer steps, {remedy}.") from error
         timesteps = scheduler.timesteps
         goes_by_chain = "beta_schedule" in getattr(scheduler, "config", {}) and noise.prediction_type != "flow"
         if goes_by_chain and not (timesteps.min() >= 0 and timesteps.max() < chain):
@@ -130,6 +107,29 @@ class Sampler:
                 f"{asked} has timesteps from {timesteps.max():g} to {timesteps.min():g}, and those of the chain are "
                 f"{chain - 1} to 0: give fewer steps, set `steps_offset` to 0 if it is not, {remedy}."
             )
+        z = torch.zeros(1, 4, 8, 8)
+        try:
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+                self._sample(scheduler, lambda z_t, *_: 0 * z_t, noise, z, Condition(), None, [torch.Generator()])
+        except Exception as error:  # Schedulers do not agree on a type.
+            raise ValueError(f"{asked} cannot sample ({error!r}): give fewer steps, {remedy}.") from error
+
+    def _set_up(self, noise: NoiseProcess, device: torch.device) -> Any:
+        """The scheduler with its timesteps, if it fits."""
+        if self.scheduler is not None:
+            self._check_scheduler(noise)
+        scheduler = copy.deepcopy(self.scheduler) if self.scheduler is not None else noise.sampling_scheduler()
+        chain = noise.num_train_timesteps
+        try:
+            _set_timesteps(scheduler, self.num_steps, device)
+        except Exception as error:  # Schedulers do not agree on a type.
+            if self.num_steps > chain:
+                said = f"`num_steps` must be {chain} or less, the steps of the chain, got {self.num_steps}."
+                raise ValueError(said) from error
+            raise ValueError(
+                f"The scheduler {type(scheduler).__name__} with num_steps={self.num_steps} cannot be set up ({error}): "
+                "give fewer steps, or leave `scheduler` out to have the matching one."
+            ) from error
         return scheduler
 
     def _check_scheduler(self, noise: NoiseProcess) -> None:
