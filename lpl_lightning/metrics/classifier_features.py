@@ -130,6 +130,9 @@ class TorchvisionFeatures(FeatureExtractor):
         preparation = preparation.given(size=size, resize=resize, mean=mean, std=std)
         super().__init__(preparation, f"{known} {layer or 'penultimate'}", f"torchvision {torchvision.__version__}")
         self.model, self.layer = model, layer
+        first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+        if first is not None:
+            first.register_forward_pre_hook(_with_channels_last)
         self._module_of_features()
         self._freeze("layer" if layer else "size")
 
@@ -157,6 +160,14 @@ class TorchvisionFeatures(FeatureExtractor):
             ends = ", ".join(name for name, _ in self.model.named_children())
             raise ValueError(f"`layer`={self.layer!r} is no module of {self.name}, which has {ends} and parts of them.")
         return named[self.layer]
+
+
+def _with_channels_last(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a convolution, and all after it, takes less time for on a CPU."""
+    images, *others = args
+    if images.device.type == "cpu" and images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, *others
 
 
 def _needed(library: str, extra: str) -> Any:

@@ -91,6 +91,18 @@ def test_torchvision_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
         TorchvisionFeatures("resnet18", "IMAGENET1K_V1")
 
 
+def test_convolutions_have_channels_last_on_a_cpu() -> None:
+    """Through the whole network."""
+    found = TorchvisionFeatures("random:resnet18", size=64)
+    seen: list[Tensor] = []
+    for module in found.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, args, output: seen.extend((args[0], output)))
+    found(images(2, 64, 64))
+    assert len(seen) == 40
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in seen)
+
+
 def _no_network(*args: Any, **kwargs: Any) -> Any:
     raise URLError("no network")
 
