@@ -253,7 +253,7 @@ def experiments(scale: Scale) -> dict[str, list[Run]]:
             *variants({"rgb": {"loss": {"preset": "rgb"}}}),
             *(short(name, rival=name) for name in ("decoded", "denoiser")),
         ],
-        "thin": variants(thin),
+        "thin": [*variants(thin), replace(short("tiny", rival="tiny"), settings=(scale.choice, steps[-1]))],
         "start": [
             *briefly(),
             *(

@@ -18,6 +18,7 @@ from PIL import Image
 
 from lpl_lightning import Autoencoder
 from lpl_lightning.cli import main
+from lpl_lightning.data import ShapesDataset
 from lpl_lightning.stand_ins import merged
 
 SCRIPT = ROOT / "notebooks" / "study.py"
@@ -37,7 +38,7 @@ def planned(folder: Path, experiment: str, scale: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("scale", "experiments", "kinds"),
     [
-        ("cpu", ("main", "rivals", "thin", "ceilings", "dit", "taesd3", "taesd"), 28),
+        ("cpu", ("main", "rivals", "thin", "ceilings", "dit", "taesd3", "taesd"), 30),
         pytest.param("gpu", ("thin",), 6, marks=pytest.mark.slow),
         pytest.param("gpu-128", ("thin", "dit"), 10, marks=pytest.mark.slow),
     ],
@@ -91,6 +92,37 @@ def test_it_begins_with_the_autoencoder_that_lies_beside_it(tmp_path: Path) -> N
     autoencoder = Autoencoder(folder)
     assert autoencoder.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 4, 16, 16)
     assert autoencoder.feature_names == ("mid", "up_0", "up_1", "up_2")
+
+
+def test_the_tiny_decoder_decodes_as_the_autoencoder_does() -> None:
+    """Images that neither has seen, at a tenth of the parameters; nearer to it than to the images of other latents."""
+    autoencoder, tiny = (Autoencoder(str(ROOT / "notebooks" / name)) for name in ("autoencoder", "tiny_autoencoder"))
+    data = ShapesDataset(64, split="test", seed=7)
+    latents = autoencoder.encode(torch.stack([data[index]["image"] for index in range(32)]))
+    expected, found = autoencoder.decode(latents), tiny.decode(latents)
+    error = (found - expected).square().mean()
+    assert error < 0.2 * (found - expected.roll(1, dims=0)).square().mean()
+    assert (tiny.downscale, tiny.latent_channels) == (autoencoder.downscale, autoencoder.latent_channels)
+    sizes = [sum(one.numel() for one in of.model.decoder.parameters()) for of in (autoencoder, tiny)]
+    assert sizes[0] > 10 * sizes[1]
+
+
+def test_a_tiny_decoder_is_distilled(tmp_path: Path) -> None:
+    """Two steps by the script; blocks that do not upsample as far are refused."""
+    for number in range(4):
+        path = tmp_path / "photos" / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((64, 64), 60).convert("RGB").save(path)
+    script = [sys.executable, str(ROOT / "notebooks" / "distill.py"), str(tmp_path / "photos"), str(tmp_path / "out")]
+    script += ["--channels", "4", "--steps", "2", "--batch-size", "2"]
+    refused = subprocess.run([*script, "--blocks", "1", "1"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert refused.returncode == 2
+    assert "`--blocks` [1, 1] upsample by 2; the latents are smaller than the images by 4" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    subprocess.run(script, capture_output=True, cwd=ROOT, check=True)
+    made = Autoencoder(str(tmp_path / "out"))
+    assert (made.downscale, made.latent_channels) == (4, 4)
+    assert made.model.config["decoder_block_out_channels"] == [4, 4, 4]
 
 
 def test_latents_that_were_begun_go_on(tmp_path: Path) -> None:
