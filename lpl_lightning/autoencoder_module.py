@@ -144,7 +144,9 @@ class AutoencoderModule(DrawingModule):
         loss: Tensor = l1 + self.kl_weight * kl
         logs = {"l1": l1, "kl": kl}
         for perceptual in self._perceptual:
-            logs["perceptual"] = perceptual.to(images.device)(reconstruction, images).mean()
+            with torch.inference_mode(False):  # of a validation, whose tensors could take part in no later graph
+                perceptual.to(images.device)
+            logs["perceptual"] = perceptual(reconstruction, images).mean()
             loss = loss + self.perceptual_weight * logs["perceptual"]
         prefix = "" if training else f"{stage}_"
         counts: dict[str, Any] = {"batch_size": counted(len(images)), "sync_dist": not training}

@@ -88,7 +88,8 @@ def estimate_z0(scheduler: Any, prediction: Tensor, z_t: Tensor, t: Tensor) -> t
 def _scales(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
     """Alpha and sigma (B,) float32 of timesteps, read off what the scheduler makes of a latent of one and no noise."""
     if hasattr(scheduler, "add_noise"):
-        one, none = torch.ones(len(t), 1, device=t.device), torch.zeros(len(t), 1, device=t.device)
+        one = torch.ones(len(t), 1, device=t.device, dtype=torch.float32)  # whatever the default is
+        none = torch.zeros_like(one)
         alpha, sigma = (scheduler.add_noise(latent, noise, t) for latent, noise in ((one, none), (none, one)))
         return alpha.flatten(), sigma.flatten()
     if hasattr(scheduler, "scale_noise"):

@@ -37,7 +37,9 @@ class FrozenModule(nn.Module):
             return fn(tensor) if kind.dtype == tensor.dtype or wider else tensor.to(kind.device)
 
         apply: Callable[..., Self] = super()._apply
-        return apply(follow, recurse).requires_grad_(False)
+        # Weights moved in inference mode, as by a validation that comes first, could take part in no graph later.
+        with torch.inference_mode(False):
+            return apply(follow, recurse).requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, and frozen, whatever is asked."""

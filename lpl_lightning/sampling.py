@@ -45,7 +45,7 @@ def initial_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -
     Returns:
         (B, C, h, w) float32, on the CPU.
     """
-    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
+    return torch.stack([torch.randn(*shape, generator=generator, dtype=torch.float32) for generator in generators])
 
 
 class Sampler:

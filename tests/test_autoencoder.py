@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from families import scrambled, tiny_flux2, tiny_rae
 from torch import nn
 
-from lpl_lightning import Autoencoder
+from lpl_lightning import Autoencoder, LatentPerceptualLoss
 
 
 def test_posterior_is_sampled_from_its_generator() -> None:
@@ -302,6 +302,18 @@ def test_real_small_autoencoders(shared: Path, name: str, channels: int) -> None
     torch.testing.assert_close(decoded, autoencoder.model.decode(z).sample, atol=1e-5, rtol=1e-5)
     assert (decoded - image).square().mean() < 0.01
     assert [f.shape[-1] for f in autoencoder.features(z)] == [8, 16, 32, 64]
+
+
+def test_what_is_moved_in_a_validation_is_trained_with_later() -> None:
+    """Lightning validates in inference mode, whose tensors could take part in no graph."""
+    autoencoder = Autoencoder(tiny_kl())
+    with torch.inference_mode():
+        autoencoder.to(torch.float64)
+    z0 = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    z0_hat = (z0 + 0.1 * torch.randn_like(z0)).requires_grad_()
+    LatentPerceptualLoss(autoencoder)(z0_hat, z0).sum().backward()
+    assert z0_hat.grad is not None
+    assert z0_hat.grad.abs().sum() > 0
 
 
 def test_the_embedded_autoencoder_reconstructs_held_out_shapes() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -108,6 +109,27 @@ def test_a_perceptual_loss_pulls_but_is_neither_trained_nor_saved(monkeypatch: p
     assert logged["loss_perceptual"] > 0
     assert perceptual.net.weight.grad is None
     assert not any("perceptual" in name for name in module.state_dict())
+
+
+def test_a_perceptual_loss_that_a_validation_moves_is_trained_with_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning validates in inference mode, whose tensors could take part in no graph."""
+
+    class Elsewhere(Difference):
+        there = False
+
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            if not self.there:
+                super().to(torch.float64)
+                super().to(torch.float32)  # into new storage, as a move to an accelerator is
+            self.there = True
+            return self
+
+    module = AutoencoderModule(small().autoencoder, perceptual=Elsewhere())
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    batch = {"image": torch.rand(2, 3, 16, 16)}
+    with torch.inference_mode():
+        module.test_step(batch, 0)
+    module.training_step(batch, 0).backward()
 
 
 def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path: Path) -> None:

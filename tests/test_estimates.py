@@ -109,6 +109,20 @@ def test_it_is_computed_in_float32_and_has_the_gradient_of_the_formula() -> None
     torch.testing.assert_close(prediction.grad[:, 0, 0, 0].float(), -noise_to_signal, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_a_true_half_or_double_changes_nothing(default: torch.dtype) -> None:
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear")
+    prediction, z_t, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([3, 199, 999])
+    expected = estimate_z0(scheduler, prediction, z_t, t)
+    torch.set_default_dtype(default)
+    try:
+        found = estimate_z0(scheduler, prediction, z_t, t)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_noise_predicted_of_no_signal_at_all_trains_nothing() -> None:
     """With a terminal SNR of zero alpha is 0 there, and dividing by it would make all gradients not a number."""
     scheduler = DDPMScheduler(prediction_type="epsilon", rescale_betas_zero_snr=True)

@@ -111,6 +111,7 @@ def check_noise_process() -> None:
 
     found = module().sampler(predict, noise, start, Condition())
     assert torch.allclose(found, z0, atol=1e-5)
+    assert all(noise.alpha_sigma(torch.tensor([1000.0]))[0] >= 0)
 
 
 def check_autoencoder() -> None:

@@ -359,6 +359,11 @@ def test_noise_belongs_to_its_seed() -> None:
     together = noise_of(5, 6, 7)
     torch.testing.assert_close(together[1:2], noise_of(6))
     assert not torch.equal(together[0], together[1])
+    torch.set_default_dtype(torch.float64)  # as a trainer's 64-true has it
+    try:
+        assert torch.equal(noise_of(5, 6, 7), together)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_scheduler_of_another_prediction_is_refused() -> None:

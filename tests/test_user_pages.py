@@ -81,5 +81,6 @@ def test_options_for_flags_of_the_public_example(capsys: pytest.CaptureFixture[s
     loss = lpl["loss"]["init_args"]
     assert (lpl["weight"], lpl["start_step"]) == (1.0, 1000)
     assert (loss["preset"], loss["threshold"]["ddpm_timestep"], loss["depth"]) == ("diffusers", 199, 5)
+    assert (loss["reference_side"], loss["reduction"]) == (0, "mean_passed"), "not scaled to latents of side 128"
     assert config["model"]["init_args"]["lr_scheduler"]["init_args"]["total_iters"] == 500
     assert config["ckpt_path"] == "last"

@@ -98,9 +98,9 @@ class Budget:
         """Begin anew."""
         self.keep: list[float] | None = None
         self._found: Found | None = None
-        self._batches = 0
+        self._steps = 0
         self._times: list[tuple[float, float]] = []  # seconds of the loss and of the whole step, of each
-        self._term: float | None = None  # seconds of the loss in the batch at hand
+        self._term: float | None = None  # seconds of the loss in the step at hand
         self._started = 0.0
         self._last: float | None = None
         self._latents: tuple[Tensor, Tensor] | None = None
@@ -128,11 +128,11 @@ class Budget:
             loss.subset = Subset(keep=self.keep)
 
     def start_term(self, device: torch.device) -> None:
-        """The loss of a batch, or of a part of it, is about to be computed."""
+        """The loss of a step, or of a part of it, is about to be computed."""
         self._started = synchronize(device)
 
     def end_term(self, z0_hat: Tensor, z0: Tensor, passed: Tensor | None) -> None:
-        """It was computed; a batch's times add up.
+        """It was computed; a step's times add up.
 
         Args:
             z0_hat: Estimates (B, C, *positions).
@@ -153,23 +153,27 @@ class Budget:
         self._last = self._term = None
 
     def end_batch(self, trainer: pl.Trainer, device: torch.device, loss: LatentPerceptualLoss) -> None:
-        """A batch was trained on; after the last that is timed, find or correct the probabilities.
+        """A batch was trained on; after the last step that is timed, find or correct the probabilities.
+
+        Batches that are accumulated are one step: all that comes with the update is in the time of its last alone.
 
         Args:
             trainer: Averages over its processes.
             device: Of the module.
             loss: Is given them.
         """
+        if trainer.fit_loop._should_accumulate():
+            return
         now, last, term = synchronize(device), self._last, self._term
         self._last, self._term = now, None
-        if term is None:  # a batch without the loss
+        if term is None:  # a step without the loss
             self.interrupt()
         if last is None or term is None:
             return
-        self._batches += 1
-        if self._batches <= self.warmup:
+        self._steps += 1
+        if self._steps <= self.warmup:
             return
-        timed = self._batches - self.warmup
+        timed = self._steps - self.warmup
         self._times.append((term, now - last))
         if self._found is not None:
             done = self._correct(trainer, loss, self._found, timed)
@@ -178,7 +182,7 @@ class Budget:
         if not done:
             return
         self._latents = None
-        self._batches, self._times = self.warmup if self.keep is None else 0, []
+        self._steps, self._times = self.warmup if self.keep is None else 0, []
         self.interrupt()  # what was just computed took time, too
 
     def _find(self, trainer: pl.Trainer, loss: LatentPerceptualLoss) -> None:
@@ -187,10 +191,10 @@ class Budget:
         costs = None if self._latents is None else measure_maps(loss, *self._latents)
         # One row of numbers from each process: its times, whether it had samples, and what it measured on them.
         measured = [0.0] * (2 * maps + 1) if costs is None else [1.0, *costs.seconds, *costs.moments]
-        batches, seconds, _, whole, found, *of_maps = _total(trainer, [*_sums(self._times), *measured])
+        counted, seconds, _, whole, found, *of_maps = _total(trainer, [*_sums(self._times), *measured])
         if not found or not seconds:
             rank_zero_info(
-                f"LPL is still exact: in the {self.steps} batches timed for `budget` no sample passed the gate; the "
+                f"LPL is still exact: in the {self.steps} steps timed for `budget` no sample passed the gate; the "
                 "next ones are timed."
             )
             return
@@ -201,7 +205,7 @@ class Budget:
         self.keep = best_probabilities(costs, allowed)
         loss.subset = Subset(keep=self.keep)
         if allowed < 1:
-            self._found = Found(costs, seconds / batches, max(LEAST, allowed), self.corrections)
+            self._found = Found(costs, seconds / counted, max(LEAST, allowed), self.corrections)
         self._say(costs, seconds / whole, allowed)
 
     def _allowed(self, seconds: float, whole: float) -> float:
@@ -214,9 +218,9 @@ class Budget:
         assert self.share is not None
         if timed % self.thinned and timed != self.most:
             return False
-        batches, *totals = _total(trainer, _sums(self._times))
-        seconds, squares, whole = (total / batches for total in totals)
-        error = math.sqrt(max(0.0, squares - seconds**2) / batches)
+        counted, *totals = _total(trainer, _sums(self._times))
+        seconds, squares, whole = (total / counted for total in totals)
+        error = math.sqrt(max(0.0, squares - seconds**2) / counted)
         if timed < self.most and (not seconds or error > 0.1 * seconds):
             return False
         taken = f"With these LPL took {seconds / whole:.0%} of a step, and may take {self.share:.0%}"

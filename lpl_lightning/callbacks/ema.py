@@ -84,6 +84,7 @@ class EMA(WeightsCallback):
         self._latest_step = 0
         self._count = StepCount()
         self._of_checkpoint = False  # whether they were loaded to be evaluated
+        self._own: tuple[Any, ...] | None = None  # those of the last training, once a checkpoint was
         self._averages_of: ref[pl.LightningModule] | None = None  # the module that was trained
         self._stays = False  # whether one was in place before an evaluation
         self._kept = KeptWeights(self._device)  # the weights as they were trained, while an average is in place
@@ -121,6 +122,9 @@ class EMA(WeightsCallback):
                     "in the place of the weights once training has ended. Leave `save_weights_only` out."
                 )
             self._kept.put_back(pl_module)
+            if self._own is not None:
+                self._averages, self._updates, self._latest_step = self._own
+                self._own = None
             goes_on = trainer.global_step and self._averages_of is not None and self._averages_of() is pl_module
             if not goes_on:
                 self._averages, self._updates, self._latest_step = {}, {}, 0
@@ -265,6 +269,8 @@ class EMA(WeightsCallback):
         if "current_model_state" in checkpoint:
             load_whole(pl_module, checkpoint["current_model_state"])
         chosen, names = self._chosen, sorted(found)
+        if trainer.state.fn != "fit" and self._own is None:
+            self._own = self._averages, self._updates, self._latest_step
         if trainer.state.fn == "fit":
             wanted = [decay for decay in (self.decay, *self.also) if decay in found]
             if begun := sorted({self.decay, *self.also} - set(found)):

@@ -102,6 +102,8 @@ class LPLCallback(Callback):
         self._passed: list[Tensor] = []
         self._step_ended = False
         self._loss: LatentPerceptualLoss | None = None
+        self._fitting = False
+        self._own: dict[str, Any] | None = None  # of the last training, once a checkpoint was loaded to be evaluated
 
     @property
     def weight(self) -> float | None:
@@ -141,10 +143,13 @@ class LPLCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Attach the term."""
+        self._fitting = stage == "fit"
         if stage == "predict":
             return
-        if stage == "fit":
+        if self._fitting:
             self._count.prepare()
+            self._take_up(self._own or {})
+            self._own = None
         if stage == "fit" and not trainer.global_step:
             # Another training than the one before, if there was one; a checkpoint's state comes after this.
             self._calibration.forget()
@@ -282,8 +287,13 @@ class LPLCallback(Callback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what ``auto`` and ``budget`` had found."""
+        """Take up what ``auto`` and ``budget`` had found; of a checkpoint that is evaluated, until training goes on."""
+        if not self._fitting and self._own is None:
+            self._own = self.state_dict()
         self._count.load_state_dict(state_dict)
+        self._take_up(state_dict)
+
+    def _take_up(self, state_dict: dict[str, Any]) -> None:
         if self.budget.share is not None and "budget" in state_dict:
             self.budget.load_state_dict(state_dict["budget"])
             if self._loss is not None:

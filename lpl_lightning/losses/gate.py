@@ -37,12 +37,14 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 class Threshold:
     """A noise level in any one unit; samples at it or with less noise pass.
 
+    It is that of latents of the loss's ``reference_side``, and scaled for others, in whatever unit it was given.
+
     Attributes:
         nsr: Noise-to-signal ratio sigma / alpha, above 0; an EDM sigma.
         snr: Signal-to-noise ratio 1 / nsr ** 2, above 0: samples with this or more pass.
         log_snr: Its natural logarithm.
         ddpm_timestep: Step of a DDPM chain, from 0: this and all earlier ones pass.
-        flow_t: Time of a flow z_t = (1 - t) z0 + t noise, in (0, 1).
+        flow_t: Time of a flow z_t = (1 - t) z0 + t noise, in (0, 1). Whether a sample at it passes hangs on rounding.
     """
 
     nsr: float | None = None

@@ -232,6 +232,23 @@ def test_only_what_is_trained_is_averaged_and_in_float32(tmp_path: Path) -> None
         assert torch.equal(found["state_dict"][name], steps[-1])
 
 
+def test_what_is_evaluated_between_trainings_leaves_their_averages(tmp_path: Path) -> None:
+    """Though it is of a run that went further; the weights themselves are then that one's."""
+    other = trainer(tmp_path, max_steps=9, callbacks=[EMA(decay=0.5)], limit_val_batches=0)
+    other.fit(module(), data())
+    saved(other, tmp_path / "other.ckpt")
+    trained, watch, average = module(), Watch(), EMA(decay=0.5)
+    fit = trainer(tmp_path, max_steps=3, callbacks=[average, watch])
+    fit.fit(trained, data())
+    for _ in range(2):
+        fit.validate(trained, data(), ckpt_path=tmp_path / "other.ckpt", verbose=False, weights_only=True)
+    fit.fit_loop.epoch_loop.max_steps = 5
+    fit.fit(trained, data())
+    assert len(watch.steps) == 5
+    assert average.in_place == 0.5
+    torch.testing.assert_close(key(trained), naive(watch.steps, [0.5] * 4), atol=1e-7, rtol=1e-6)
+
+
 def test_which_average_is_evaluated(tmp_path: Path) -> None:
     trained, watch = module(), Watch()
     fit = trainer(tmp_path, max_steps=3, callbacks=[EMA(decay=0.5, also=[0.9]), watch], limit_val_batches=0)

@@ -613,6 +613,33 @@ def test_a_checkpoint_that_is_tested_takes_no_steps_back(tmp_path: Path) -> None
     assert [bool(term) for term in module.terms] == [False] * 5 + [True] * 2
 
 
+def test_a_checkpoint_that_is_tested_leaves_the_weight_that_was_found(tmp_path: Path) -> None:
+    """Also one of a longer run, whose weight was found later than this one is."""
+
+    class Looked(Latents):
+        def test_step(self, z0: Tensor, batch_idx: int) -> None:
+            pass
+
+    def callback(start_step: int) -> LPLCallback:
+        decoder = Autoencoder(tiny_kl())
+        return LPLCallback(weight="auto", start_step=start_step, calibration_steps=2, loss=ungated, autoencoder=decoder)
+
+    later = callback(6)
+    run(Looked(), tmp_path, later, max_steps=9).save_checkpoint(tmp_path / "other.ckpt")
+    module, found = Looked(), callback(0)
+    trainer = run(module, tmp_path, found, max_steps=4)
+    weight = found.weight
+    latents: Any = list(torch.randn(4, 4, 4, 4))
+    loader = DataLoader(latents, batch_size=4)
+    for _ in range(2):
+        trainer.test(module, loader, ckpt_path=tmp_path / "other.ckpt", weights_only=True)
+        assert found.weight == later.weight != weight, "what is evaluated has its own"
+    trainer.fit_loop.epoch_loop.max_steps = 8
+    trainer.fit(module, loader)
+    assert found.weight == weight
+    assert [bool(term) for term in module.terms] == [False] * 2 + [True] * 6
+
+
 class Unequal(Latents):
     """The second optimizer begins at the fifth batch, and a batch in three is left to the next one's step."""
 
