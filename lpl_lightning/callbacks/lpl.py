@@ -52,10 +52,10 @@ class LPLCallback(Callback):
         target_share: Share of the total loss that ``auto`` aims at.
         calibration_steps: Batches that ``auto`` measures; of a run that ends before, the log says so.
         budget: Share of the time of a training step that LPL may take, loading included, above 0 and below 1. Some
-            fourteen batches with LPL train with the exact loss and are timed; if it takes more, each of its maps is
+            fourteen steps with LPL train with the exact loss and are timed; if it takes more, each of its maps is
             then computed for a random part of the samples only, with the expectation of the loss kept (``Subset``).
-            What that takes is timed over the next 40 to 400 batches, and the part corrected, twice if need be; the log
-            says what was found. Batches in which something else takes its time now and then, such as a grid of
+            What that takes is timed over the next 40 to 400 steps, and the part corrected, twice if need be; the log
+            says what was found. Steps in which something else takes its time now and then, such as a grid of
             samples or saving, are left out of the times. None: no limit.
     """
 
