@@ -80,11 +80,16 @@ class TextEncoder(FrozenModule, ABC):
             return self.embed(captions)
 
     def fingerprint(self) -> str:
-        """A hash of class, settings and weights (of each, the first 256 elements), to tell caches apart."""
+        """A hash of class, settings and weights (of each, the first 256 elements and the sum of all bytes).
+
+        It tells caches apart.
+        """
         digest = blake2b(f"{type(self).__qualname__} {sorted(self.settings.items())}".encode(), digest_size=16)
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().flatten()[:256].cpu().view(torch.uint8).numpy().tobytes())
+            elements = tensor.detach().flatten()
+            digest.update(elements[:256].cpu().view(torch.uint8).numpy().tobytes())
+            digest.update(str(int(elements.view(torch.uint8).sum(dtype=torch.int64))).encode())
         return digest.hexdigest()
 
     def _report_cut(self, longest: int, length: int) -> None:
@@ -150,7 +155,9 @@ class TransformersText(TextEncoder):
         self.layer, self.use_mask, self.tokens, self.pooled = layer, use_mask, tokens, pooled
         self._see_what_it_gives()
         self.settings = {"layer": layer, "length": self.max_length, "mask": use_mask, "tokens": tokens, "model": name}
-        self.settings |= {"pooled": pooled, "vocabulary": blake2b(repr(sorted(known.items())).encode()).hexdigest()}
+        padded = self.tokenizer("", padding="max_length", max_length=self.max_length, truncation=True)["input_ids"]
+        vocabulary = blake2b(repr([*sorted(known.items()), padded]).encode()).hexdigest()
+        self.settings |= {"pooled": pooled, "vocabulary": vocabulary}
 
     def _see_what_it_gives(self) -> None:
         name, one = type(self.model).__name__, torch.zeros(1, 1, dtype=torch.long, device=self.device)

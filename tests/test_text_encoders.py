@@ -221,7 +221,7 @@ def test_encoders_are_frozen(index: int) -> None:
     same(encoder(CAPTIONS).tokens, before.tokens)
 
 
-def test_fingerprints_tell_encoders_apart() -> None:
+def test_fingerprints_tell_encoders_apart(tmp_path: Path) -> None:
     one = clip()
     tokenizer = str(TINY / "sdxl" / "tokenizer_2")
     alike = [clip.fingerprint() for clip in (one, TransformersText(one.model, None, tokenizer))]
@@ -243,7 +243,16 @@ def test_fingerprints_tell_encoders_apart() -> None:
         copied.model.load_state_dict(one.model.state_dict())
         assert copied.fingerprint() == alike[0]
         next(copied.model.parameters()).view(-1)[0] += 1
-    prints = [encoder.fingerprint() for encoder in (one, copied, *others)]
+        late = TransformersText(CLIPTextModelWithProjection(one.model.config), None, tokenizer)
+        late.model.load_state_dict(one.model.state_dict())
+        next(late.model.parameters()).view(-1)[-1] += 1
+        vocabulary = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+        settings = json.loads((vocabulary / "tokenizer_config.json").read_text())
+        (vocabulary / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<|startoftext|>"}))
+        (vocabulary / "special_tokens_map.json").unlink(missing_ok=True)
+        padded = TransformersText(one.model, None, str(vocabulary))
+        assert padded.tokenizer.pad_token != one.tokenizer.pad_token
+    prints = [encoder.fingerprint() for encoder in (one, copied, late, padded, *others)]
     assert len(set(prints)) == len(prints)
 
 

@@ -25,8 +25,9 @@ class BestCheckpoints(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note what the checkpoint's run knew of the best ones."""
-        self._states = checkpoint.get("callbacks", {})
+        """Note what the checkpoint's run knew of the best ones, if it is to go on."""
+        if trainer.state.fn == "fit":
+            self._states = checkpoint.get("callbacks", {})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let each callback that chooses know it again."""

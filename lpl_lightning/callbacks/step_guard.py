@@ -83,6 +83,7 @@ class StepGuard(Callback):
         self.policy, self.max_in_a_row, self.max_records = policy, max_in_a_row, max_records
         self.record_weights, self.record_steps, self.dirname = record_weights, frozenset(record_steps), dirname
         self.skipped = 0
+        self._evaluating = False
         """Steps left out so far."""
         self._in_a_row: dict[int, int] = {}  # by optimizer
         self._batches: list[_Batch] = []
@@ -98,6 +99,10 @@ class StepGuard(Callback):
     def step_skipped(self) -> bool:
         """Whether the last step of each optimizer was left out."""
         return bool(self._in_a_row) and all(self._in_a_row.values())
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Note whether a checkpoint would be one to go on from."""
+        self._evaluating = stage != "fit"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin."""
@@ -258,7 +263,9 @@ class StepGuard(Callback):
         return {"skipped": self.skipped, "in_a_row": dict(self._in_a_row)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Go on counting, if it is training that does."""
+        if self._evaluating:
+            return
         found = state_dict["in_a_row"]  # once one number
         self.skipped, self._in_a_row = state_dict["skipped"], dict(found) if isinstance(found, dict) else {0: found}
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict
 
 import lightning.pytorch as pl
 import torch
@@ -122,6 +122,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         self.prompts = None if prompts is None else Path(prompts).expanduser().absolute()
         self.faults = Faults() if faults is None else faults
         self._order_seed: int | None = None
+        self._goes_on = False  # whether that is of a checkpoint that training goes on from
         self._reporting: pl.Trainer | None = None
         self._run_report: Path | None = None
         self._found_beforehand: dict[str, str] = {}
@@ -255,7 +256,9 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         # A loader that is taken by hand, also after a run, is for no trainer's epochs.
         asking = trainer if trainer is not None and trainer.state.status == TrainerStatus.RUNNING else None
         rank, ranks = own_place() if asking is None else (asking.global_rank, asking.world_size)
-        if self._order_seed is None:
+        progress: Any = None if asking is None else asking.fit_loop.epoch_progress.current
+        begins = asking is not None and not (asking.global_step or progress.processed or self._goes_on)
+        if self._order_seed is None or begins:
             own = torch.initial_seed() % 2**63
             self._order_seed = own if trainer is None else int(trainer.strategy.broadcast(own))
         dataset, plan = self.training_batches(self.batch_size * ranks)
@@ -263,7 +266,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             return TrainingLoader(dataset, plan, self._order_seed, rank, ranks, self.num_workers)
         # Lightning asks anew in the middle of a run, and gives a loader no state where a run goes on at an epoch's end.
         # So it begins where the epochs that the trainer has counted end, as `set_epoch` would have it.
-        limit, progress = asking.limit_train_batches, cast(Any, asking.fit_loop.epoch_progress.current)
+        limit = asking.limit_train_batches
         return TrainingLoader(
             dataset, plan, self._order_seed, rank, ranks, self.num_workers, limit, iteration=progress.processed
         )
@@ -273,8 +276,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         return {} if self._order_seed is None else {"order_seed": self._order_seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the seed of ``state_dict``, in all loaders that the trainer asks for."""
-        self._order_seed = state_dict.get("order_seed", self._order_seed)
+        """Go on with the seed of ``state_dict``, in all loaders that the trainer asks for; not where it evaluates."""
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            self._order_seed = state_dict.get("order_seed", self._order_seed)
+            self._goes_on = "order_seed" in state_dict
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Validation batches, in order."""
@@ -288,6 +293,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     def teardown(self, stage: str | None = None) -> None:
         """Say how many items were left out in all, by all processes."""
+        self._goes_on = False
         report = self.faults.report
         if report is not None and (count := len(read_faults(report))):
             rank_zero_info(f"{count} items could not be used: {report} names them.")

@@ -24,13 +24,18 @@ class Scores(Callback):
         self.scores = scores
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.callback_metrics["score"] = torch.tensor(self.scores[trainer.global_step])
+        trainer.callback_metrics["score"] = torch.tensor(self.scores.get(trainer.global_step, 0.0))
 
 
 def fit(
-    folder: Path, module: LatentDiffusionModule, scores: dict[int, float], ckpt_path: Path | None = None, **given: Any
+    folder: Path,
+    module: LatentDiffusionModule,
+    scores: dict[int, float],
+    ckpt_path: Path | None = None,
+    evaluated: Path | None = None,
+    **given: Any,
 ) -> ModelCheckpoint:
-    """Two steps between validations; checkpoints in a folder of the run's own."""
+    """Two steps between validations; checkpoints in a folder of the run's own. Another may be evaluated before."""
     saving = ModelCheckpoint(folder, "{step}", monitor="score", save_last=True, **given)
     batches: Any = DataLoader([image_batch(2) for _ in range(8)], batch_size=None)  # type: ignore[arg-type]
     trainer = pl.Trainer(
@@ -44,6 +49,8 @@ def fit(
         val_check_interval=2,
         limit_val_batches=1,
     )
+    if evaluated is not None:
+        trainer.validate(module, batches, ckpt_path=evaluated, verbose=False, weights_only=True)
     trainer.fit(module, batches, batches, ckpt_path=ckpt_path, weights_only=True)
     return saving
 
@@ -73,3 +80,13 @@ def test_what_is_no_more_or_too_many_does_not_count(
     assert after.best_model_path == str(tmp_path / "a" / "step=4.ckpt")
     assert list(after.best_k_models) == [after.best_model_path]
     assert not (tmp_path / "b" / "step=8.ckpt").exists()
+
+
+def test_those_of_a_run_that_is_evaluated_first_do_not_count(
+    tmp_path: Path, make_module: Callable[..., LatentDiffusionModule]
+) -> None:
+    """It may have been better; this one begins anew."""
+    fit(tmp_path / "a", make_module(), {2: 0.1, 4: 0.2}, save_top_k=1)
+    before = tmp_path / "a" / "last.ckpt"
+    after = fit(tmp_path / "b", make_module(), {2: 0.9, 4: 0.8}, evaluated=before, save_top_k=1)
+    assert after.best_model_path == str(tmp_path / "b" / "step=4.ckpt")

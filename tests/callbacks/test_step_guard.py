@@ -190,6 +190,16 @@ def test_counting_goes_on_after_a_stop(make_module: MakeModule, tmp_path: Path) 
     assert record.about["checkpoint"] == str(tmp_path / "a.ckpt")
 
 
+def test_what_a_run_that_is_evaluated_left_out_does_not_count(make_module: MakeModule, tmp_path: Path) -> None:
+    run = fit(scheduled(make_module), tmp_path, batches(1, 2, count=3), StepGuard("skip"))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    guard = StepGuard("skip")
+    other = trainer(tmp_path, callbacks=[guard], limit_val_batches=1)
+    loader: Any = DataLoader(batches(), batch_size=None)  # type: ignore[arg-type]
+    other.validate(scheduled(make_module), loader, ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
+    assert (guard.skipped, guard.in_a_row) == (0, 0)
+
+
 class Float16(MixedPrecision):
     """Lightning takes bfloat16 on a CPU where float16 is asked for by name."""
 

@@ -2,6 +2,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from hypothesis import given
@@ -124,6 +125,55 @@ def test_training_batches_are_shuffled_anew_each_epoch() -> None:
     first, second = indices(list(loader)), indices(list(loader))
     assert first != second
     assert sorted(first) == sorted(second) == list(range(50))
+
+
+class Order(pl.LightningModule):
+    """Keeps the images of the batches that it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(1, 1)
+        self.seen: list[int] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.seen += indices([batch])
+        return self.net(torch.ones(1, 1)).sum()  # type: ignore[no-any-return]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def order(data: NumbersDataModule, seed: int, evaluated: Path | None = None, save: Path | None = None) -> list[int]:
+    """Images of an epoch of one training after another of a data module, by the seed of each."""
+    module = Order()
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    pl.seed_everything(seed, verbose=False)
+    if evaluated is not None:
+        trainer.validate(module, data, ckpt_path=evaluated, verbose=False, weights_only=True)
+    trainer.fit(module, data)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return module.seen
+
+
+def test_the_order_is_that_of_the_trainings_seed(tmp_path: Path) -> None:
+    """And not of another training before it, nor of a checkpoint that was evaluated before."""
+    first, second = (order(NumbersDataModule(20, 5), seed, save=tmp_path / f"{seed}.ckpt") for seed in (1, 2))
+    assert first != second
+    again = NumbersDataModule(20, 5)
+    assert [order(again, seed) for seed in (1, 2, 1)] == [first, second, first]
+    assert order(NumbersDataModule(20, 5), 2, evaluated=tmp_path / "1.ckpt") == second
 
 
 def test_fewer_training_images_than_a_batch_still_make_one() -> None:
