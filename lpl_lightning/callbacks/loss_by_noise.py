@@ -96,7 +96,7 @@ class LossByNoise(Callback):
         module, loss = pl_module, _lpl_of(trainer)
         with posterior_mean(module.autoencoder):
             z0 = module.clean_latents(batch).float()
-        index = _own_numbers(to_uint8(batch["image"]) if "image" in batch else batch["latent"].float().cpu())
+        index = _own_numbers(to_uint8(batch["image"].float()) if "image" in batch else batch["latent"].float().cpu())
         index = index.to(z0.device)
         drawn = [torch.Generator().manual_seed((number + self.seed) % 2**32) for number in index.tolist()]
         noise = torch.stack([torch.randn(z0.shape[1:], generator=generator) for generator in drawn]).to(z0)

@@ -82,8 +82,8 @@ class StepGuard(Callback):
         at_least(0, max_records=max_records)
         self.policy, self.max_in_a_row, self.max_records = policy, max_in_a_row, max_records
         self.record_weights, self.record_steps, self.dirname = record_weights, frozenset(record_steps), dirname
-        self.skipped = 0
         self._evaluating = False
+        self.skipped = 0
         """Steps left out so far."""
         self._in_a_row: dict[int, int] = {}  # by optimizer
         self._batches: list[_Batch] = []
@@ -101,8 +101,10 @@ class StepGuard(Callback):
         return bool(self._in_a_row) and all(self._in_a_row.values())
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Note whether a checkpoint would be one to go on from."""
+        """Begin anew where training does; what is loaded to be evaluated does not count."""
         self._evaluating = stage != "fit"
+        if not (self._evaluating or trainer.global_step):
+            self.skipped, self._in_a_row = 0, {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin."""
@@ -233,8 +235,7 @@ class StepGuard(Callback):
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "precision": str(trainer.precision),
             "device": str(pl_module.device),
-            "batches": [
-                # As strings, which hold them to the last bit, infinite or not.
+            "batches": [  # losses as strings, which hold them to the last bit, infinite or not
                 {"number": batch.number, "loss": None if loss is None else repr(loss)}
                 for batch, loss in zip(self._batches, losses, strict=True)
             ],
@@ -264,10 +265,9 @@ class StepGuard(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting, if it is training that does."""
-        if self._evaluating:
-            return
-        found = state_dict["in_a_row"]  # once one number
-        self.skipped, self._in_a_row = state_dict["skipped"], dict(found) if isinstance(found, dict) else {0: found}
+        if not self._evaluating:
+            self.skipped, found = state_dict["skipped"], state_dict["in_a_row"]  # once one number
+            self._in_a_row = dict(found) if isinstance(found, dict) else {0: found}
 
 
 def last_step_skipped(trainer: pl.Trainer) -> bool:

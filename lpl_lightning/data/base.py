@@ -161,7 +161,12 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     def describe(self, split: Split) -> dict[str, Any]:
         """What a report says of the images of a split: their ``name`` and the ``split`` that they are of, at least."""
+        split = self._source(split)
         return {"name": f"{split} images of {type(self).__name__}", "split": split, "image_size": self.image_size}
+
+    def _source(self, split: Split) -> Split:
+        """The split whose images stand for those of one: validation's, where there are none for test."""
+        return split
 
     @property
     def image_sizes(self) -> tuple[tuple[int, int], ...]:

@@ -261,10 +261,12 @@ class HuggingFaceDataModule(SourceDataModule):
                 "of `save_to_disk`, a folder of files, a loader with `data_files` or a hub id, and a split that it has."
             ) from error
 
+    def _source(self, split: Split) -> Split:
+        return "val" if split == "test" and self.splits["test"] is None else split
+
     def dataset(self, split: Split) -> RowsDataset | StreamDataset:
         """The images of one split, loaded as by ``setup`` where they have not been yet."""
-        if split == "test" and self.splits["test"] is None:
-            split = "val"
+        split = self._source(split)
         if split not in self._datasets:
             own = self.splits[split]
             data = self._data(str(own or self.splits["train"]))

@@ -203,10 +203,12 @@ class WebDatasetDataModule(SourceDataModule):
         for split in () if stage == "predict" else stages.get(stage, ("train", "val", "test")):
             self.dataset(split)
 
+    def _source(self, split: Split) -> Split:
+        return "val" if split == "test" and self.test_urls is None else split
+
     def dataset(self, split: Split) -> StreamDataset:
         """The images of one split, their shards read as by ``setup`` where they have not been yet."""
-        if split == "test" and self.test_urls is None:
-            split = "val"
+        split = self._source(split)
         if split not in self._datasets:
             self._datasets[split] = self._open(split, self._shards(split))
         return self._datasets[split]

@@ -198,6 +198,9 @@ def test_what_a_run_that_is_evaluated_left_out_does_not_count(make_module: MakeM
     loader: Any = DataLoader(batches(), batch_size=None)  # type: ignore[arg-type]
     other.validate(scheduled(make_module), loader, ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
     assert (guard.skipped, guard.in_a_row) == (0, 0)
+    for _ in range(2):  # nor does what it left out in another training
+        fit(scheduled(make_module), tmp_path, batches(1, 2, count=3), guard)
+        assert (guard.skipped, guard.in_a_row) == (2, 2)
 
 
 class Float16(MixedPrecision):

@@ -166,6 +166,8 @@ def test_rows_are_held_out_by_their_numbers(tmp_path: Path) -> None:
     train, val = captions(data.train_dataloader()), captions(data.val_dataloader())
     assert sorted(train + val) == sorted(f"photo {number}" for number in range(40))
     assert 3 <= len(val) <= 18
+    assert captions(data.test_dataloader()) == val
+    assert data.describe("test")["split"] == "val", "there are none for test, and a report says so"
     assert val == captions(module(str(tmp_path / "saved"), val_fraction=0.25, batch_size=3).val_dataloader())
     first = min(range(len(train) + len(val)), key=lambda row: path_hash(str(row), Path()))
     assert captions(module(str(tmp_path / "saved"), val_fraction=1e-9).val_dataloader()) == [f"photo {first}"]

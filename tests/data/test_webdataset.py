@@ -109,6 +109,9 @@ def test_whole_shards_are_held_out_by_their_names(tmp_path: Path) -> None:
     assert not train & set(val)
     assert len(train) + len(val) == 40
     assert len(val) == 8
+    assert captions(data.test_dataloader()) == val
+    assert data.describe("test")["split"] == "val", "there are none for test, and a report says so"
+    assert module(shards, test_urls=shards[:1]).describe("test")["split"] == "test"
     moved = module([str(path) for path in reversed(write_shards(tmp_path / "moved", [2] * 20))], val_urls=None)
     moved.val_fraction = 0.2
     assert set(captions(moved.val_dataloader())) == set(val)
