@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,8 +13,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.callbacks.ema import averaged, decay_in_place
-from lpl_lightning.data.base import ImageDataModule, SampleRequests
-from lpl_lightning.data.captions import read_prompts
+from lpl_lightning.callbacks.preemption import Preemption
+from lpl_lightning.data.base import ImageDataModule
 from lpl_lightning.evaluation.cache import ReferenceCache, default_folder
 from lpl_lightning.evaluation.evaluator import Evaluator
 from lpl_lightning.evaluation.generated import (
@@ -26,8 +25,8 @@ from lpl_lightning.evaluation.generated import (
     goes_by_captions,
     goes_by_labels,
 )
-from lpl_lightning.evaluation.image_files import ImageFiles
 from lpl_lightning.evaluation.image_metrics import SpectrumMetrics
+from lpl_lightning.evaluation.inputs import real_images, requested
 from lpl_lightning.evaluation.measure import Sets
 from lpl_lightning.evaluation.reconstruction_metrics import ReconstructionMetrics
 from lpl_lightning.evaluation.report import VALIDATION, Report, check_folder, check_other
@@ -47,7 +46,8 @@ class Evaluation(Callback):
     In ``lpl test``, where it always stands by, it does so at the end, and likewise in ``lpl validate``, with few images
     and cheap metrics. With ``every_n_steps`` it does so during training instead: the values are logged as
     ``eval_NAME``, which ``ModelCheckpoint`` may monitor. Where an ``EMA`` callback averages weights, the average is
-    evaluated.
+    evaluated. A signal that ends the run stops the images (``Preemption``); the run that goes on from there makes the
+    rest and the report first, which no ``ModelCheckpoint`` sees.
 
     The images of a model lie in ``evaluation/NAME/images``, or ``validation/NAME/images``, of the run's folder: of the
     checkpoint's run, if there is a checkpoint, or else of this one. NAME is the checkpoint's or step's with a hash of
@@ -134,6 +134,10 @@ class Evaluation(Callback):
                     "of trainer.callbacks."
                 )
             self._check(trainer, pl_module)
+            if trainer.global_step and trainer.global_step % self.every_n_steps == 0:
+                for preemption in self._preemptions(trainer):
+                    preemption.listen(trainer)
+                self._evaluate_step(trainer, pl_module, if_begun=True)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -143,13 +147,21 @@ class Evaluation(Callback):
         if self.every_n_steps is None or step == self._last_step or step % self.every_n_steps:
             return
         self._last_step = step
+        values = self._evaluate_step(trainer, pl_module)
+        pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)
+
+    def _evaluate_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, if_begun: bool = False
+    ) -> dict[str, float]:
+        """Evaluate what the training has come to, and log it."""
+        step = trainer.global_step
         with averaged(trainer, pl_module) as decay:
-            report = self._evaluate(trainer, pl_module, f"step-{step:08d}", {"global_step": step, "ema": decay})
-        if report is not None:
-            values = {f"eval_{name}": value.value for name, value in report.values.items()}
-            for logger in trainer.loggers:  # now, whatever `log_every_n_steps` says
-                logger.log_metrics(values, step=step)
-            pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)
+            made = {"global_step": step, "ema": decay}
+            report = self._evaluate(trainer, pl_module, f"step-{step:08d}", made, if_begun)
+        values = {} if report is None else {f"eval_{name}": value.value for name, value in report.values.items()}
+        for logger in trainer.loggers if values else ():  # now, whatever `log_every_n_steps` says
+            logger.log_metrics(values, step=step)
+        return values
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot be evaluated, before the test loss is computed."""
@@ -207,9 +219,9 @@ class Evaluation(Callback):
 
     def _check(self, trainer: pl.Trainer, module: LatentDiffusionModule) -> None:
         """Refuse sets that cannot be measured, and captions that are not there."""
-        requests = self._requests(trainer, module)
+        requests = requested(trainer, module, self.num_images, self.seed, self.prompts)
         side = module.latent_size * module.autoencoder.downscale
-        dataset, _, _, _ = self._real(trainer, side)
+        dataset, _, _, _ = real_images(trainer, side, self.reference, self.convert)
         model = module.autoencoder.model
         self._autoencoder = weights_hash(model)
         autoencoder = self._reconstructing(trainer, module) if self.reconstruct else None
@@ -224,50 +236,19 @@ class Evaluation(Callback):
         around = f", autocast of {trainer.precision}" if made.autocast else ""
         return f"{type(made.model).__name__} {self._autoencoder} in {made.dtype}{around}"
 
-    def _requests(self, trainer: pl.Trainer, module: LatentDiffusionModule) -> SampleRequests:
-        num_classes = getattr(module.conditioner, "num_classes", None)
-        if num_classes is not None:
-            return SampleRequests(self.num_images, num_classes, self.seed)
-        data = getattr(trainer, "datamodule", None)
-        captions: Sequence[str] = ()
-        if self.prompts is not None:
-            captions = read_prompts(Path(self.prompts).expanduser())
-        elif isinstance(data, ImageDataModule):
-            captions = tuple(data.validation_captions())
-        if not captions:
-            raise ValueError("The model goes by captions, but the data give none: give Evaluation `prompts`, a file.")
-        return SampleRequests(self.num_images, seed=self.seed, captions=captions)
-
-    def _real(self, trainer: pl.Trainer, side: int) -> tuple[Any, dict[str, Any], str | None, Any]:
-        """The real images, what to say of them, a key of theirs, and how they become batches."""
-        if self.reference is not None:
-            files = ImageFiles(self.reference, "reference", side, self.convert)
-            return files, {"name": self.reference, **files.provenance()}, files.quick_key(), None
-        data = getattr(trainer, "datamodule", None)
-        if isinstance(data, ImageDataModule):
-            if not data.has_images:
-                raise ValueError(
-                    f"Evaluation needs real images, and {type(data).__name__} holds latents: give it `reference`, a "
-                    "folder of images."
-                )
-            split: Literal["val", "test"] = "test" if trainer.testing else "val"
-            return data.dataset(split), data.describe(split), None, None
-        loaded = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        dataset = getattr(loaded, "dataset", None)
-        if not hasattr(dataset, "__len__"):
-            raise ValueError(
-                "Evaluation found no set of images to measure generated ones against: give it `reference`, a folder of "
-                "real images."
-            )
-        return dataset, {"name": f"images of {type(dataset).__name__}"}, None, getattr(loaded, "collate_fn", None)
-
     def _evaluate(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, made: dict[str, Any]
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        name: str,
+        made: dict[str, Any],
+        if_begun: bool = False,
     ) -> Report | None:
+        """Evaluate the weights in place, or with ``if_begun`` only where that was stopped; a signal stops it."""
         if run_folder(trainer) is None or not isinstance(pl_module, LatentDiffusionModule) or self._sets is None:
             return None
         with isolate_rng():
-            requests = self._requests(trainer, pl_module)
+            requests = requested(trainer, pl_module, self.num_images, self.seed, self.prompts)
             settings = generation_settings(
                 pl_module,
                 self.seed,
@@ -279,6 +260,8 @@ class Evaluation(Callback):
             )
             place = trainer.strategy.broadcast(self._place(trainer, name, settings))
             images = GeneratedFolder(place / "images")
+            if if_begun and not trainer.strategy.broadcast(_is_unfinished(place, images)):
+                return None
             remedy = "Give another folder as `dirname`, or delete it."
             images.claim(settings, remedy, write=trainer.is_global_zero)
             # Before images are made, since a report that is in the way is told by the real ones.
@@ -288,7 +271,7 @@ class Evaluation(Callback):
                 self.folder = folder = place / f"{self.num_images}-images-{digest(evaluator.made)}"
             else:
                 check_other(folder, "dirname", evaluator.made)
-            generate(
+            is_whole = generate(
                 pl_module,
                 requests,
                 images,
@@ -297,8 +280,14 @@ class Evaluation(Callback):
                 trainer.world_size,
                 trainer.strategy.barrier,
                 trainer.precision_plugin.forward_context,
-                progress=trainer.is_global_zero,
+                trainer.is_global_zero,
+                lambda: any(preemption.is_received(trainer) for preemption in self._preemptions(trainer)),
             )
+            if not is_whole:
+                rank_zero_info(
+                    f"The evaluation stops; the run that goes on from here makes the rest of {images.folder}."
+                )
+                return None
             generated = RequestedImages(images, requests, goes_by_labels(pl_module))
             where = Path(os.path.relpath(images.folder, folder)).as_posix()
             report = evaluator.measure(generated, place.name, {"folder": where})
@@ -316,13 +305,18 @@ class Evaluation(Callback):
         self.report = report
         return report
 
+    def _preemptions(self, trainer: pl.Trainer) -> list[Preemption]:
+        """Those that end the training at a signal as soon as this callback is done."""
+        callbacks: list[Any] = trainer.callbacks if trainer.training else [self]  # type: ignore[attr-defined]
+        return [one for one in callbacks[callbacks.index(self) :] if isinstance(one, Preemption)]
+
     def _with_real(self, trainer: pl.Trainer, module: LatentDiffusionModule, sets: Sets) -> Evaluator:
         """The evaluator with the real images measured, which is done once."""
         loaded = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         real = getattr(trainer, "datamodule", None) or loaded
         if self._evaluator is None or self._evaluator.sets != sets or self._measured is not real:
             self._measured = real
-            dataset, about, key, collate = self._real(trainer, sets.image_size)
+            dataset, about, key, collate = real_images(trainer, sets.image_size, self.reference, self.convert)
             self._evaluator = Evaluator(
                 self.suite,
                 module.device,
@@ -346,3 +340,7 @@ class Evaluation(Callback):
         run = loaded_run_folder(trainer, source)
         assert run is not None  # else nothing is evaluated
         return run.absolute() / (VALIDATION if trainer.validating else "evaluation") / named
+
+
+def _is_unfinished(place: Path, images: GeneratedFolder) -> bool:
+    return images.folder.exists() and not any(place.glob("*/report.json"))

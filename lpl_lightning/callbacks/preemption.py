@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -29,7 +29,8 @@ class Preemption(Callback):
     gradients: the checkpoint ``preempted.ckpt`` is written beside those of the run's first ``ModelCheckpoint``, and all
     processes exit, the first with 128 and the signal's number, as the shell says it. A validation, in which nothing is
     trained, is broken off at once, and is made anew when the run goes on, by ``UnfinishedValidation``; several
-    processes look before it begins and finish it. ``--ckpt_path last`` goes on from there. In a list of callbacks it
+    processes look before it begins and finish it. An ``Evaluation`` within training, if it comes before this callback,
+    stops making images, and goes on with the run. ``--ckpt_path last`` goes on from there. In a list of callbacks it
     comes after those that have a part of checkpoints, such as ``EMA``, which must have taken the step in before; behind
     those of the module's ``configure_callbacks`` it puts itself.
 
@@ -56,6 +57,7 @@ class Preemption(Callback):
         self._before: dict[signal.Signals, Any] = {}
         self._step = 0
         self._breaks_off = False  # whether a signal does not wait for the next step
+        self._ends = False  # whether all processes know that this step is the last
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Have loader processes outlive the signals, whenever they are started."""
@@ -102,8 +104,17 @@ class Preemption(Callback):
         late = [type(one).__name__ for one in after if _has_part(one) and not _is_a(one, "Checkpoint", "Timer")]
         if late:
             raise ValueError(f"Preemption would save before {', '.join(late)} took the step in: put it after them.")
-        self.received, self._step, self._breaks_off = None, trainer.global_step, False
-        self._before = {}
+        self.listen(trainer)
+        number = self._found(trainer)
+        if number is not None:  # while an evaluation was being finished
+            rank_zero_info(f"{number.name} received before the first step: there is nothing new to save.")
+            self._end(trainer, number)
+
+    def listen(self, trainer: pl.Trainer) -> None:
+        """Note signals from now on, which ``on_train_start`` does if nothing has before."""
+        if self._before:
+            return
+        self.received, self._step, self._breaks_off, self._ends = None, trainer.global_step, False, False
         try:
             for one in self.signals:
                 self._before[one] = signal.signal(one, self._note)
@@ -118,7 +129,7 @@ class Preemption(Callback):
         if step == self._step:
             return  # gradients are being accumulated, and would be lost
         self._step = step
-        if trainer.world_size == 1 or step % self.every_n_steps == 0:
+        if trainer.world_size == 1 or step % self.every_n_steps == 0 or self._ends:
             self._end_if_received(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -139,6 +150,7 @@ class Preemption(Callback):
         """Save, if it is a validation that a signal breaks off; listen no longer."""
         if isinstance(exception, _BrokenOff) and self.received is not None:
             self._save(trainer, self.received)
+            self._requeue(trainer, self.received)
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -154,16 +166,28 @@ class Preemption(Callback):
             signal.signal(one, signal.SIG_DFL if handler is None else handler)
         self._before = {}
 
-    def _end_if_received(self, trainer: pl.Trainer) -> None:
-        """Save and end, if a signal has come to any process; all must call it."""
+    def is_received(self, trainer: pl.Trainer) -> bool:
+        """Whether a signal has come to any process, so that this step is the last; all must call it."""
+        self._ends = self._found(trainer) is not None
+        return self._ends
+
+    def _found(self, trainer: pl.Trainer) -> signal.Signals | None:
         own = 0 if self.received is None else 1 + self.signals.index(self.received)
         count = torch.tensor(own, device=trainer.strategy.root_device)
         found = int(trainer.strategy.reduce(count, reduce_op="max")) if trainer.world_size > 1 else own
-        if not found:
+        return self.signals[found - 1] if found else None
+
+    def _end_if_received(self, trainer: pl.Trainer) -> None:
+        """Save and end, if a signal has come to any process; all must call it."""
+        number = self._found(trainer)
+        if number is None:
             return
         self._breaks_off = False
-        number = self.signals[found - 1]
         self._save(trainer, number)
+        self._end(trainer, number)
+
+    def _end(self, trainer: pl.Trainer, number: signal.Signals) -> NoReturn:
+        self._requeue(trainer, number)
         # Other processes end well: launchers kill the first when one of them does not.
         raise SystemExit(128 + number if trainer.is_global_zero else 0)
 
@@ -182,6 +206,8 @@ class Preemption(Callback):
                 f"{number.name} received: step {trainer.global_step} saved in {path}. The same command with "
                 "`--ckpt_path last` goes on."
             )
+
+    def _requeue(self, trainer: pl.Trainer, number: signal.Signals) -> None:
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             _requeue(trainer, number)

@@ -210,7 +210,8 @@ def generate(
     barrier: Callable[[], object] = lambda: None,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     progress: bool = True,
-) -> None:
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> bool:
     """Generate the images that a folder lacks.
 
     An image depends on its own seed, label and caption alone: neither on the batch or process that it is made in nor on
@@ -226,6 +227,11 @@ def generate(
         barrier: Waits for all processes.
         precision: Makes the context that images are generated in, such as a trainer's autocast.
         progress: Whether to show a progress bar.
+        is_stopped: Whether to make no more, for now; asked before each batch, by all processes at once, which must be
+            answered the same.
+
+    Returns:
+        Whether the folder lacks none.
     """
     by_label = goes_by_labels(module)
     captions = goes_by_captions(module)
@@ -240,6 +246,8 @@ def generate(
     done = len(requests) - len(missing)
     with evaluating(module), tqdm(total=len(requests), initial=done, desc="Images", disable=not progress) as bar:
         for number in range(rounds):
+            if is_stopped():
+                return False
             # A sharded model runs on all processes or on none: who has nothing left makes an image once more.
             batch = own[number * batch_size : (number + 1) * batch_size]
             asked = [requests[image] for image in batch or missing[:1]]
@@ -254,6 +262,7 @@ def generate(
             done += min(len(asked) * world_size, len(requests) - done)
             bar.update(done - bar.n)
     barrier()
+    return True
 
 
 class RequestedImages(ImageFiles):
