@@ -61,8 +61,9 @@ class AccumulatedGradients(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take them."""
-        self._found = checkpoint.get(GRADIENTS, {})
+        """Take them, if they are to be trained on."""
+        if trainer.state.fn == "fit":
+            self._found = checkpoint.get(GRADIENTS, {})
 
 
 def _gradients(module: pl.LightningModule) -> dict[str, Tensor]:

@@ -78,6 +78,10 @@ def same_images(runs: Sequence[Run], baseline: int, count: int) -> tuple[SameIma
         if not common:
             notes.append(f"No images of {run.name} are shown: none is called like one of {base.name}.")
             continue
+        other = next((name for name in common if not _alike(base.images[name], run.images[name])), None)
+        if other is not None:
+            notes.append(f"No images of {run.name} are shown: {other} is of another caption than that of {base.name}.")
+            continue
         chosen.append(run)
         names = common
     if len(chosen) < 2:
@@ -100,6 +104,12 @@ def _why(run: Run) -> str:
 def _caption(image: Path) -> str:
     path = image.with_suffix(".txt")
     return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+
+
+def _alike(image: Path, other: Path) -> bool:
+    """Whether nothing says that images are of other captions."""
+    captions = _caption(image), _caption(other)
+    return captions[0] == captions[1] or not all(captions)
 
 
 def write_grid(images: SameImages, path: Path) -> Path:

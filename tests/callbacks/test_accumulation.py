@@ -10,6 +10,7 @@ import torch
 from conftest import image_batch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lpl_lightning import LatentDiffusionModule
 from lpl_lightning.callbacks import AccumulatedGradients
@@ -88,3 +89,31 @@ def test_a_run_goes_on_exactly_from_any_batch(
     if kept:
         without = trained(tmp_path, module(), ckpt_path=tmp_path / f"{batch}.ckpt")
         assert not all(torch.equal(without[name], value) for name, value in whole.items())
+
+
+def test_gradients_of_a_checkpoint_that_was_only_evaluated_are_not_trained_on(
+    tmp_path: Path, make_module: Callable[..., LatentDiffusionModule]
+) -> None:
+    """Automatic optimization sets them to zero first; a module that optimizes by hand may not."""
+    module, callback = make_module(), AccumulatedGradients()
+    trained(tmp_path, module, callback, Saves(tmp_path))
+    found: list[str] = []
+
+    class Looks(Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            found.extend(name for name, value in pl_module.named_parameters() if value.grad is not None)
+
+    trainer = pl.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[callback, Looks()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module.zero_grad()
+    loader: Any = DataLoader([image_batch(2)], batch_size=None)  # type: ignore[arg-type]
+    trainer.validate(module, loader, ckpt_path=str(tmp_path / "0.ckpt"), weights_only=True, verbose=False)
+    trainer.fit(module, loader)
+    assert found == []

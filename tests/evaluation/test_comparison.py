@@ -174,6 +174,19 @@ def test_runs_of_other_seeds_are_no_pairs(two: list[str], tmp_path: Path) -> Non
     assert result(two, tmp_path / "out")["rows"]["fid"]["cells"]["lpl"]["paired"] is False
 
 
+def test_images_of_other_captions_are_no_pairs(two: list[str], tmp_path: Path) -> None:
+    """Of several runs, those are left out whose captions are others; one without captions is not."""
+    captions = [f"a photo of {animal}" for animal in ("a dog", "a cat", "a cow", "an owl", "an ant")]
+    write_run(Path(two[0]), "base", 0.6, captions=captions)
+    write_run(Path(two[1]), "lpl", 0.1, captions=[*captions[:4], "a drawing of an ant"])
+    two.append(str(write_run(tmp_path / "silent", "silent", 0.2)))
+    found = result(two, tmp_path / "out", images=2)
+    assert said(found, "No images of lpl are shown", "0000/000004 is of another caption")
+    assert not said(found, "No images of silent")
+    write_run(Path(two[1]), "lpl", 0.1, captions=captions)
+    assert not said(result(two, tmp_path / "out"), "No images of lpl")
+
+
 def test_rows_are_paired_by_their_images(two: list[str], tmp_path: Path) -> None:
     """Samples in another order are put in that of the images; other images are no pairs."""
     expected = result(two, tmp_path / "out")["rows"]
