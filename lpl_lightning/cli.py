@@ -92,9 +92,9 @@ class LPLCLI(LightningCLI):
         if subcommand in EVALUATIONS:
             said = "Decay of the average of EMA to take from the checkpoint, or 'trained' for the weights as trained."
             parser.add_argument("--ema", type=float | Literal["trained"] | None, default=None, help=said)
-        if subcommand in ("profile", "encode", "replay"):
+        if subcommand in ("profile", "sweep", "encode", "replay"):
             # So that the config that a run has saved can be given.
-            for name in ("weights_only", *(() if subcommand == "replay" else ("ckpt_path",))):
+            for name in ("weights_only", *(("ckpt_path",) if subcommand in ("profile", "encode") else ())):
                 parser.add_argument(f"--{name}", type=Any, default=None, help="Not looked at.")
         _prints_stand_ins(parser)
         return parser
@@ -192,6 +192,7 @@ class LPLCLI(LightningCLI):
 
     def before_sweep(self) -> None:
         """The same."""
+        self._refuse_in_training("sweep", "evaluation")
         self._find_checkpoint("sweep")
         self._refuse_untrained("sweep")
 

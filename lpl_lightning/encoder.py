@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -60,8 +60,9 @@ class Encoder(pl.LightningModule):
         return _Batches(self.variants, [task for task in self.tasks if task.file in own], self.num_workers)
 
     @torch.no_grad()
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def predict_step(self, loaded: _Loaded, batch_idx: int) -> Tensor:
         """Encode a batch and, after the last of a shard, write it; gives the number of its items."""
+        batch = loaded.batch
         task: Task = batch["task"]
         if batch["items"]:
             self._parts.append({**self._encoded(batch), "items": batch["items"]})
@@ -177,8 +178,11 @@ class _Batches:
         sampler: Any = self.tasks
         generator = torch.Generator()  # seeds of workers are drawn from it
         options: dict[str, Any] = {"sampler": sampler, "num_workers": self.num_workers, "generator": generator}
-        return iter(DataLoader(self.variants, batch_size=None, collate_fn=_same, **options))
+        return iter(DataLoader(self.variants, batch_size=None, collate_fn=cast(Any, _Loaded), **options))
 
 
-def _same(batch: Any) -> Any:
-    return batch
+class _Loaded:
+    """A batch as it was read: Lightning does not look in here, and so rounds nothing to ``trainer.precision``."""
+
+    def __init__(self, batch: dict[str, Any]) -> None:
+        self.batch = batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,17 +20,20 @@ from diffusers import (
     DDPMParallelScheduler,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
-    PNDMScheduler,
     SchedulerMixin,
-    UnCLIPScheduler,
 )
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lpl_lightning.arguments import at_least
 from lpl_lightning.conditioning import Condition
 from lpl_lightning.noise import NoiseProcess
+from lpl_lightning.schedulers import check_scheduler, knowing_ones
 
 __all__ = ["Sampler", "initial_noise"]
+
+MUCH_LEFT, TOO_MUCH_LEFT = 0.05, 0.2
+"""Root mean squares of an error, warned of and refused. What Stable Diffusion's chain leaves of unit noise is 0.029."""
 
 _BY_STRIDE = (DDIMScheduler, DDIMParallelScheduler, CogVideoXDDIMScheduler)
 """Schedulers that go on by ``num_train_timesteps // num_inference_steps``, wherever their next timestep is."""
@@ -95,7 +99,8 @@ class Sampler:
         Raises:
             ValueError: They do not fit, there are fewer steps in the chain, the scheduler follows a flow in part only,
                 goes from clean latents to noise, clips what it samples, asks for a shift of each image size, does
-                not step from each of its timesteps to the next, or cannot be set up for the steps or take them.
+                not step from each of its timesteps to the next, cannot be set up for the steps or take them, or gives
+                back something quite different from the latent that a denoiser knows.
         """
         scheduler, chain = self._set_up(noise, torch.device("cpu")), noise.num_train_timesteps
         asked = f"The scheduler {type(scheduler).__name__} with num_steps={self.num_steps}"
@@ -107,17 +112,27 @@ class Sampler:
                 f"{asked} has timesteps from {timesteps.max():g} to {timesteps.min():g}, and those of the chain are "
                 f"{chain - 1} to 0: give fewer steps, set `steps_offset` to 0 if it is not, {remedy}."
             )
-        z = torch.zeros(1, 4, 8, 8)
+        z = initial_noise([torch.Generator().manual_seed(0)], (4, 8, 8))
         try:
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
-                self._sample(scheduler, lambda z_t, *_: 0 * z_t, noise, z, Condition(), None, [torch.Generator()])
+                ones = self._sample(scheduler, knowing_ones(noise), noise, z, Condition(), None, [torch.Generator()])
         except Exception as error:  # Schedulers do not agree on a type.
             raise ValueError(f"{asked} cannot sample ({error!r}): give fewer steps, {remedy}.") from error
+        missed = float((ones - 1).square().mean().sqrt())
+        if not missed <= MUCH_LEFT:
+            said = f"an error of {missed:.2g}" if math.isfinite(missed) else "NaN or infinity"
+            message = (
+                f"{asked} samples with {said} what a denoiser without any error would give, as one does that leaves "
+                f"noise behind or goes by other noise levels than it names: take other settings or steps, {remedy}."
+            )
+            if not missed <= TOO_MUCH_LEFT:
+                raise ValueError(message)
+            rank_zero_warn(message)
 
     def _set_up(self, noise: NoiseProcess, device: torch.device) -> Any:
         """The scheduler with its timesteps, if it fits."""
         if self.scheduler is not None:
-            self._check_scheduler(noise)
+            check_scheduler(self.scheduler, noise, self.num_steps)
         scheduler = copy.deepcopy(self.scheduler) if self.scheduler is not None else noise.sampling_scheduler()
         chain = noise.num_train_timesteps
         try:
@@ -131,131 +146,6 @@ class Sampler:
                 "give fewer steps, or leave `scheduler` out to have the matching one."
             ) from error
         return scheduler
-
-    def _check_scheduler(self, noise: NoiseProcess) -> None:
-        """Refuse a scheduler of settings by which it does not fit."""
-        assert self.scheduler is not None
-        config = self.scheduler.config
-        kind = config.get("prediction_type")
-        # Such a scheduler takes its noise levels by one and what the denoiser gives by the other.
-        if "use_flow_sigmas" in config and bool(config["use_flow_sigmas"]) != (kind == "flow_prediction"):
-            raise ValueError(
-                f"The scheduler {type(self.scheduler).__name__} has prediction_type={kind!r} with use_flow_sigmas="
-                f"{config['use_flow_sigmas']!r}. For a flow set prediction_type='flow_prediction' and "
-                "use_flow_sigmas=True, for another noise process neither, or leave `scheduler` out to have the "
-                "matching one."
-            )
-        made_for = "edm" if "sigma_data" in config else "flow" if kind is None else str(kind)
-        if made_for == "flow" and {"trained_betas", "beta_start", "sigma_min"} & config.keys():
-            raise ValueError(
-                f"The scheduler {type(self.scheduler).__name__} has noise levels of its own, and does not say what the "
-                "denoiser predicts: leave `scheduler` out to have the matching one, or take one with `prediction_type`."
-            )
-        if made_for.removesuffix("_prediction") != noise.prediction_type.removesuffix("_prediction"):
-            raise ValueError(
-                f"The scheduler {type(self.scheduler).__name__} is set for prediction_type={made_for!r}, but the "
-                f"noise process {type(noise).__name__} trains {noise.prediction_type!r}. Set the scheduler's "
-                "`prediction_type`, or leave `scheduler` out to have the matching one."
-            )
-        name = type(self.scheduler).__name__
-        if made_for == "edm":
-            level = torch.tensor([2.0])
-            times = getattr(self.scheduler, "precondition_noise", noise.time_at)
-            if kind != "epsilon" or not torch.allclose(times(level), noise.time_at(level)):
-                raise ValueError(
-                    f"The scheduler {name} with prediction_type={kind!r} reads what the denoiser predicts with another "
-                    "sign than EDM's, or gives it other times: take EDMEulerScheduler or "
-                    "EDMDPMSolverMultistepScheduler with prediction_type='epsilon', or leave `scheduler` out to have "
-                    "the matching one."
-                )
-        timesteps = getattr(self.scheduler, "timesteps", None)
-        rises = timesteps is not None and len(timesteps) > 1 and timesteps[0] < timesteps[-1]
-        if rises or config.get("invert_sigmas"):
-            raise ValueError(
-                f"The scheduler {name} goes from clean latents to noise: set invert_sigmas=False where it has that, or "
-                "leave `scheduler` out to have the matching one."
-            )
-        try:
-            inspect.signature(getattr(self.scheduler, "step", None)).bind(None, None, None)  # type: ignore[arg-type]
-        except TypeError as error:
-            raise ValueError(
-                f"The scheduler {name} cannot be called as `step(prediction, timestep, z)`, whatever num_steps is: "
-                "take another, or leave `scheduler` out to have the matching one."
-            ) from error
-        self._check_chain(noise)
-        for key in ("clip_sample", "thresholding"):
-            if config.get(key):
-                raise ValueError(
-                    f"The scheduler {type(self.scheduler).__name__} has {key}=True, which confines clean images to the "
-                    "range of pixels; latents reach beyond it. Set `clip_sample` and `thresholding` to False (for some "
-                    "schedulers the first is True by default), or leave `scheduler` out to have the matching one."
-                )
-        if config.get("use_dynamic_shifting"):
-            raise ValueError(
-                f"The scheduler {type(self.scheduler).__name__} has use_dynamic_shifting=True, which asks for a shift "
-                "(`mu`) of each image size, and the sampler gives it none. Set it to False, with a fixed shift "
-                "(`shift`, or `flow_shift` where it is called so), or leave `scheduler` out to have that of the noise "
-                "process."
-            )
-        self._check_stride()
-
-    def _check_stride(self) -> None:
-        """Refuse a scheduler whose steps lead to other noise levels than those that its next steps assume."""
-        assert self.scheduler is not None
-        config, n = self.scheduler.config, self.num_steps
-        if isinstance(self.scheduler, PNDMScheduler):  # by num_train_timesteps // n
-            chain, spacing = config["num_train_timesteps"], config["timestep_spacing"]
-            misses = n > chain if spacing == "leading" else spacing != "trailing" or chain % n != 0
-            remedy = f"set timestep_spacing='leading' and at most {chain} steps"
-        else:  # by 1
-            misses = isinstance(self.scheduler, UnCLIPScheduler) and n != config["num_train_timesteps"]
-            remedy = "take DDPMScheduler"
-        if misses:
-            raise ValueError(
-                f"The scheduler {type(self.scheduler).__name__} does not step from each of its timesteps to the next "
-                f"where num_steps={n} and timestep_spacing={config.get('timestep_spacing')!r}: {remedy}, or leave "
-                "`scheduler` out to have the matching one."
-            )
-
-    def _check_chain(self, noise: NoiseProcess) -> None:
-        """Refuse a scheduler of other noise levels than those trained with."""
-        assert self.scheduler is not None
-        name, config = type(self.scheduler).__name__, self.scheduler.config
-        matching = noise.sampling_scheduler()
-        trained = matching.config
-        keys = ["num_train_timesteps", "sigma_data"]
-        if config.get("trained_betas") is None:
-            keys += ["beta_start", "beta_end", "beta_schedule"]
-        elif "trained_betas" in trained:
-            # Before they are rescaled, which is a setting of its own.
-            betas = type(matching).from_config(trained, rescale_betas_zero_snr=False).betas
-            given = torch.tensor(np.asarray(config["trained_betas"]), dtype=betas.dtype)
-            if given.shape != betas.shape or not torch.allclose(given, betas, rtol=1e-4, atol=0):
-                raise ValueError(
-                    f"The scheduler {name} has `trained_betas` that are not those that the noise process was trained "
-                    "with: leave them out and set `beta_start`, `beta_end` and `beta_schedule`, or leave `scheduler` "
-                    "out to have the matching one."
-                )
-        for key in keys:
-            if key in trained and key in config and trained[key] != config[key]:
-                raise ValueError(
-                    f"The scheduler {name} has {key}={config[key]!r}, but the noise process was trained with "
-                    f"{trained[key]!r}: set it so, or leave `scheduler` out to have the matching one."
-                )
-        if config.get("snr_shift_scale", 1.0) != 1.0:
-            raise ValueError(
-                f"The scheduler {name} has snr_shift_scale={config['snr_shift_scale']!r}, so its noise levels are "
-                "others than those trained with: set it to 1.0, or leave `scheduler` out to have the matching one."
-            )
-        key = "rescale_betas_zero_snr"
-        # Those that know no such setting do not rescale.
-        if key in trained and trained[key] != config.get(key, False):
-            knows = f"has {key}={config[key]!r}" if key in config else f"knows no {key}"
-            remedy = "set it so" if key in config else "take one that knows it, such as DDIMScheduler"
-            raise ValueError(
-                f"The scheduler {name} {knows}, but the noise process was trained with {trained[key]!r}: {remedy}, or "
-                "leave `scheduler` out to have the matching one."
-            )
 
     def __call__(
         self,

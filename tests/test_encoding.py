@@ -132,6 +132,23 @@ def test_latents_are_the_posteriors_moments_of_the_images(make_module: MakeModul
     assert torch.equal(first, module.clean_latents(batch, torch.Generator().manual_seed(4)))
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", "bf16-mixed"])
+def test_the_trainers_precision_is_not_the_autoencoders(
+    make_module: MakeModule, tmp_path: Path, precision: Any
+) -> None:
+    """A recipe's precision is for what it trains: images are encoded as they were read."""
+    found = []
+    for each in ("32-true", precision):
+        run = EncodingTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, precision=each)
+        torch.manual_seed(0)
+        run.encode(
+            make_module(), folder_data(photos_in(tmp_path / "photos", 10)), str(tmp_path / each), dtype="float32"
+        )
+        dataset = LatentCacheDataModule(tmp_path / each).dataset("train")
+        found.append(torch.stack([dataset[i]["latent"] for i in range(len(dataset))]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)  # `64-true` scales in float64
+
+
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])
 def test_the_error_of_rounding_is_said(make_module: MakeModule, tmp_path: Path, dtype: str, bits: int) -> None:
     photos, module = photos_in(tmp_path / "photos", 12), make_module()

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -571,6 +572,24 @@ def test_steps_by_which_the_pipeline_samples_otherwise_are_said(
     assert ("leaves noise behind by 3 steps, unlike `lpl predict`" in caplog.text) == (spacing == "trailing" and n == 3)
     said = "by timestep_spacing='linspace', at any num_inference_steps from 2 to 999: export with 'trailing'"
     assert (said in caplog.text) == (spacing == "linspace")
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_how_the_steps_of_a_flow_are_placed_is_said(
+    tmp_path: Path, shift: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The scheduler left to itself, as pipelines leave it, takes its last step at a level of almost no noise."""
+    module = sd3_module(noise=FlowMatching(shift=shift))
+    with caplog.at_level("INFO"):
+        folder = export_diffusers(module, tmp_path / "out")
+    (said,) = re.findall(r"StableDiffusion3Pipeline places the steps otherwise .* sigmas=(.*) for n steps", caplog.text)
+    pipe = load(StableDiffusion3Pipeline, folder, **without(*TEXT))
+    z = torch.randn(2, 4, 4, 4)
+    asked: dict[str, Any] = embeddings(folder, "pooled_prompt_embeds") | {"latents": z, "guidance_scale": SCALE}
+    asked |= {"num_inference_steps": STEPS, "output_type": "latent"}
+    own = module.sample_latents(z, {"label": LABELS})
+    assert (pipe(**asked).images - own).norm() > 0.05 * own.norm()
+    assert_same(pipe(**asked, sigmas=eval(said, {"n": STEPS})).images, own)
 
 
 @pytest.mark.parametrize("kind", ["other_channels", "no_diffusers_model"])

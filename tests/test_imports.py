@@ -56,6 +56,7 @@ ORDER = [
     "base_weights",
     "multiply_adds",
     "losses",
+    "schedulers",
     "sampling",
     "optimization",
     "mixin",

@@ -306,7 +306,45 @@ def test_a_timestep_before_the_first_of_the_chain_is_refused() -> None:
         Sampler(61, scheduler=scheduler).check(DDPM())
 
 
-@pytest.mark.parametrize("n", [1, 2, 50, 333, 501, 999])
+FLOW: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept")
+@pytest.mark.parametrize(
+    ("process", "scheduler", "n", "said"),
+    [
+        (DDPM(), UniPCMultistepScheduler(**CHAIN, solver_type="bh1"), 50, "NaN or infinity"),
+        (DDPM(), UniPCMultistepScheduler(**CHAIN, predict_x0=False), 20, "NaN or infinity"),
+        (FlowMatching(), DPMSolverMultistepScheduler(**FLOW, use_karras_sigmas=True), 20, "NaN or infinity"),
+        (DDPM(), EulerDiscreteScheduler(**CHAIN, interpolation_type="log_linear"), 50, "an error of 0"),
+        (FlowMatching(shift=3.0), DEISMultistepScheduler(**FLOW, flow_shift=3.0), 10, "an error of 0"),
+        (DDPM(), DDIMScheduler(**CHAIN, clip_sample=False, set_alpha_to_one=False, steps_offset=1), 1, "an error of 0"),
+    ],
+    ids=["UniPC bh1", "UniPC of noise", "DPM++ 2M Karras of a flow", "Euler log_linear", "DEIS of a flow", "DDIM"],
+)
+def test_what_samples_something_else_than_the_model_is_refused(
+    process: NoiseProcess, scheduler: Any, n: int, said: str
+) -> None:
+    """By the mixture's exact denoiser such a scheduler gives another distribution than the mixture."""
+    with pytest.raises(
+        ValueError, match=f"The scheduler {type(scheduler).__name__} with num_steps={n} samples.*{said}"
+    ):
+        Sampler(n, scheduler=scheduler).check(process)
+    z = initial_noise([torch.Generator().manual_seed(seed) for seed in range(4)], (1, 32, 32))
+    found = Sampler(n, 1.0, scheduler=scheduler)(exact_denoiser(process), process, z, NOTHING)
+    assert not distance_from_the_mixture(found) < 0.05  # nor is NaN
+
+
+def test_what_leaves_a_little_noise_is_warned_of() -> None:
+    scheduler = DEISMultistepScheduler(**FLOW)
+    with pytest.warns(UserWarning, match="DEISMultistepScheduler with num_steps=20 samples with an error of 0.0"):
+        Sampler(20, scheduler=scheduler).check(FlowMatching())
+    scheduler.set_timesteps(20)
+    assert scheduler.sigmas[-1] == pytest.approx(0.05, rel=0.01)
+    Sampler(50, scheduler=scheduler).check(FlowMatching())  # no warning, which tests take for an error
+
+
+@pytest.mark.parametrize("n", [2, 50, 333, 501, 999])
 def test_ddim_as_stable_diffusion_has_it_is_taken_at_all_numbers_of_steps_below_the_chain_s(n: int) -> None:
     scheduler, random = DDIMScheduler(**CHAIN, clip_sample=False, set_alpha_to_one=False, steps_offset=1), torch.random
     state = random.get_rng_state()

@@ -183,7 +183,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     config = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
     options = ["--trainer.logger", "false", "--trainer.default_root_dir", str(tmp_path), "--data.val_images", "60"]
     evaluated = ["--evaluation.num_images", "50", "--evaluation.cache", "false", "--evaluation.reconstruct", "false"]
-    main(["sweep", "-c", config, *options, *evaluated, "--num_steps", "[1, 2]"])
+    saved = tmp_path / "saved.yaml"
+    saved.write_text("weights_only: null\nckpt_path: null\n")  # as the config that `lpl fit` saves has them
+    main(["sweep", "-c", config, "-c", str(saved), *options, *evaluated, "--num_steps", "[1, 2]"])
     assert "Sweep of `num_steps`" in capsys.readouterr().out
     with pytest.raises(ValueError, match="`lpl sweep` needs trained weights"):
         main(["sweep", "-c", config, *options, "--num_steps", "[1]", "--model.weights", "null"])
+    with pytest.raises(ValueError, match="evaluates during training, which `lpl sweep` is not"):
+        main(["sweep", "-c", config, *options, "--num_steps", "[1]", "--evaluation.every_n_steps", "5"])

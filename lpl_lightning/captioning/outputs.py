@@ -156,3 +156,5 @@ class Sidecars:
     def _write(self, row: Row) -> None:
         if row.text:
             write_whole(self.files[row.name], [f"{row.text}\n".encode()], self.writer)
+        elif row.text is not None and self.overwrite:
+            self.files[row.name].unlink(missing_ok=True)  # that of another source

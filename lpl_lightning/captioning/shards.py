@@ -180,12 +180,12 @@ class CaptionedShards:
             ValueError: It is another one than was captioned.
         """
         split = optional("webdataset.tariterators").base_plus_ext
-        captions = {row.name.partition("/")[2]: row.text for row in journal.rows() if row.text}
+        captions = {row.name.partition("/")[2]: row.text for row in journal.rows() if row.text is not None}
         current, text = "", None
         with TarReader(str(path), lambda _: True) as reader, tarfile.open(fileobj=file, mode="w") as new:
 
             def add() -> None:
-                if text is not None:
+                if text:
                     header, content = tarfile.TarInfo(f"{current}.{self.member}"), text.encode()
                     header.size = len(content)
                     new.addfile(header, io.BytesIO(content))

@@ -181,6 +181,14 @@ def scheduler_part(module: LatentDiffusionModule, target: Target, said: list[str
         not target.scales or target.pipeline is diffusers.DiTPipeline
     ):
         said.append(f"{name} does not scale the noise as {kind} asks: sample with `lpl predict`, or by your own loop")
+    elif isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler) and target.pipeline in (
+        diffusers.StableDiffusion3Pipeline,
+        diffusers.SanaPipeline,
+    ):
+        said.append(
+            f"{name} places the steps otherwise than `lpl predict`, the last at almost no noise: give it "
+            "sigmas=[1 - i / n for i in range(n)] for n steps"
+        )
     elif isinstance(scheduler, diffusers.DDIMScheduler) and scheduler.config.timestep_spacing != "leading":
         steps, chain = module.sampler.num_steps, scheduler.config.num_train_timesteps
         if scheduler.config.timestep_spacing == "linspace":

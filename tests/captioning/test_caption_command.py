@@ -435,6 +435,14 @@ def test_empty_captions_are_named(photos: Path, tmp_path: Path, format: str) -> 
     assert len((photos / "captions-parts" / "part-0-of-1.jsonl").read_text().splitlines()) == 9
 
 
+def test_an_empty_caption_replaces_that_of_another_source(photos: Path, tmp_path: Path) -> None:
+    (photos / "4.txt").write_text("mine")
+    blip(tmp_path / "blip", ends_at_once=True)
+    with pytest.warns(UserWarning, match=r"9 of 9 images have an empty caption"):
+        caption(photos, tmp_path / "blip", "--format=sidecar", "--overwrite=true")
+    assert not list(photos.rglob("*.txt"))
+
+
 # Arguments
 
 

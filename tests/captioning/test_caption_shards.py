@@ -256,6 +256,11 @@ def test_empty_captions_are_no_members(shards: Path, tmp_path: Path) -> None:
         caption(shards / "00000.tar", tmp_path / "blip", tmp_path / "out")
     assert members(tmp_path / "out" / "00000.tar") == members(shards / "00000.tar")
     assert report(tmp_path / "out")["empty"] == [f"00000.tar/{number:09}" for number in range(5)]
+    # Nor is the caption that one was to replace.
+    with pytest.warns(UserWarning, match=r"5 of 5 images have an empty caption"):
+        caption(shards / "00000.tar", tmp_path / "blip", tmp_path / "new", "--member=txt", "--overwrite=true")
+    assert captions_in(tmp_path / "new" / "00000.tar", "txt") == {}
+    assert len(members(tmp_path / "new" / "00000.tar")) == len(members(shards / "00000.tar")) - 5
 
 
 # Shards that are damaged
