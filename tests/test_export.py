@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -662,6 +663,7 @@ def test_a_lora_of_sd3(tmp_path: Path, targets: Any) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         "class_embeddings.safetensors",
         "pytorch_lora_weights.safetensors",
+        "scheduler",
     ]
     pipe = load(StableDiffusion3Pipeline, pipeline, **without(*TEXT))
     pipe.load_lora_weights(folder)
@@ -691,6 +693,34 @@ def test_a_lora_of_sdxl(tmp_path: Path) -> None:
     own, loaded = out_of(module.denoiser, pipe.unet, z, condition)
     assert_same(loaded, own)
     assert (own - plain.denoiser(z, torch.tensor([100.0, 900.0]), condition)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("noise", [DDPM(), DDPM("v_prediction"), FlowMatching()], ids=["epsilon", "v", "flow"])
+def test_a_lora_of_another_noise_process_samples_by_its_own_scheduler(
+    tmp_path: Path, noise: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("peft")
+    plain = sdxl_module()
+    parts = (plain.autoencoder, noise, copy.deepcopy(plain.denoiser), plain.conditioner)
+    module = LatentDiffusionModule(*parts, fine_tuning=LoRA(**LORA), sampler=Sampler(STEPS, SCALE))
+    trained_lora(module).eval()
+    pipe = load(StableDiffusionXLPipeline, export_diffusers(plain, tmp_path / "base"))
+    with caplog.at_level("INFO"):
+        folder = export_diffusers(module, tmp_path / "lora")
+    (kind, where) = re.findall(r"diffusers\.(\w+)\.from_pretrained\('(.*)', subfolder='scheduler'\)", caplog.text)[-1]
+    assert where == str(folder)
+    pipe.load_lora_weights(folder)
+    pipe.scheduler = getattr(diffusers, kind).from_pretrained(where, subfolder="scheduler")
+    z = torch.randn(2, 4, 8, 8)
+    own = module.sample_latents(z, {"caption": PROMPTS, "target_size": torch.tensor([64, 64])})
+    asked: dict[str, Any] = {"prompt": PROMPTS, "latents": z, "num_inference_steps": STEPS, "guidance_scale": SCALE}
+    sizes = dict.fromkeys(("original_size", "target_size"), (64, 64)) | {"height": 64, "width": 64}
+    got = pipe(**asked, **sizes, output_type="latent").images
+    # A flow is sampled by DPM++ in that pipeline, which goes another way.
+    if isinstance(noise, FlowMatching):
+        assert (got - own).norm() < 0.5 * own.norm()
+    else:
+        assert_same(got, own)
 
 
 def test_a_lora_of_a_backbone_whose_pipeline_loads_none(tmp_path: Path) -> None:
@@ -750,8 +780,13 @@ def test_a_failed_export_leaves_nothing_and_a_full_folder_is_refused(tmp_path: P
         export_diffusers(failing, tmp_path / "deep" / "out")
     assert not list((tmp_path / "deep").iterdir())
     (tmp_path / "empty").mkdir()
+    given = (tmp_path / "empty").stat().st_ino
     folder = export_diffusers(sd3_module(), tmp_path / "empty")
     assert (folder / "model_index.json").is_file()
+    assert folder.stat().st_ino == given, "a mounted volume cannot be replaced"
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    # Safetensors leaves its files to their owner alone.
+    assert len({path.stat().st_mode for path in folder.rglob("*.*") if path.is_file()}) == 1
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     for taken in (folder, folder / "model_index.json"):
         with pytest.raises(ValueError, match="`folder`=.* is there already and not empty"):

@@ -19,6 +19,7 @@ from lpl_lightning.autoencoder_module import AutoencoderModule
 from lpl_lightning.callbacks.ema import averaged, decay_in_place
 from lpl_lightning.export import export_diffusers
 from lpl_lightning.export.provenance import check_replaceable, note, provenance
+from lpl_lightning.metrics.tensor_files import open_to_others
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.run_folder import run_folder
 from lpl_lightning.sharding import gathered
@@ -70,6 +71,7 @@ class SaveWeights(Callback):
             state[name] = written.clone() if storage in storages else written  # safetensors refuses tied weights
             storages.add(storage)
         save_file(state, path, _metadata(trainer, pl_module))
+        open_to_others(path)
         rank_zero_info(f"Weights saved in {path}")
 
 
@@ -151,6 +153,7 @@ class SaveAutoencoder(Callback):
         model = copy.deepcopy(pl_module.autoencoder).to("cpu", getattr(torch, self.dtype))
         model.save_pretrained(folder)
         note(folder, _metadata(trainer, pl_module))
+        open_to_others(folder)
         rank_zero_info(f"Autoencoder saved in {folder}")
 
 

@@ -25,6 +25,7 @@ from lpl_lightning.export.parts import Target, autoencoder_part, converted, copi
 from lpl_lightning.export.provenance import note, provenance
 from lpl_lightning.export.text import text_parts
 from lpl_lightning.fine_tuning import LoRA
+from lpl_lightning.metrics.tensor_files import open_to_others
 from lpl_lightning.model_loading import PRECISIONS
 from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.own_files import find_own_modules
@@ -72,7 +73,8 @@ def export_diffusers(
     if not replace:
         _check_empty(folder, "folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+    is_empty = folder.exists() and not replace  # such as a volume, beside which another file system lies
+    with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder if is_empty else folder.parent) as beside:
         partial = Path(beside) / folder.name
         partial.mkdir()
         try:
@@ -85,9 +87,14 @@ def export_diffusers(
         said_of_weights = dict(provenance(module) if metadata is None else metadata)
         for part in ("", "backbone", "transformer", "unet"):
             note(partial / part, said_of_weights)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        open_to_others(partial)
+        if is_empty:
+            for path in partial.iterdir():
+                path.rename(folder / path.name)
+        else:
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
     for line in said:
         rank_zero_info(f"Export: {line}")
     return folder
@@ -174,7 +181,14 @@ def _write(module: LatentDiffusionModule, folder: Path, dtype: torch.dtype | Non
         save_file({name: converted(tensor, dtype) for name, tensor in tables.items()}, folder / CLASSES)
         said.append(f"{CLASSES} holds what to give as prompt_embeds and pooled_prompt_embeds, last the null condition")
     if isinstance(module.fine_tuning, LoRA):
-        return [_write_lora(denoiser.backbone, target, folder, dtype, named), *said]
+        loaded = _write_lora(denoiser.backbone, target, folder, dtype, named)
+        if target is not None:
+            # Trained by another noise process than its base, a LoRA samples noise by the base's.
+            scheduler = scheduler_part(module, target, said)
+            scheduler.save_pretrained(folder / "scheduler")
+            kind = f"diffusers.{type(scheduler).__name__}"
+            said.insert(0, f"sample by its scheduler, {kind}.from_pretrained({str(named)!r}, subfolder='scheduler')")
+        return [loaded, *said]
     if target is None:
         backbone = copied(denoiser.backbone, dtype)
         if hasattr(backbone, "save_pretrained"):

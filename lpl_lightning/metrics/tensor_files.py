@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-__all__ = ["add_metadata", "read_tensors", "write_tensors"]
+__all__ = ["add_metadata", "open_to_others", "read_tensors", "write_tensors"]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -54,6 +54,20 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     tensors = load(content)
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length]).get("__metadata__", {}), tensors
+
+
+def open_to_others(place: Path) -> None:
+    """Give files that a library has written by safetensors, which leaves them to their owner alone, the usual mode.
+
+    Args:
+        place: A file, or a folder of which all safetensors files are meant.
+    """
+    for file in [place] if place.is_file() else place.rglob("*.safetensors"):
+        usual = file.with_name(f"{file.name}.{uuid4().hex}.unfinished")
+        usual.touch()
+        with suppress(PermissionError):  # of a file system that knows no modes
+            file.chmod(usual.stat().st_mode)
+        usual.unlink()
 
 
 def add_metadata(path: Path, metadata: Mapping[str, str]) -> None:

@@ -45,6 +45,8 @@ def test_saved_weights_are_the_trained_ones(
     saved = read_state(str(tmp_path / "weights.safetensors"))
     state = module.state_dict()
     assert saved.keys() == state.keys()
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
     for name, tensor in state.items():
         assert saved[name].dtype == getattr(torch, dtype)
         torch.testing.assert_close(saved[name].float(), tensor, atol=1e-3 if dtype == "float16" else 0, rtol=0)
@@ -72,6 +74,7 @@ def test_saved_autoencoder_is_scaled_and_loads(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=4, max_epochs=1, limit_val_batches=2, callbacks=[SaveAutoencoder()])
     run.fit(module, small_data())
     config = AutoencoderKL.load_config(str(tmp_path / "autoencoder"))
+    assert len({path.stat().st_mode for path in (tmp_path / "autoencoder").iterdir()}) == 1
     images = torch.stack([small_data().dataset("val")[i]["image"] for i in range(16)])
     latents = module.autoencoder.encode(images).latent_dist.mode()
     assert config["shift_factor"] == pytest.approx(latents.mean().item(), abs=1e-4)
