@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -79,6 +80,9 @@ class LoRA(FineTuning):
         alpha: Scale of the updates; by default the rank, so that it is 1.
         targets: Names of the layers, as the ends of their names (``to_q``), or one regular expression for whole names.
         dropout: Dropout in front of A.
+
+    Raises:
+        ValueError: A number is out of range, or ``targets`` is no regular expression.
     """
 
     saves_all = False
@@ -91,6 +95,15 @@ class LoRA(FineTuning):
         dropout: float = 0.0,
     ) -> None:
         at_least(1, rank=rank)
+        if alpha is not None and not alpha > 0:
+            raise ValueError(f"`alpha` must be more than 0, got {alpha}.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"`dropout` must be 0 or more and less than 1, got {dropout}.")
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(f"`targets`={targets!r} is no regular expression: {error}.") from error
         self.rank = rank
         self.alpha = rank if alpha is None else alpha
         self.targets = targets

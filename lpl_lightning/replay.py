@@ -165,7 +165,8 @@ class ReplayingTrainer(ProfilingTrainer):
             found.notes.append(f"{name} is {where}.")
         eye = _Eye(step, read_state(str(source), None), found)
         loader = DataLoader(cast(Any, step.batches), batch_size=None, collate_fn=_same)
-        kept = {name: getattr(trainer, name) for name in ("accumulate_grad_batches", "limit_train_batches")}
+        changed = ("accumulate_grad_batches", "limit_train_batches", "_detect_anomaly")
+        kept = {name: getattr(trainer, name) for name in changed}
         with self._bare():
             trainer.callbacks = [eye, *callbacks]
             trainer.accumulate_grad_batches = step.about["accumulate_grad_batches"]

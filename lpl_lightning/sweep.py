@@ -181,6 +181,8 @@ class SweepingTrainer(ReplayingTrainer):
             raise ValueError(f"`{argument}` must hold each setting once, got {settings}.")
         if not isinstance(model, LatentDiffusionModule):
             raise ValueError(f"`model` must be a LatentDiffusionModule, got {type(model).__name__}.")
+        if guidance_scale is not None and getattr(model.conditioner, "num_classes", None) == 0:
+            raise ValueError("`guidance_scale`: the model knows no classes or captions to be guided by.")
         for steps in num_steps or ():
             sampler = copy.copy(model.sampler)
             sampler.num_steps = steps

@@ -149,9 +149,10 @@ class TransformersText(TextEncoder):
             raise ValueError(f"The tokenizer in {places[0]} is of another model: it {numbers}. Give `tokenizer`.")
         self.max_length = int(self.tokenizer.model_max_length if max_length is None else max_length)
         most = getattr(config, "max_position_embeddings", _ENDLESS)
-        if not 1 <= self.max_length <= most:
+        least = max(1, self.tokenizer.num_special_tokens_to_add())  # below it a tokenizer does not cut
+        if not least <= self.max_length <= most:
             got = f"{self.max_length}{' by default' if max_length is None else ''}"
-            raise ValueError(f"`max_length` must be set to 1 .. {most} for {name}, got {got}.")
+            raise ValueError(f"`max_length` must be set to {least} .. {most} for {name}, got {got}.")
         self.layer, self.use_mask, self.tokens, self.pooled = layer, use_mask, tokens, pooled
         self._see_what_it_gives()
         self.settings = {"layer": layer, "length": self.max_length, "mask": use_mask, "tokens": tokens, "model": name}

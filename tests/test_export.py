@@ -214,14 +214,17 @@ def flux(**config: Any) -> FluxDenoiser:
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-def test_flux(tmp_path: Path, distilled: bool) -> None:
+def test_flux(tmp_path: Path, distilled: bool, caplog: pytest.LogCaptureFixture) -> None:
     module = module_of(
         flux(guidance_embeds=distilled),
         ClassTokens(3, token_dim=8, pooled_dim=8, tokens_per_class=2),
         noise=FlowMatching(shift=2.0),
         autoencoder=Autoencoder(scrambled(tiny_kl(scaling_factor=0.5, shift_factor=0.1))),
     )
-    folder = export_diffusers(module, tmp_path / "out")
+    with caplog.at_level("INFO"):
+        folder = export_diffusers(module, tmp_path / "out")
+    assert ("give guidance_scale=2, which the model was trained with" in caplog.text) == distilled
+    assert "FluxPipeline calls true_cfg_scale" in caplog.text
     pipe = load(FluxPipeline, folder, **without(*TEXT[:4]))
     z = torch.randn(2, 4, 4, 6)
     expected = module.sample_latents(z, {"label": LABELS})

@@ -159,6 +159,20 @@ def test_targets_that_match_nothing_are_refused() -> None:
     assert len(model.state_dict()) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"alpha": 0.0}, "`alpha` must be more than 0, got 0.0"),
+        ({"dropout": 1.5}, "`dropout` must be 0 or more and less than 1, got 1.5"),
+        ({"dropout": -0.1}, "`dropout` must be 0 or more"),
+        ({"targets": "(to_q"}, r"`targets`='\(to_q' is no regular expression: missing \)"),
+    ],
+)
+def test_numbers_of_a_lora_that_train_nothing_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        LoRA(**options)
+
+
 def test_frozen_layers_stay_and_are_saved(tmp_path: Path) -> None:
     tuned = module(fine_tuning=Freeze(["transformer_blocks.*", "pos_embed*"], but=["transformer_blocks.1.attn.*"]))
     before = copy.deepcopy(tuned.state_dict())

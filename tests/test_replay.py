@@ -155,11 +155,13 @@ def test_the_first_gradient_that_is_not_finite_is_named(make_module: MakeModule,
     before, after = f"{BLOCK}.ff.net.0 (GELU) of batch 2", f"{name} (Linear) of batch 2"
     assert found.first_gradient == f"{before}; that of {after}, which came before it, is finite"
     assert found.parameters == about["gradients_not_finite"]
-    found = trainer(tmp_path, lpl()).replay(overflowing(make_module, name, backward=True), folder)
+    run = trainer(tmp_path, lpl())
+    found = run.replay(overflowing(make_module, name, backward=True), folder)
     assert found.operation is not None
     assert "Backward0" in found.operation
     assert "sqrt" in found.operation, "the line of the forward pass"
     assert not torch.is_anomaly_enabled()
+    assert not run._detect_anomaly, "nor in what the trainer does later"
 
 
 def test_a_batch_that_came_so_is_named(make_module: MakeModule, tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_dit
 from evaluations import Weights, data, evaluation, values
 from forked import run_script
 from test_mixin import Foreign
 
-from lpl_lightning import EMA, ClassTokens, FlowMatching, LatentDiffusionModule, Sampler
+from lpl_lightning import EMA, ClassLabels, ClassTokens, FlowMatching, LatentDiffusionModule, Sampler
 from lpl_lightning.cli import main
 from lpl_lightning.evaluation import Report
 from lpl_lightning.sweep import SweepingTrainer
@@ -162,9 +163,14 @@ def test_too_many_steps_and_no_images_are_refused_beforehand(make_module: MakeMo
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_swept_is_refused(module: LatentDiffusionModule, tmp_path: Path) -> None:
+def test_what_cannot_be_swept_is_refused(
+    module: LatentDiffusionModule, make_module: MakeModule, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="`model` must be a LatentDiffusionModule, got Foreign"):
         trainer(tmp_path).sweep(Foreign(), data(), num_steps=[1])
+    free = make_module(conditioner=ClassLabels(0), denoiser=tiny_dit(num_embeds_ada_norm=1))
+    with pytest.raises(ValueError, match="`guidance_scale`: the model knows no classes or captions"):
+        trainer(tmp_path).sweep(free, data(), guidance_scale=[1.0, 2.0])
     with pytest.raises(ValueError, match="no `fast_dev_run`"):
         trainer(tmp_path, fast_dev_run=True).sweep(module, data(), num_steps=[1])
     with pytest.raises(ValueError, match="several Evaluations of `lpl test`"):

@@ -352,8 +352,10 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pyte
         clip(layer=-5)
     with pytest.raises(ValueError, match="`dtype` must be one of float32, .* got 'half'"):
         clip(dtype="half")
-    with pytest.raises(ValueError, match=r"`max_length` must be set to 1 .. 77 for .*, got 78"):
+    with pytest.raises(ValueError, match=r"`max_length` must be set to 2 .. 77 for .*, got 78"):
         clip(max_length=78)
+    with pytest.raises(ValueError, match=r"2 .. 77 for .*, got 1"):  # its tokenizer does not cut off its own two
+        clip(max_length=1)
     with pytest.raises(ValueError, match="got 0"):
         t5(max_length=0)
     with pytest.raises(ValueError, match="`tokenizer` must say where"):

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpl_lightning.autoencoder_module import AutoencoderModule
 from lpl_lightning.callbacks.ema import averaged, decay_in_place
@@ -150,7 +150,8 @@ class SaveAutoencoder(Callback):
             # Numbers by channel, which it may have come with, would be read in the place of these.
             former = {key: None for key in ("latents_mean", "latents_std") if key in pl_module.autoencoder.config}
             pl_module.autoencoder.register_to_config(shift_factor=mean, scaling_factor=1.0 / std, **former)
-        model = copy.deepcopy(pl_module.autoencoder).to("cpu", getattr(torch, self.dtype))
+        # By PyTorch's method: diffusers' own warns of parts to be kept in float32, of which there are none.
+        model: Any = nn.Module.to(copy.deepcopy(pl_module.autoencoder), "cpu", getattr(torch, self.dtype))
         model.save_pretrained(folder)
         note(folder, _metadata(trainer, pl_module))
         open_to_others(folder)

@@ -163,9 +163,10 @@ def holds_shards(images: str) -> bool:
 
 
 def _place(device: str | None) -> torch.device:
+    local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # each process of a launcher has its own
     if device is None:
-        local = os.environ.get("LOCAL_RANK", "0")
-        return torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+        return torch.device(local if torch.cuda.is_available() else "cpu")
+    device = local if device == "cuda" else device
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch says the latter where it was built without

@@ -19,6 +19,7 @@ from safetensors.torch import save_file, save_model
 
 from lpl_lightning.agreement import MEANING
 from lpl_lightning.arguments import refusal
+from lpl_lightning.backbones import FluxDenoiser
 from lpl_lightning.captions import Captions
 from lpl_lightning.conditioning import ClassTokens
 from lpl_lightning.export.parts import Target, autoencoder_part, converted, copied, scheduler_part, target_of
@@ -207,6 +208,11 @@ def _write(module: LatentDiffusionModule, folder: Path, dtype: torch.dtype | Non
             f"DiTPipeline takes {_NULL_OF_DIT} for the null class, here it is {conditioner.num_classes}: without "
             "guidance_scale=1 its images are none of this model"
         )
+    if isinstance(denoiser, FluxDenoiser):
+        if denoiser.backbone.config.guidance_embeds:
+            said.append(f"give guidance_scale={denoiser.guidance:g}, which the model was trained with")
+        if module.sampler.guidance_scale != 1:
+            said.append("what `sampler.guidance_scale` is here, FluxPipeline calls true_cfg_scale")
     settings: dict[str, Any] = {}
     if target.pipeline is diffusers.StableDiffusionPipeline:
         settings["requires_safety_checker"] = False

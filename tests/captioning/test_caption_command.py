@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from captioners import blip, florence, make_photos, photo, qwen, transformers
 from conftest import ROOT
 from forked import LPL, Script
 from PIL import Image
 
+from lpl_lightning.captioning.command import _place
 from lpl_lightning.cli import main
 from lpl_lightning.data import ImageFolderDataModule
 
@@ -288,6 +290,23 @@ def test_other_versions_are_warned_of(photos: Path, tiny: Path) -> None:
     path.write_text("{")
     with pytest.raises(ValueError, match=r"must be the record that `lpl caption` wrote, but cannot be read"):
         caption(photos, tiny)
+
+
+@pytest.mark.parametrize(("given", "expected"), [("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")])
+def test_each_process_of_a_launcher_has_a_device_of_its_own(
+    given: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is none, the one that was looked for."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    looked_for: list[str] = []
+
+    def empty(size: int, device: str) -> torch.Tensor:
+        looked_for.append(device)
+        return torch.zeros(size)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    _place(given)
+    assert looked_for == [expected]
 
 
 # Captions that are there already
