@@ -24,6 +24,7 @@ from lpl_lightning.evaluation.generated import (
     generation_settings,
     goes_by_captions,
     goes_by_labels,
+    is_unfinished,
 )
 from lpl_lightning.evaluation.image_metrics import SpectrumMetrics
 from lpl_lightning.evaluation.inputs import real_images, requested
@@ -258,10 +259,12 @@ class Evaluation(Callback):
                 str(trainer.precision),
                 self._autoencoder,
             )
-            place = trainer.strategy.broadcast(self._place(trainer, name, settings))
-            images = GeneratedFolder(place / "images")
-            if if_begun and not trainer.strategy.broadcast(_is_unfinished(place, images)):
+            places = [self._place(trainer, name, settings)]
+            if if_begun:  # here, or in the folder of the run that goes on
+                places = list(filter(is_unfinished, [*places, self._place(trainer, name, settings, trainer.ckpt_path)]))
+            if (place := trainer.strategy.broadcast(places[0] if places else None)) is None:
                 return None
+            images = GeneratedFolder(place / "images")
             remedy = "Give another folder as `dirname`, or delete it."
             images.claim(settings, remedy, write=trainer.is_global_zero)
             # Before images are made, since a report that is in the way is told by the real ones.
@@ -330,17 +333,15 @@ class Evaluation(Callback):
             self._evaluator.take_real(dataset, sets, about, key, autoencoder, collate)
         return self._evaluator
 
-    def _place(self, trainer: pl.Trainer, name: str, settings: dict[str, Any]) -> Path:
-        """Where the images lie, in ``images``."""
+    def _place(
+        self, trainer: pl.Trainer, name: str, settings: dict[str, Any], stopped: str | Path | None = None
+    ) -> Path:
+        """Where the images lie, in ``images``; of training, in this run's folder or in that of the one that stopped."""
         named = f"{name}-{digest(settings)}"
         if self.dirname is not None:
             given = Path(self.dirname).expanduser().absolute()
             return given / named if trainer.training else given
-        source = None if trainer.training else trainer.ckpt_path if self.origin is None else self.origin[0]
+        source = stopped if trainer.training else trainer.ckpt_path if self.origin is None else self.origin[0]
         run = loaded_run_folder(trainer, source)
         assert run is not None  # else nothing is evaluated
         return run.absolute() / (VALIDATION if trainer.validating else "evaluation") / named
-
-
-def _is_unfinished(place: Path, images: GeneratedFolder) -> bool:
-    return images.folder.exists() and not any(place.glob("*/report.json"))

@@ -32,6 +32,7 @@ __all__ = [
     "generation_settings",
     "goes_by_captions",
     "goes_by_labels",
+    "is_unfinished",
     "not_finite",
     "to_uint8",
     "write_png",
@@ -90,6 +91,11 @@ def goes_by_captions(module: LatentDiffusionModule) -> bool:
 def goes_by_labels(module: LatentDiffusionModule) -> bool:
     """Whether images are made of labels, and lie in folders by them."""
     return bool(getattr(module.conditioner, "num_classes", None))
+
+
+def is_unfinished(place: Path) -> bool:
+    """Whether images were made in ``place/images``, and no report of them lies beside."""
+    return (place / "images").exists() and not any(place.glob("*/report.json"))
 
 
 def generation_settings(

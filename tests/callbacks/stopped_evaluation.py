@@ -79,7 +79,7 @@ def fit(folder: Path, at: int | None = None, devices: int = 1, **options: Any) -
         devices=devices,
         strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
         default_root_dir=folder,
-        logger=CSVLogger(folder, name="", version=0),
+        logger=CSVLogger(folder, name=""),
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,  # a validation would ask for signals, too
@@ -89,7 +89,7 @@ def fit(folder: Path, at: int | None = None, devices: int = 1, **options: Any) -
             losses,
             evaluation(every_n_steps=2),
             Preemption(every_n_steps=100),
-            ModelCheckpoint(folder / "saved", every_n_train_steps=100),
+            ModelCheckpoint(every_n_train_steps=100),
         ],
     )
     try:
