@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from lpl_lightning.data.base import SampleRequests
 from lpl_lightning.data.listing import some
 from lpl_lightning.evaluation.image_files import ImageFiles
-from lpl_lightning.evaluation.report import write_whole
+from lpl_lightning.evaluation.report import REPORT, write_whole
 from lpl_lightning.evaluation.settings import as_json, described, differing, model_settings
 from lpl_lightning.generation import evaluating
 from lpl_lightning.module import LatentDiffusionModule
@@ -95,7 +95,7 @@ def goes_by_labels(module: LatentDiffusionModule) -> bool:
 
 def is_unfinished(place: Path) -> bool:
     """Whether images were made in ``place/images``, and no report of them lies beside."""
-    return (place / "images").exists() and not any(place.glob("*/report.json"))
+    return (place / "images").exists() and not any(place.glob(f"*/{REPORT}"))
 
 
 def generation_settings(

@@ -30,10 +30,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     unfinished = path.with_name(f"{path.name}.{uuid4().hex}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.touch()
-        mode = unfinished.stat().st_mode
         save_file(copies, unfinished, metadata=None if metadata is None else dict(metadata))
-        unfinished.chmod(mode)  # which safetensors sets to the owner's alone
+        open_to_others(unfinished)
         unfinished.replace(path)
     finally:
         with suppress(OSError):  # it is there only where something failed
