@@ -53,6 +53,7 @@ from lpl_lightning.module import LatentDiffusionModule
 from lpl_lightning.own_files import find_own_modules
 from lpl_lightning.packaged_configs import with_packaged_configs
 from lpl_lightning.parser_errors import REFUSALS, TRACEBACK, plain_refusals, refuse_arguments, shows_tracebacks
+from lpl_lightning.processes import threads_at_rest
 from lpl_lightning.stand_ins import StandIns, put_all_stand_ins
 
 __all__ = ["LPLCLI", "main"]
@@ -287,6 +288,7 @@ def main(args: ArgsType = None) -> None:
         raise SystemExit(1) from None
 
 
+@threads_at_rest()
 def _run(args: ArgsType) -> None:
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-__all__ = ["counted", "own_place", "process_means", "process_sums"]
+__all__ = ["counted", "own_place", "process_means", "process_sums", "threads_at_rest"]
+
+REST = 0.5
+"""Seconds for Gloo's threads to let go of the last exchange."""
 
 
 def own_place() -> tuple[int, int]:
@@ -59,3 +64,19 @@ def counted(samples: int) -> int:
     Lightning rounds the mean of whole numbers of samples down, so that means over processes come out too large.
     """
     return cast(int, float(samples))
+
+
+@contextmanager
+def threads_at_rest() -> Iterator[None]:
+    """Give Gloo's threads the time to come to rest after what is within, before Python may end.
+
+    They hold the tensors of an exchange a little longer than it takes, and need Python to let go of them. One that does
+    so while Python ends aborts the process with status 134, after all is done: a launcher takes the run for failed, and
+    ends the others (https://github.com/pytorch/pytorch/pull/179291). To destroy the group would end its threads only
+    where nothing else holds it, and PyTorch's own caches of sharded tensors do.
+    """
+    try:
+        yield
+    finally:
+        if own_place()[1] > 1 and torch.distributed.get_backend() != "nccl":
+            time.sleep(REST)
