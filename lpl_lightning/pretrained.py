@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
@@ -32,6 +34,7 @@ __all__ = [
     "chosen_state",
     "is_untrained",
     "locate",
+    "plain_values_alone",
     "read_checkpoint",
     "read_notes",
     "read_safetensors",
@@ -239,6 +242,21 @@ def averaged_by(checkpoint: Mapping[str, Any]) -> float | None:
     """Decay of the moving average that a checkpoint's ``state_dict`` is; None where it is none, or does not say."""
     decays = [state["decay"] for state in checkpoint.get("callbacks", {}).values() if "decay" in state]
     return decays[0] if decays and "current_model_state" in checkpoint else None
+
+
+@contextmanager
+def plain_values_alone() -> Iterator[None]:
+    """Have torch unpickle nothing else, also where a library asks it to, or an index says that it is no tensor."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from lpl_lightning.checkpoint_files import draft_of, has_optimizer, put_folder
 from lpl_lightning.checkpoints import WEIGHTS_ALONE, SafeCheckpointIO, check_checkpoint, with_plain_settings
-from lpl_lightning.pretrained import read_checkpoint
+from lpl_lightning.pretrained import plain_values_alone, read_checkpoint
 from lpl_lightning.sharding import load_whole, reshard, shard_like, whole
 
 __all__ = ["FSDP2Strategy"]
@@ -138,7 +137,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             if is_trained and not has_optimizer(path):
                 raise ValueError(WEIGHTS_ALONE)
             try:
-                with _plain_values_alone():
+                with plain_values_alone():
                     return super().load_checkpoint(path, weights_only=True)
             except CheckpointException as error:
                 (why, *_), *_ = error.failures.values()
@@ -151,21 +150,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
                 _load_optimizer(optimizer, state)
         return checkpoint
-
-
-@contextmanager
-def _plain_values_alone() -> Iterator[None]:
-    """Have torch unpickle nothing else, also where it is asked to, as for what an index says is no tensor."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _on_first(tensors: Mapping[str, Any], keep: bool) -> dict[str, Any]:

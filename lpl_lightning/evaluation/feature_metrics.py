@@ -53,8 +53,8 @@ class FeatureMetrics(Measure):
     ``coverage_NAME``.
 
     FID is ``metrics.frechet_distance``, which stays exact with fewer images than features and in trainers of less
-    precision, and MiFID ``metrics.memorization_distance``; on the same features torchmetrics gives the same. KID and
-    Inception Score are torchmetrics'.
+    precision; on the same features torchmetrics gives the same. MiFID is ``metrics.memorization_distance``, which
+    torchmetrics gives where real images are exchanged with generated ones. KID and Inception Score are torchmetrics'.
 
     Args:
         extractor: The network.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from lpl_lightning.metrics.features import FeatureExtractor
 from lpl_lightning.metrics.preparation import IMAGENET_MEAN, IMAGENET_STD, Filter, Preparation
 from lpl_lightning.metrics.weight_files import cached_at, download_weights, read_weights
-from lpl_lightning.pretrained import RANDOM, check_fit, is_untrained
+from lpl_lightning.pretrained import RANDOM, check_fit, is_untrained, plain_values_alone
 
 __all__ = ["InceptionFeatures", "TorchvisionFeatures"]
 
@@ -51,8 +52,9 @@ class InceptionFeatures(FeatureExtractor):
         nothing.seek(0)
         self.model: nn.Module = empty(self.name, [layer], nothing, antialias=antialias)
         if weights != RANDOM:
-            state = read_weights(weights) if weights else _download(inception.URL_INCEPTION_V3)
-            check_fit(self.model.state_dict(), state, weights or inception.URL_INCEPTION_V3)
+            url = inception.URL_INCEPTION_V3
+            state = read_weights(weights) if weights else _download(url)
+            check_fit(self.model.state_dict(), state, weights or url)
             nn.Module.load_state_dict(self.model, state)
         self._freeze("weights")
 
@@ -84,8 +86,8 @@ class TorchvisionFeatures(FeatureExtractor):
 
     Args:
         model_name: Its name, such as ``resnet50``; ``random:NAME`` draws its weights anew.
-        weights: A file (.pth, .safetensors), or the name of some of torchvision's, such as ``IMAGENET1K_V2``, to
-            download.
+        weights: The name of some of torchvision's, such as ``IMAGENET1K_V2``, to download, which bring the settings of
+            the model that they were trained with; or a file (.pth, .safetensors) for torchvision's model as it is.
         layer: Name of a module, of which the output is taken; by default what the last linear layer, or convolution,
             is given: the penultimate features. Maps (B, C, h, w) are averaged over space.
         size: Side of the network's input. By default what named weights were trained with, or else 224.
@@ -108,7 +110,7 @@ class TorchvisionFeatures(FeatureExtractor):
     ) -> None:
         untrained, known = is_untrained(model_name)
         try:
-            model: nn.Module = torchvision.models.get_model(known, weights=None)
+            published: Mapping[str, Any] = getattr(torchvision.models.get_model_weights(known), "__members__", {})
         except ValueError as error:
             raise ValueError(f"`model_name`={model_name!r} is no model of torchvision: {error}") from error
         if untrained == (weights is not None):
@@ -117,16 +119,19 @@ class TorchvisionFeatures(FeatureExtractor):
                 f"{asked}: give a file or the name of weights, or else '{RANDOM}{known}' for random weights."
             )
         preparation = Preparation(224, antialias=antialias, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        if weights is not None:
-            entry = getattr(torchvision.models.get_model_weights(known), "__members__", {}).get(weights)
-            state = read_weights(weights) if entry is None else _download(entry.url)
-            check_fit(model.state_dict(), state, weights)
-            model.load_state_dict(state)
-            if entry is not None:
-                preset = entry.transforms()
-                preparation = preparation.given(
-                    size=preset.crop_size[0], resize=preset.interpolation.value, mean=preset.mean, std=preset.std
-                )
+        entry = published.get(weights or "")
+        if entry is not None:
+            _download(entry.url)
+            with plain_values_alone():  # torchvision's own reading of it would run code
+                model: nn.Module = torchvision.models.get_model(known, weights=entry, progress=False)
+            preset = entry.transforms()
+            preparation = preparation.given(
+                size=preset.crop_size[0], resize=preset.interpolation.value, mean=preset.mean, std=preset.std
+            )
+        else:
+            model = torchvision.models.get_model(known, weights=None)
+            if weights is not None:
+                _load_file(model, weights, {cached_at(one.url): one.name for one in published.values()})
         preparation = preparation.given(size=size, resize=resize, mean=mean, std=std)
         super().__init__(preparation, f"{known} {layer or 'penultimate'}", f"torchvision {torchvision.__version__}")
         self.model, self.layer = model, layer
@@ -152,6 +157,11 @@ class TorchvisionFeatures(FeatureExtractor):
             raise ValueError(f"`layer`={self.layer!r} is not run by {self.name} in evaluation.")
         return seen[-1].mean(dim=(2, 3)) if seen[-1].ndim == 4 else seen[-1]
 
+    def provenance(self) -> dict[str, str | int | bool]:
+        """What the features depend on, with whether the network brings its input to another range itself."""
+        own = {"transform_input": self.model.transform_input} if hasattr(self.model, "transform_input") else {}
+        return super().provenance() | cast(dict[str, bool], own)
+
     def _module_of_features(self) -> nn.Module:
         named: dict[str, nn.Module] = dict(self.model.named_modules())
         if self.layer is None:
@@ -160,6 +170,29 @@ class TorchvisionFeatures(FeatureExtractor):
             ends = ", ".join(name for name, _ in self.model.named_children())
             raise ValueError(f"`layer`={self.layer!r} is no module of {self.name}, which has {ends} and parts of them.")
         return named[self.layer]
+
+
+def _load_file(model: nn.Module, weights: str, published: Mapping[Path, str]) -> None:
+    """Load a file into one of torchvision's models as it is.
+
+    Args:
+        model: The model.
+        weights: The file.
+        published: Names of torchvision's own files for it, by where torch keeps them.
+    """
+    own = model.state_dict()
+    # Which files of before 2018 lack, and nothing but training looks at.
+    counts = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}
+    state = counts | dict(read_weights(weights))
+    place = next((place for place in published if place.name == Path(weights).name), None)
+    shapes, given = ({name: tensor.shape for name, tensor in one.items()} for one in (own, state))
+    if place is not None and (shapes != given or hasattr(model, "transform_input")):
+        raise ValueError(
+            f"`weights`={weights!r} are torchvision's {published[place]}, for other settings of the model or another "
+            f"input than its name says: put the file at {place}, and give `weights` that name."
+        )
+    check_fit(own, state, weights)
+    model.load_state_dict(state)
 
 
 def _with_channels_last(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

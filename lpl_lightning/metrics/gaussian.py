@@ -152,6 +152,14 @@ class GaussianStatistics(DoubleMetric):
         """Take a batch, (B, ``dim``)."""
         add_features(self.moments, features)
 
+    def forward(self, features: Tensor) -> Gaussian | None:
+        """Take a batch, and give that of the batch alone, which one vector has none of."""
+        if len(features) < 2:
+            self.update(features)
+            return None
+        found: Gaussian = super().forward(features)
+        return found
+
     def compute(self) -> Gaussian:
         """Mean and covariance of all.
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import re
 import sys
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -107,9 +110,75 @@ def _no_network(*args: Any, **kwargs: Any) -> Any:
     raise URLError("no network")
 
 
+def publish(entry: Any, change: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict, **settings: Any) -> Path:
+    """Random weights where torch would have downloaded those of a name to."""
+    name = next(
+        name for name in torchvision.models.list_models() if entry in torchvision.models.get_model_weights(name)
+    )
+    torch.manual_seed(0)
+    state = change(torchvision.models.get_model(name, weights=None, **settings).state_dict())
+    place: Path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[-1]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(
+        {name: torch.randn_like(tensor) * 0.05 if tensor.ndim == 4 else tensor for name, tensor in state.items()}, place
+    )
+    return place
+
+
+def without_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As of before BatchNorm counted."""
+    return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+
+
+def with_old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As of before names of layers could not hold a dot."""
+    names = {name: re.sub(r"(norm|conv)([12])\.(\w+)$", r"\1.\2.\3", name) for name in without_counts(state)}
+    return {old: state[name] for name, old in names.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "change"),
+    [
+        ("googlenet", torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1, dict),  # takes input of another range
+        ("resnet18", torchvision.models.ResNet18_Weights.IMAGENET1K_V1, without_counts),
+        ("densenet121", torchvision.models.DenseNet121_Weights.IMAGENET1K_V1, with_old_names),
+    ],
+)
+def test_named_weights_are_read_and_used_as_torchvision_does(
+    name: str, entry: Any, change: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = publish(entry, change, **({"init_weights": False} if name == "googlenet" else {}))
+    model = torchvision.models.get_model(name, weights=entry).eval()
+    seen: list[Tensor] = []
+    [*(module for module in model.modules() if isinstance(module, nn.Linear))][-1].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    batch = images(2, 224, 224)
+    with torch.no_grad():
+        model(entry.transforms(resize_size=224)(((batch + 1) * 127.5).round().to(torch.uint8)))
+    found = TorchvisionFeatures(name, entry.name)
+    torch.testing.assert_close(found(batch), seen[0], rtol=1e-3, atol=1e-5)
+    assert found.provenance().get("transform_input") == (True if name == "googlenet" else None)
+    if name == "resnet18":  # whose file is as good as its name
+        torch.testing.assert_close(TorchvisionFeatures(name, str(place))(batch), seen[0], rtol=1e-3, atol=1e-5)
+        return
+    said = f"are torchvision's IMAGENET1K_V1, .* put the file at {place}, and give"
+    with pytest.raises(ValueError, match=said), warnings.catch_warnings(action="ignore"):
+        TorchvisionFeatures(name, str(place))
+
+
+def test_named_weights_are_read_without_running_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    entry = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1
+    torch.save(torchvision.models.squeezenet1_1(weights=None), publish(entry))
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        TorchvisionFeatures("squeezenet1_1", "IMAGENET1K_V1")
+
+
 def test_named_weights_bring_their_preparation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torchvision.models.get_model("efficientnet_b1", weights=None)
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda url, **kwargs: model.state_dict())
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    publish(torchvision.models.EfficientNet_B1_Weights.IMAGENET1K_V1)
     found = TorchvisionFeatures("efficientnet_b1", "IMAGENET1K_V1")
     preset = torchvision.models.EfficientNet_B1_Weights.IMAGENET1K_V1.transforms()
     said = found.preparation

@@ -65,6 +65,13 @@ def test_a_call_gives_that_of_the_batch_and_keeps_all() -> None:
         statistics.compute()
 
 
+def test_a_call_with_one_vector_keeps_all() -> None:
+    features = torch.randn(5, 3)
+    called = GaussianStatistics(3)
+    assert [called(part) is None for part in features.split([3, 1, 1])] == [False, True, True]
+    torch.testing.assert_close(called.compute().covariance, features.double().T.cov())
+
+
 def test_states_stay_double_in_a_module_in_another_precision() -> None:
     statistics = streamed(torch.randn(50, 3) + 1e4, 10)
     before = statistics.compute().covariance
