@@ -157,8 +157,8 @@ class AutoencoderModule(DrawingModule):
             self.psnr(reconstruction, images)
             self.log(f"{stage}_psnr", self.psnr, prog_bar=True, batch_size=len(images))
         if stage == "val":
-            self.latent_mean.update(latents)
-            self.latent_square.update(latents.square())
+            self.latent_mean.update(latents.float())
+            self.latent_square.update(latents.float().square())
         return loss
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

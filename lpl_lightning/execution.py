@@ -117,7 +117,7 @@ class StageRunner:
                 for name, parameter in model.named_parameters():
                     # Not of the encoder: its latents would be rounded otherwise from then on, and a run that goes on
                     # in another process would not be the same.
-                    if parameter.ndim == 4 and not name.startswith(("encoder.", "quant_conv.")):
+                    if parameter.ndim == 4 and not {"encoder", "quant_conv"} & set(name.split(".")):
                         parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
             self._laid_out = True
         return z.contiguous(memory_format=torch.channels_last)

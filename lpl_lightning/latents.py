@@ -110,8 +110,12 @@ class LatentSpace:
         """Refuse images that the encoder cannot take, or would cut or resize.
 
         Raises:
-            ValueError: Another rank, number of channels, size or number of frames.
+            ValueError: Another rank, number of channels, size or number of frames, or whole numbers.
         """
+        if not images.is_floating_point():
+            raise ValueError(
+                f"`images` must be floating-point in [-1, 1], got {images.dtype}: bring pixels to that range."
+            )
         shape = tuple(images.shape)
         channels = self.image_channels or "C"
         layout = {4: f"{channels}, H, W", 5: f"{channels}, T, H, W"}.get(self.rank or 0, f"{channels}, ...")
@@ -185,6 +189,13 @@ def _space(model: nn.Module, **known: Any) -> LatentSpace:
     mean, std = (config.get(name, buffers.get(name)) for name in ("latents_mean", "latents_std"))
     shift, scale = _numbers(config.get("shift_factor") or 0.0), _numbers(config.get("scaling_factor") or 1.0)
     if mean is not None and std is not None:
+        channels = known.get("channels", config.get("latent_channels"))
+        for name, numbers in (("latents_mean", _numbers(mean)), ("latents_std", _numbers(std))):
+            if len(numbers) not in {1, channels or len(numbers)} or (name == "latents_std" and 0.0 in numbers):
+                raise ValueError(
+                    f"{type(model).__name__} has {name}={list(numbers)} in its config, which must be a number for each "
+                    f"of the {channels} channels of its latents, and no deviation 0."
+                )
         shift, scale = _numbers(mean), tuple(scale[0] / value for value in _numbers(std))
     found: dict[str, Any] = {
         "channels": config.get("latent_channels"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -57,6 +58,19 @@ def test_psnr_and_latent_statistics_in_closed_form(tmp_path: Path) -> None:
     assert std == pytest.approx(latents.std(correction=0).item(), rel=1e-3)
     run.test(module, data(), verbose=False)
     assert module.latent_statistics() == (mean, std), "those of the validation"
+
+
+def test_latent_statistics_of_half_precision_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = small()
+    latents = 300 * torch.randn(8, 4, 8, 8).half()
+    posterior = SimpleNamespace(
+        sample=lambda generator=None: latents, mode=lambda: latents, kl=lambda: latents.new_ones(8)
+    )
+    monkeypatch.setattr(module.autoencoder, "encode", lambda images: SimpleNamespace(latent_dist=posterior))
+    monkeypatch.setattr(module.autoencoder, "decode", lambda z: SimpleNamespace(sample=torch.zeros(8, 3, 32, 32)))
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    module.validation_step({"image": torch.zeros(8, 3, 32, 32)}, 0)
+    assert module.latent_statistics()[1] == pytest.approx(latents.double().std(correction=0).item(), rel=1e-4)
 
 
 def test_losses_of_processes_are_brought_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,18 @@ def test_channels_last_is_kept_through_the_decoder_and_only_where_asked() -> Non
         assert model.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last) is last
 
 
+def test_the_encoder_of_a_model_within_another_is_left_as_it_is() -> None:
+    whole = nn.ModuleDict({"vae": tiny_kl()})
+    runner = StageRunner(Execution())
+    runner.prepare(torch.randn(1, 4, 4, 4), whole)
+    laid_out = {
+        name.split(".")[1]
+        for name, parameter in whole.named_parameters()
+        if parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last) and parameter.shape[2] > 1
+    }
+    assert laid_out == {"decoder"}
+
+
 def test_weights_laid_out_in_inference_mode_can_be_used_in_training() -> None:
     autoencoder = Autoencoder(tiny_kl())
     runner = StageRunner(Execution())

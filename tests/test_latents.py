@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_kl
 from diffusers import AutoencoderKLLTXVideo, AutoencoderKLMochi
 from families import FAMILIES, scrambled, tiny_flux2
 from torch import nn
@@ -82,6 +83,25 @@ def test_statistics_in_buffers_and_other_configs_are_read() -> None:
     )
     assert latent_space(mochi).shift == tuple(mochi.config.latents_mean)
     assert latent_space(mochi).scale == tuple(1 / value for value in mochi.config.latents_std)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "said"),
+    [
+        ({"latents_mean": [0.0, 0.0], "latents_std": [1.0] * 4}, r"latents_mean=\[0.0, 0.0\] .* the 4 channels"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]}, "latents_std=.* and no deviation 0"),
+    ],
+)
+def test_statistics_that_do_not_fit_the_channels_are_refused(statistics: dict[str, list[float]], said: str) -> None:
+    model: Any = tiny_kl()
+    model.register_to_config(**statistics)
+    with pytest.raises(ValueError, match=f"AutoencoderKL has {said}"):
+        latent_space(model)
+
+
+def test_pixels_of_whole_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`images` must be floating-point in \[-1, 1\], got torch.uint8"):
+        LatentSpace().check_images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
 def test_a_module_without_a_config_is_taken_as_it_is() -> None:

@@ -64,14 +64,15 @@ class Points:
 
     def __init__(self, features: Tensor, shift: Tensor, scale: float) -> None:
         self.features, self.shift, self.scale = features, shift, scale
-        self._rounded: dict[torch.dtype, Rounded] = {}
+        self._rounded: tuple[torch.dtype, Rounded] | None = None
 
     def __len__(self) -> int:
         return len(self.features)
 
     def rounded(self, dtype: torch.dtype) -> Rounded:
-        """All of them in a type, made once."""
-        if dtype not in self._rounded:
+        """All of them in a type, kept until another is asked for."""
+        if self._rounded is None or self._rounded[0] != dtype:
+            self._rounded = None  # before there is another
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             values = torch.empty_like(self.features, dtype=dtype, memory_format=torch.contiguous_format)
             squares, worst = values.new_empty(len(self), dtype=wide), 0.0
@@ -88,8 +89,8 @@ class Points:
             unit = torch.finfo(wide).eps / 2
             terms = (values.shape[1] + 2) * unit
             error = 2 * worst + worst**2 + terms / (1 - terms) * (1 + worst) ** 2 + 16 * unit
-            self._rounded[dtype] = Rounded(values, squares, error)
-        return self._rounded[dtype]
+            self._rounded = dtype, Rounded(values, squares, error)
+        return self._rounded[1]
 
 
 def common_points(*sets: Tensor) -> list[Points]:

@@ -86,8 +86,9 @@ class Neighbours(NamedTuple):
 class PRDC(TwoSetsMetric):
     """Precision, recall, density and coverage of generated images' features.
 
-    All features are kept, in float32: 50,000 of 2,048 dimensions take 400 MB, twice that while ``compute`` runs, and
-    after a sync each process has those of all. ``set_dtype(torch.float64)`` before the first update keeps float64.
+    All features are kept, in float32: 50,000 of 2,048 dimensions take 400 MB, up to three times that while ``compute``
+    runs, and after a sync each process has those of all. ``set_dtype(torch.float64)`` before the first update keeps
+    float64.
 
     Args:
         k: Which neighbour a ball reaches to.
@@ -222,9 +223,14 @@ def neighbours(
     side, types = block_side(block_bytes), product_types(x.features.device, passes)
     # Points at the very edge of a ball stay outside however their distance's terms were summed.
     edge = 1 - 4 * real.shape[1] * torch.finfo(torch.float64).eps
-    x_balls = nearest_squares(x, k, side, types) * edge
-    y_balls = nearest_squares(y, k, side, types) * edge
+    x_balls, y_balls = (_own_squares(points, k, side, types) * edge for points in (x, y))
     return Neighbours(*_membership(x, y, x_balls, y_balls, side, types), k)
+
+
+def _own_squares(points: Points, k: int, side: int, passes: list[torch.dtype]) -> Tensor:
+    """``nearest_squares`` of one of several sets, around its own mean: it may be much smaller than all of them."""
+    (own,) = common_points(points.features)
+    return nearest_squares(own, k, side, passes) * (own.scale / points.scale) ** 2
 
 
 def _check_features(name: str, features: Tensor) -> None:
@@ -259,6 +265,8 @@ def _membership(
     covered, recalled = torch.zeros_like(x_balls, dtype=torch.bool), torch.zeros_like(x_balls, dtype=torch.bool)
     blocks = [(rows, columns) for rows in slices(len(x), side) for columns in slices(len(y), side)]
     for dtype in passes:
+        if not blocks:
+            break
         a, b = x.rounded(dtype), y.rounded(dtype)
         x_reach, y_reach = x_balls.to(a.squares.dtype), y_balls.to(a.squares.dtype)
         postponed = []

@@ -53,6 +53,12 @@ def read_spectra(path: str | Path) -> dict[str, list[float]]:
             f"`path`={str(path)!r} must be spectra with the columns {_COLUMNS}, got {rows[0] if rows else 'no rows'}. "
             "Give a file that `write_spectra` wrote."
         )
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(_COLUMNS):
+            raise ValueError(
+                f"`path`={str(path)!r} must have {len(_COLUMNS)} values in each line, got {len(row)} in line {number}: "
+                "it is cut off or damaged. Make it anew by `write_spectra`."
+            )
     values = [list(map(float, row)) for row in rows[1:]]
     return {name: [row[index] for row in values] for index, name in enumerate(_COLUMNS)}
 

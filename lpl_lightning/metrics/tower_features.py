@@ -179,9 +179,10 @@ def _load(source: str) -> tuple[nn.Module, dict[str, Any]]:
         said, _ = transformers.ImageProcessingMixin.get_image_processor_dict(str(found), **where)
     except OSError:  # there is no preprocessor_config.json
         said = {}
+    normalized = said.get("do_normalize", True)
     wanted = {
-        "mean": said.get("image_mean"),
-        "std": said.get("image_std"),
+        "mean": said.get("image_mean") if normalized else [0.0] * 3,
+        "std": said.get("image_std") if normalized else [1.0] * 3,
         "resize": _FILTERS.get(said.get("resample")),
     }
     return cast(nn.Module, model), {key: value for key, value in wanted.items() if value is not None}

@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -17,7 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpl_lightning.metrics.pair_distances import common_points, exact_squares, lower_bounds, upper_bounds
+from lpl_lightning.metrics.pair_distances import (
+    Points,
+    Rounded,
+    common_points,
+    exact_squares,
+    lower_bounds,
+    upper_bounds,
+)
 from lpl_lightning.metrics.prdc import PRDC, Overlap, nearest_distances, prdc
 
 TYPES = [torch.bfloat16, torch.float32, torch.float64]
@@ -158,6 +166,31 @@ def test_points_at_equal_distances() -> None:
     assert nearest_distances(few, 5).tolist() == [math.sqrt(2)] * 120
     # Itself at the centre of its ball, and all others at its edge, outside.
     assert prdc(few, few, 5) == pytest.approx((1, 1, 1 / 5, 1))
+
+
+def test_a_collapsed_set_is_measured_around_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around the mean of both sets products do not order its distances, and all pairs would be measured one by one."""
+
+    def refused(*args: Any) -> NoReturn:
+        raise AssertionError("all pairs are measured")
+
+    real, generated = torch.randn(300, 32), torch.randn(1, 32) + 1e-7 * torch.randn(300, 32)
+    monkeypatch.setattr("lpl_lightning.metrics.pair_distances._nearest_of_all", refused)
+    assert prdc(real.double(), generated.double()) == naive(real, generated, 5)
+
+
+def test_features_are_rounded_only_for_passes_that_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64 copies take twice the memory of the features."""
+    made: list[torch.dtype] = []
+    rounded = Points.rounded
+
+    def watched(points: Points, dtype: torch.dtype) -> Rounded:
+        made.append(dtype)
+        return rounded(points, dtype)
+
+    monkeypatch.setattr(Points, "rounded", watched)
+    prdc(*normal(400, 300, 64), passes=[torch.float32])
+    assert set(made) == {torch.float32}
 
 
 @pytest.mark.parametrize("passes", PASSES, ids=str)

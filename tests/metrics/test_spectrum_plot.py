@@ -39,6 +39,13 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
             read_spectra(path)
 
 
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    path = write_spectra(spectra(), tmp_path / "spectra.csv")
+    path.write_text(path.read_text().rpartition(",")[0])
+    with pytest.raises(ValueError, match=r"values in each line, got \d+ in line 10: it is cut off"):
+        read_spectra(path)
+
+
 def test_the_figure_shows_what_was_measured() -> None:
     pytest.importorskip("matplotlib")
     sets = {"with LPL": spectra(0.9), "without": spectra(0.5)}

@@ -149,6 +149,13 @@ def test_the_preprocessors_settings_are_taken(tmp_path: Path) -> None:
     assert (own.resize, own.mean, own.std) == ("bicubic", (0, 0, 0), (1, 1, 1))
 
 
+def test_a_preprocessor_that_does_not_normalize_is_followed(tmp_path: Path) -> None:
+    tiny_dino().save_pretrained(tmp_path)  # type: ignore[operator]
+    transformers.BitImageProcessor(do_normalize=False, image_mean=[0.2, 0.3, 0.4]).save_pretrained(tmp_path)
+    found = TransformersFeatures(str(tmp_path), size=28).preparation
+    assert (tuple(found.mean), tuple(found.std)) == ((0, 0, 0), (1, 1, 1))
+
+
 def _array(image: torch.Tensor) -> Any:
     return ((image + 1) * 127.5).round().to(torch.uint8).movedim(0, 2).numpy()
 
