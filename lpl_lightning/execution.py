@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,8 @@ from lpl_lightning.stages import Stage
 __all__ = ["Execution", "StageRunner"]
 
 Choice = bool | Literal["auto"]
+
+_copies = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,11 @@ def _copied(current: Any) -> Any:
 
 
 def _own_code(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A copy that is compiled by itself: torch.compile counts what it has compiled by code, and gives up early."""
+    """A copy that is compiled by itself.
+
+    torch.compile counts what it has compiled by code, and gives up early. Where it has seen code of one name and line with
+    other shapes, as another stage's are, it takes them for ones that change, which inductor fails at for some decoders.
+    """
     copied = cast(FunctionType, function)
-    return FunctionType(copied.__code__.replace(), copied.__globals__, copied.__name__, None, copied.__closure__)
+    code = copied.__code__.replace(co_name=f"{copied.__name__}_{next(_copies)}")
+    return FunctionType(code, copied.__globals__, copied.__name__, None, copied.__closure__)

@@ -150,6 +150,25 @@ def test_stages_compiled_in_inference_mode_can_be_used_in_training(monkeypatch: 
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
+def test_stages_are_no_changing_shapes_of_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile takes to change it compiles for all shapes, which is slower, and fails for some decoders."""
+    torch._dynamo.reset()
+    changing: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        changing.append(any(isinstance(one, torch.SymInt) for one in inputs))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    autoencoder, runner = Autoencoder(tiny_kl()), StageRunner(Execution(compile=True))
+    gradient(autoencoder, torch.randn(2, 4, 4, 4), runner)
+    assert len(changing) > 3
+    assert not any(changing)
+    gradient(autoencoder, torch.randn(3, 4, 4, 4), runner)
+    assert any(changing), "a batch's size does"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
 def test_static_stages_are_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """More shapes than torch.compile keeps versions of one function."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
