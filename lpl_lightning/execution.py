@@ -210,8 +210,8 @@ def _copied(current: Any) -> Any:
 def _own_code(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A copy that is compiled by itself.
 
-    torch.compile counts what it has compiled by code, and gives up early. Where it has seen code of one name and line with
-    other shapes, as another stage's are, it takes them for ones that change, which inductor fails at for some decoders.
+    torch.compile counts what it has compiled by code, and gives up early. Where it has seen code of one name and line
+    with other shapes, as another stage's are, it takes them for ones that change, at which some decoders fail.
     """
     copied = cast(FunctionType, function)
     code = copied.__code__.replace(co_name=f"{copied.__name__}_{next(_copies)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import singledispatch
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, cast
 
 import torch
@@ -77,7 +77,8 @@ class LatentSpace:
         """Put another scale or shift in place, each one number or one per channel.
 
         Raises:
-            ValueError: Another number of them than channels, or a scale that is zero, infinite or not a number.
+            ValueError: Another number of them than channels, or a scale that is zero, infinite or not a number; or the
+                model's own are such, and none are given.
         """
         new: dict[str, tuple[float, ...]] = {}
         for argument, field, value in (("scaling_factor", "scale", scale), ("shift_factor", "shift", shift)):
@@ -91,7 +92,14 @@ class LatentSpace:
                 )
             if not all(map(isfinite, numbers)) or (field == "scale" and 0.0 in numbers):
                 raise ValueError(f"`{argument}` must be finite{' and not 0' * (field == 'scale')}, got {value}.")
-        return replace(self, **cast(Any, new))
+        space = replace(self, **cast(Any, new))
+        for argument, own in (("shift_factor", space.shift), ("scaling_factor", space.scale)):
+            if len(own) not in {1, self.channels or len(own)} or not all(map(isfinite, own)):
+                raise ValueError(
+                    f"The model's config has mean and deviation of its latents in {len(own)} numbers, where there are "
+                    f"{self.channels} channels, or a deviation of 0: give `{argument}`."
+                )
+        return space
 
     def check_latents(self, z: Tensor) -> None:
         """Refuse latents of another rank or number of channels.
@@ -189,14 +197,7 @@ def _space(model: nn.Module, **known: Any) -> LatentSpace:
     mean, std = (config.get(name, buffers.get(name)) for name in ("latents_mean", "latents_std"))
     shift, scale = _numbers(config.get("shift_factor") or 0.0), _numbers(config.get("scaling_factor") or 1.0)
     if mean is not None and std is not None:
-        channels = known.get("channels", config.get("latent_channels"))
-        for name, numbers in (("latents_mean", _numbers(mean)), ("latents_std", _numbers(std))):
-            if len(numbers) not in {1, channels or len(numbers)} or (name == "latents_std" and 0.0 in numbers):
-                raise ValueError(
-                    f"{type(model).__name__} has {name}={list(numbers)} in its config, which must be a number for each "
-                    f"of the {channels} channels of its latents, and no deviation 0."
-                )
-        shift, scale = _numbers(mean), tuple(scale[0] / value for value in _numbers(std))
+        shift, scale = _numbers(mean), tuple(scale[0] / value if value else inf for value in _numbers(std))
     found: dict[str, Any] = {
         "channels": config.get("latent_channels"),
         "rank": 4,

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLLTXVideo, AutoencoderKLMochi
 from families import FAMILIES, scrambled, tiny_flux2
 from torch import nn
 
+from lpl_lightning import Autoencoder
 from lpl_lightning.latents import LatentSpace, latent_space
 from lpl_lightning.posterior import drawn
 
@@ -88,15 +89,16 @@ def test_statistics_in_buffers_and_other_configs_are_read() -> None:
 @pytest.mark.parametrize(
     ("statistics", "said"),
     [
-        ({"latents_mean": [0.0, 0.0], "latents_std": [1.0] * 4}, r"latents_mean=\[0.0, 0.0\] .* the 4 channels"),
-        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]}, "latents_std=.* and no deviation 0"),
+        ({"latents_mean": [0.0, 0.0], "latents_std": [1.0] * 4}, r"2 numbers, where there are 4 .* `shift_factor`"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]}, "a deviation of 0: give `scaling_factor`"),
     ],
 )
 def test_statistics_that_do_not_fit_the_channels_are_refused(statistics: dict[str, list[float]], said: str) -> None:
     model: Any = tiny_kl()
     model.register_to_config(**statistics)
-    with pytest.raises(ValueError, match=f"AutoencoderKL has {said}"):
-        latent_space(model)
+    with pytest.raises(ValueError, match=said):
+        Autoencoder(model)
+    assert Autoencoder(model, scaling_factor=2.0, shift_factor=0.0).space.scale == (2.0,)
 
 
 def test_pixels_of_whole_numbers_are_refused() -> None:
