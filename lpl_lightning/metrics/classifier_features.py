@@ -122,8 +122,14 @@ class TorchvisionFeatures(FeatureExtractor):
         entry = published.get(weights or "")
         if entry is not None:
             _download(entry.url)
-            with plain_values_alone():  # torchvision's own reading of it would run code
-                model: nn.Module = torchvision.models.get_model(known, weights=entry, progress=False)
+            try:
+                with plain_values_alone():  # torchvision's own reading of it would run code
+                    model: nn.Module = torchvision.models.get_model(known, weights=entry, progress=False)
+            except RuntimeError as error:
+                place = cached_at(entry.url)
+                raise ValueError(
+                    f"{place} holds weights of another model than {known}'s {weights}: delete it."
+                ) from error
             preset = entry.transforms()
             preparation = preparation.given(
                 size=preset.crop_size[0], resize=preset.interpolation.value, mean=preset.mean, std=preset.std

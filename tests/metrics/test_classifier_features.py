@@ -174,6 +174,11 @@ def test_named_weights_are_read_without_running_code(tmp_path: Path, monkeypatch
     torch.save(torchvision.models.squeezenet1_1(weights=None), publish(entry))
     with pytest.raises(ValueError, match="cannot be read as weights"):
         TorchvisionFeatures("squeezenet1_1", "IMAGENET1K_V1")
+    torch.save(torchvision.models.squeezenet1_0(weights=None).state_dict(), publish(entry))
+    with pytest.raises(
+        ValueError, match="holds weights of another model than squeezenet1_1's IMAGENET1K_V1: delete it"
+    ):
+        TorchvisionFeatures("squeezenet1_1", "IMAGENET1K_V1")
 
 
 def test_named_weights_bring_their_preparation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
