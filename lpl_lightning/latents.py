@@ -82,24 +82,17 @@ class LatentSpace:
         """
         new: dict[str, tuple[float, ...]] = {}
         for argument, field, value in (("scaling_factor", "scale", scale), ("shift_factor", "shift", shift)):
-            if value is None:
-                continue
-            numbers = new[field] = _numbers(value)
+            numbers = new[field] = getattr(self, field) if value is None else _numbers(value)
+            whose = ", of the model's config" if value is None else ""
             if len(numbers) not in {1, self.channels or len(numbers)}:
                 raise ValueError(
                     f"`{argument}` must be one number or one for each of the {self.channels} channels of the latents, "
-                    f"got {len(numbers)}."
+                    f"got {len(numbers)}{whose}."
                 )
             if not all(map(isfinite, numbers)) or (field == "scale" and 0.0 in numbers):
-                raise ValueError(f"`{argument}` must be finite{' and not 0' * (field == 'scale')}, got {value}.")
-        space = replace(self, **cast(Any, new))
-        for argument, own in (("shift_factor", space.shift), ("scaling_factor", space.scale)):
-            if len(own) not in {1, self.channels or len(own)} or not all(map(isfinite, own)):
-                raise ValueError(
-                    f"The model's config has mean and deviation of its latents in {len(own)} numbers, where there are "
-                    f"{self.channels} channels, or a deviation of 0: give `{argument}`."
-                )
-        return space
+                got = numbers if value is None else value
+                raise ValueError(f"`{argument}` must be finite{' and not 0' * (field == 'scale')}, got {got}{whose}.")
+        return replace(self, **cast(Any, new))
 
     def check_latents(self, z: Tensor) -> None:
         """Refuse latents of another rank or number of channels.

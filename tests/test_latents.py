@@ -89,8 +89,14 @@ def test_statistics_in_buffers_and_other_configs_are_read() -> None:
 @pytest.mark.parametrize(
     ("statistics", "said"),
     [
-        ({"latents_mean": [0.0, 0.0], "latents_std": [1.0] * 4}, r"2 numbers, where there are 4 .* `shift_factor`"),
-        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]}, "a deviation of 0: give `scaling_factor`"),
+        (
+            {"latents_mean": [0.0, 0.0], "latents_std": [1.0] * 4},
+            "`shift_factor` must be .* each of the 4 channels .* got 2, of the model's config",
+        ),
+        (
+            {"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]},
+            "`scaling_factor` must be finite and not 0, got .*inf.*, of the model's config",
+        ),
     ],
 )
 def test_statistics_that_do_not_fit_the_channels_are_refused(statistics: dict[str, list[float]], said: str) -> None:

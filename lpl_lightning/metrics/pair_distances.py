@@ -64,33 +64,29 @@ class Points:
 
     def __init__(self, features: Tensor, shift: Tensor, scale: float) -> None:
         self.features, self.shift, self.scale = features, shift, scale
-        self._rounded: tuple[torch.dtype, Rounded] | None = None
 
     def __len__(self) -> int:
         return len(self.features)
 
     def rounded(self, dtype: torch.dtype) -> Rounded:
-        """All of them in a type, kept until another is asked for."""
-        if self._rounded is None or self._rounded[0] != dtype:
-            self._rounded = None  # before there is another
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            values = torch.empty_like(self.features, dtype=dtype, memory_format=torch.contiguous_format)
-            squares, worst = values.new_empty(len(self), dtype=wide), 0.0
-            chunk = min(_row_chunk(self.features), len(self))
-            kept = torch.empty(chunk, values.shape[1], dtype=torch.float64, device=values.device)
-            for rows in slices(len(self), chunk):
-                exact = kept[: rows.stop - rows.start].copy_(self.features[rows]).sub_(self.shift).div_(self.scale)
-                values[rows] = exact
-                norms = torch.linalg.vector_norm(exact, dim=1)
-                lost = torch.linalg.vector_norm(exact.sub_(values[rows]), dim=1)
-                squares[rows] = norms.square()
-                worst = max(worst, float((lost / (norms + 1e-30)).max()))
-            # |xy - x'y'| <= (2 worst + worst^2) |x| |y|, a sum of D products in any order, and what is done with it.
-            unit = torch.finfo(wide).eps / 2
-            terms = (values.shape[1] + 2) * unit
-            error = 2 * worst + worst**2 + terms / (1 - terms) * (1 + worst) ** 2 + 16 * unit
-            self._rounded = dtype, Rounded(values, squares, error)
-        return self._rounded[1]
+        """All of them in a type."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        values = torch.empty_like(self.features, dtype=dtype, memory_format=torch.contiguous_format)
+        squares, worst = values.new_empty(len(self), dtype=wide), 0.0
+        chunk = min(_row_chunk(self.features), len(self))
+        kept = torch.empty(chunk, values.shape[1], dtype=torch.float64, device=values.device)
+        for rows in slices(len(self), chunk):
+            exact = kept[: rows.stop - rows.start].copy_(self.features[rows]).sub_(self.shift).div_(self.scale)
+            values[rows] = exact
+            norms = torch.linalg.vector_norm(exact, dim=1)
+            lost = torch.linalg.vector_norm(exact.sub_(values[rows]), dim=1)
+            squares[rows] = norms.square()
+            worst = max(worst, float((lost / (norms + 1e-30)).max()))
+        # |xy - x'y'| <= (2 worst + worst^2) |x| |y|, a sum of D products in any order, and what is done with it.
+        unit = torch.finfo(wide).eps / 2
+        terms = (values.shape[1] + 2) * unit
+        error = 2 * worst + worst**2 + terms / (1 - terms) * (1 + worst) ** 2 + 16 * unit
+        return Rounded(values, squares, error)
 
 
 def common_points(*sets: Tensor) -> list[Points]:

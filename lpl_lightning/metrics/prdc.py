@@ -86,7 +86,7 @@ class Neighbours(NamedTuple):
 class PRDC(TwoSetsMetric):
     """Precision, recall, density and coverage of generated images' features.
 
-    All features are kept, in float32: 50,000 of 2,048 dimensions take 400 MB, up to three times that while ``compute``
+    All features are kept, in float32: 50,000 of 2,048 dimensions take 400 MB, up to four times that while ``compute``
     runs, and after a sync each process has those of all. ``set_dtype(torch.float64)`` before the first update keeps
     float64.
 
