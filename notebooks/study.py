@@ -583,9 +583,13 @@ def execute(words: list[str], log: Path) -> None:
 
 
 def logged(out: Path) -> Iterator[tuple[str, int, str, float]]:
-    """Run, last step, name and mean over the second half of post-training of each value of ``LOGGED`` there is."""
+    """Run, last step, name and mean over the second half of post-training of each value of ``LOGGED`` there is.
+
+    Of trainings that have been measured; the log of another may end anywhere.
+    """
+    measured = {name for name, *_ in reports(out)}
     for folder in sorted({path.parent.parent for path in out.glob("*/version_*/metrics.csv")}):
-        if folder.name.count("-") < 2:  # of pre-training, or of the autoencoder
+        if folder.name.count("-") < 2 or folder.name not in measured:  # pre-training, the autoencoder, or unfinished
             continue
         values: dict[str, dict[int, float]] = {}
         for version in versions(folder):  # later ones go on, and may repeat steps

@@ -254,6 +254,9 @@ def test_reports_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         folder = out / "flow-lpl-1" / f"version_{version}"
         folder.mkdir(exist_ok=True)
         (folder / "metrics.csv").write_text("step,lpl_weight\n" + logs)
+    unfinished = out / "flow-mask-False-1" / "version_0"
+    unfinished.mkdir(parents=True)
+    (unfinished / "metrics.csv").write_text("step,lpl_weight\n3,9\n")
     folder = out / "comparisons" / "flow-lpl-1-5-7-0.9-4-val"
     folder.mkdir(parents=True)
     (folder / "comparison.json").write_text(json.dumps({"rows": {"fd": {"cells": cells}}}))
