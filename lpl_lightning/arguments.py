@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from numbers import Integral
 from pathlib import PurePath
+from types import FrameType
 from typing import Any, TypeVar
 
 __all__ = [
@@ -106,20 +107,38 @@ def refusal(error: BaseException) -> BaseException:
         error: What came out of the parser.
 
     Returns:
-        The first of its causes that was not raised by the parser itself.
+        The first of its causes that was not raised by the parser itself, or the last where all were.
     """
     found = error
-    while found.__cause__ is not None and raised_in(found).startswith("jsonargparse"):
-        found = found.__cause__
+    while raised_in(found).startswith("jsonargparse") and (causes := _causes(found)):
+        found, *others = causes
+        if others:  # what a value could be, of which the first alone is chained
+            said = [refusal(cause) for cause in causes]
+            return next((one for one in said if not raised_in(one).startswith("jsonargparse")), said[0])
     return found
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """What made a parser raise an error: of a union, the errors of all its members."""
+    place = _place(error)
+    tried = place.f_locals.get("exceptions") if place is not None else None
+    if isinstance(tried, list) and error.__cause__ is not None and error.__cause__ in tried:
+        return tried
+    return [] if error.__cause__ is None else [error.__cause__]
 
 
 def raised_in(error: BaseException) -> str:
     """Name of the module that raised it."""
+    place = _place(error)
+    return "" if place is None else str(place.f_globals.get("__name__", ""))
+
+
+def _place(error: BaseException) -> FrameType | None:
+    """Where it was raised."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return None if trace is None else trace.tb_frame
 
 
 def refused_by_loader(error: BaseException) -> str:

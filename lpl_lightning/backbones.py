@@ -104,6 +104,8 @@ class SD3Denoiser(Denoiser):
 
     def _check_reach(self, side: int) -> None:
         config = self.backbone.config
+        if config.pos_embed_max_size is None:  # positions are made for each size
+            return
         largest = config.pos_embed_max_size * config.patch_size
         if side > largest:
             raise ValueError(
@@ -258,6 +260,12 @@ class FluxDenoiser(Denoiser):
     def __init__(self, backbone: str | nn.Module, guidance: float = 3.5, **options: Any) -> None:
         super().__init__(backbone, **options)
         self.guidance = guidance
+        config = self.backbone.config
+        if sum(config.axes_dims_rope) != config.attention_head_dim:
+            raise ValueError(
+                f"`axes_dims_rope`={list(config.axes_dims_rope)} must add up to attention_head_dim = "
+                f"{config.attention_head_dim}."
+            )
 
     @property
     def latent_channels(self) -> int:

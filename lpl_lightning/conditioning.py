@@ -141,12 +141,17 @@ class _Classes(Conditioner):
                 f"`label` of the batch must hold a class for each of its {batch_size} samples, ({batch_size},), got "
                 f"{tuple(labels.shape)}: give as many labels as images."
             )
+        if labels.is_floating_point():
+            raise ValueError(f"`label` of the batch must hold whole numbers, got {labels.dtype}.")
         # Looked at only where that costs no wait for an accelerator; ``check`` compares the counts before training.
-        if labels.device.type == "cpu" and len(labels) and int(labels.max()) >= self.num_classes:
-            raise ValueError(
-                f"The batch holds class {int(labels.max())}, but the conditioner knows `num_classes`="
-                f"{self.num_classes}, numbered from 0."
-            )
+        if labels.device.type == "cpu" and len(labels):
+            ends = (int(labels.min()), int(labels.max()))
+            unknown = [label for label in ends if not 0 <= label < self.num_classes]
+            if unknown:
+                raise ValueError(
+                    f"The batch holds class {unknown[0]}, but the conditioner knows `num_classes`="
+                    f"{self.num_classes}, numbered from 0."
+                )
         labels = labels.to(null.device)
         return labels if drop is None else torch.where(drop.to(null.device, non_blocking=True), null, labels)
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -167,7 +168,8 @@ class Denoiser(nn.Module, ABC):
             )
         given = self.config_value("in_channels") or latent_channels
         predicted = self.config_value("out_channels") or given
-        if predicted != given and not (self.predicts_variance and predicted == 2 * given):
+        packed = given != latent_channels and predicted == latent_channels  # tokens of several latents, as Qwen-Image's
+        if predicted != given and not packed and not (self.predicts_variance and predicted == 2 * given):
             raise ValueError(
                 f"The denoiser predicts {predicted} channels for latents of {given}: set the backbone's "
                 f"`out_channels` to {given}."
@@ -284,6 +286,11 @@ def _choose_attention(backbone: nn.Module, name: str) -> None:
     if any(hasattr(owner.processor, "_attention_backend") for owner in owners):
         cast(Any, backbone).set_attention_backend(name)
     elif name == "xformers":
+        if any(isinstance(owner.processor, SanaLinearAttnProcessor2_0) for owner in owners):
+            raise ValueError(
+                f"`attention`='xformers' would put another attention in the place of the linear one of a "
+                f"{type(backbone).__name__}. Leave it out to have the fastest that PyTorch finds."
+            )
         cast(Any, backbone).enable_xformers_memory_efficient_attention()
     elif owners and name in _KERNELS:
         for owner in owners:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from typing import Any, cast
 
+from diffusers import ConsistencyDecoderVAE
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -71,8 +72,13 @@ def check_feature_modules(model: nn.Module, names: Sequence[str]) -> None:
         names: As in ``model.named_modules()``, such as "decoder.blocks.3".
 
     Raises:
-        ValueError: No names, the same one twice, or one that the model does not have.
+        ValueError: No names, the same one twice, or one that the model does not have; or a decoder that draws noise.
     """
+    if isinstance(model, ConsistencyDecoderVAE):
+        raise ValueError(
+            "`model`: a ConsistencyDecoderVAE decodes by sampling, with other noise each time, so that its features "
+            "are no function of the latents. Take the AutoencoderKL whose latents it decodes."
+        )
     if isinstance(names, str) or not names:
         raise ValueError(
             f"`feature_modules` must be a list of one or more names of modules, got {names!r}. They are those of "

@@ -98,6 +98,11 @@ class GeneratingModule(DrawingModule):
             size = image_size // self.autoencoder.downscale
             self.denoiser.check(self.autoencoder.latent_channels, size, self.conditioner)
         side = size * self.autoencoder.downscale
+        if self.autoencoder.image_size not in (None, side):
+            raise ValueError(
+                f"`image_size` must be {self.autoencoder.image_size}, the only size that the autoencoder decodes to, "
+                f"got {side}."
+            )
         if not seeds:
             return torch.empty(0, 3, side, side, device=self.device)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]

@@ -49,6 +49,7 @@ class LatentSpace:
         image_size: The one side that an image may have.
         frame_step: Videos have one frame more than a multiple of this.
         is_video: Whether the first of its positions are frames.
+        scales_itself: Whether the model gives and takes latents as they are scaled.
         shift: What is taken from an encoded image, one number or one per channel.
         scale: What it is then multiplied by, likewise.
         pack: From what the model encodes to, to the latent before shift and scale.
@@ -64,6 +65,7 @@ class LatentSpace:
     image_size: int | None = None
     frame_step: int | None = None
     is_video: bool = False
+    scales_itself: bool = False
     shift: tuple[float, ...] = (0.0,)
     scale: tuple[float, ...] = (1.0,)
     pack: Callable[[Tensor], Tensor] = _same
@@ -78,8 +80,13 @@ class LatentSpace:
 
         Raises:
             ValueError: Another number of them than channels, or a scale that is zero, infinite or not a number; or the
-                model's own are such, and none are given.
+                model's own are such, and none are given; or the model scales its latents itself.
         """
+        if self.scales_itself and not (scale is None and shift is None):
+            raise ValueError(
+                "`scaling_factor` and `shift_factor` must be left out: the model scales its latents itself. Set its "
+                "config's `scaling_factor`, `latents_mean` and `latents_std`."
+            )
         new: dict[str, tuple[float, ...]] = {}
         for argument, field, value in (("scaling_factor", "scale", scale), ("shift_factor", "shift", shift)):
             numbers = new[field] = getattr(self, field) if value is None else _numbers(value)
@@ -289,6 +296,7 @@ def _(model: AutoencoderRAE) -> LatentSpace:
         downscale=config["patch_size"],
         image_channels=config["num_channels"],
         image_size=grid * config["patch_size"],
+        scales_itself=True,
         shift=(0.0,),
         scale=(1.0,),
         images_in=_to_unit,

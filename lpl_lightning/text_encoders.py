@@ -143,7 +143,8 @@ class TransformersText(TextEncoder):
             convention = (subfolder or "").replace("text_encoder", "tokenizer")
             places = [(str(model), place) for place in dict.fromkeys((convention, subfolder or ""))]
         self.tokenizer = find_tokenizer(places)
-        name, config, known = type(self.model).__name__, cast(Any, self.model).config, self.tokenizer.get_vocab()
+        name, known = type(self.model).__name__, self.tokenizer.get_vocab()
+        config = cast(Any, self.model).config.get_text_config()  # itself, but for models of images too
         if not len(self.tokenizer.all_special_ids) < len(self.tokenizer) <= config.vocab_size:
             numbers = f"knows {len(self.tokenizer)} tokens, {name} {config.vocab_size}"
             raise ValueError(f"The tokenizer in {places[0]} is of another model: it {numbers}. Give `tokenizer`.")
@@ -163,7 +164,7 @@ class TransformersText(TextEncoder):
     def _see_what_it_gives(self) -> None:
         name, one = type(self.model).__name__, torch.zeros(1, 1, dtype=torch.long, device=self.device)
         if self.device.type == "meta":  # a model without data can be counted, not run
-            width = cast(Any, self.model).config.hidden_size
+            width = cast(Any, self.model).config.get_text_config().hidden_size
             projection = getattr(self.model, "text_projection", None)
             self.token_dim = width if self.tokens else None
             self.pooled_dim = (width if projection is None else projection.out_features) if self.pooled else None

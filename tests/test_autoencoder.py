@@ -238,6 +238,10 @@ def test_images_that_would_be_resized_are_refused() -> None:
         Autoencoder(tiny_rae()).encode(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="reshape_to_2d=False, whose latents are tokens"):
         Autoencoder(tiny_rae(reshape_to_2d=False))
+    with pytest.raises(ValueError, match="must be left out: the model scales its latents itself"):
+        Autoencoder(tiny_rae(), scaling_factor=1.0)
+    with pytest.raises(ValueError, match="must be left out: the model scales its latents itself"):
+        Autoencoder(tiny_rae(), shift_factor=0.5)
 
 
 def test_another_device_is_refused() -> None:

@@ -230,6 +230,12 @@ def test_a_backbone_of_another_class_or_place_is_refused(tmp_path: Path) -> None
         (lambda: UNetDenoiser(backbones.unet(), attention="flash"), ValueError, "`attention`='flash'.*PyTorch's"),
         (lambda: UNetDenoiser(backbones.unet(num_class_embeds=4)), ValueError, "The UNet has num_class_embeds=4"),
         (lambda: SanaDenoiser(backbones.sana(guidance_embeds=True)), ValueError, "distilled Sana"),
+        (lambda: SanaDenoiser(backbones.sana(), attention="xformers"), ValueError, "in the place of the linear one"),
+        (
+            lambda: FluxDenoiser(backbones.flux(axes_dims_rope=(4, 4, 6))),
+            ValueError,
+            r"`axes_dims_rope`=\[4, 4, 6\] must add up to attention_head_dim = \d+",
+        ),
     ]
     for build, error, message in cases:
         with pytest.raises(error, match=message):

@@ -62,6 +62,10 @@ def test_data_that_do_not_fit_are_refused() -> None:
         ClassLabels(5)({"image": None}, 2)
     with pytest.raises(ValueError, match="class 7, .* `num_classes`=5"):
         ClassLabels(5)({"label": torch.tensor([0, 7])}, 2)
+    with pytest.raises(ValueError, match="class -1, .* numbered from 0"):
+        ClassLabels(5)({"label": torch.tensor([0, -1])}, 2)
+    with pytest.raises(ValueError, match=r"must hold whole numbers, got torch.float32"):
+        ClassLabels(5)({"label": torch.tensor([0.0, 1.0])}, 2)
     with pytest.raises(ValueError, match="`dropout` must lie in"):
         ClassLabels(5, dropout=1.5)
     with pytest.raises(ValueError, match="`num_classes` must be 0"):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import tiny_dit, tiny_sd3
@@ -49,6 +51,37 @@ def test_a_backbone_of_ones_own_is_a_few_lines() -> None:
     mine = Mine(Net(1, 4))
     mine.check(4, 8, ClassLabels(3))
     assert mine(torch.randn(2, 4, 8, 8), torch.rand(2), Condition()).shape == (2, 4, 8, 8)
+
+
+def test_a_backbone_of_packed_latents_may_say_its_output_unpacked() -> None:
+    """As Qwen-Image's: tokens of four latents go in, and its ``out_channels`` are one latent's."""
+
+    class Packed(Denoiser):
+        @property
+        def latent_channels(self) -> int:
+            return int(self.config_value("in_channels")) // 4
+
+        def forward(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return z_t
+
+    class Net(nn.Linear):
+        config = SimpleNamespace(in_channels=64, out_channels=16)
+
+    packed = Packed(Net(1, 1))
+    packed.check(16, 8, ClassLabels(3))
+    with pytest.raises(ValueError, match="takes latents of 16 channels, the autoencoder makes 4"):
+        packed.check(4, 8, ClassLabels(3))
+    packed.backbone.config = SimpleNamespace(in_channels=64, out_channels=8)
+    with pytest.raises(ValueError, match="predicts 8 channels for latents of 64"):
+        packed.check(16, 8, ClassLabels(3))
+
+
+def test_sd3_without_stored_positions_takes_any_size() -> None:
+    """diffusers then makes them for the size at hand."""
+    sd3 = tiny_sd3(pos_embed_max_size=None)
+    sd3.check(4, 32, ClassTokens(3, 8, 8))
+    condition = Condition(tokens=torch.randn(1, 2, 8), pooled=torch.randn(1, 8))
+    assert sd3(torch.randn(1, 4, 32, 32), torch.tensor([500.0]), condition).shape == (1, 4, 32, 32)
 
 
 def test_what_does_not_fit_is_refused() -> None:

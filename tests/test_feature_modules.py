@@ -11,7 +11,7 @@ import pytest
 import torch
 from compvis import CompVisKL, frozen_as_they_do
 from conftest import tiny_kl
-from diffusers import AutoencoderKLLTXVideo
+from diffusers import AutoencoderKLLTXVideo, ConsistencyDecoderVAE
 from families import scrambled, tiny_rae
 from PIL import Image
 from torch import Tensor, nn
@@ -373,3 +373,18 @@ def test_a_scale_that_no_one_gives_is_told(caplog: pytest.LogCaptureFixture) -> 
     assert "scaled" not in caplog.text
     Autoencoder(CompVisKL(tiny_kl()))
     assert "CompVisKL does not say how its latents are scaled" in caplog.text
+
+
+def test_a_decoder_that_draws_noise_is_refused() -> None:
+    """Its features of one latent differ each time, and with them the loss of a perfect estimate from 0."""
+    blocks: dict[str, Any] = {
+        "encoder_block_out_channels": (32,),
+        "encoder_down_block_types": ("DownEncoderBlock2D",),
+        "decoder_block_out_channels": (32,),
+        "decoder_down_block_types": ("ResnetDownsampleBlock2D",),
+        "decoder_up_block_types": ("ResnetUpsampleBlock2D",),
+        "decoder_layers_per_block": 1,
+    }
+    model = ConsistencyDecoderVAE(**blocks)
+    with pytest.raises(ValueError, match="ConsistencyDecoderVAE decodes by sampling"):
+        Autoencoder(model, feature_modules=["decoder_unet.mid_block"])

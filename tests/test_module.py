@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import image_batch, tiny_dit, tiny_kl, tiny_sd3
 from diffusers import DDPMScheduler
+from families import tiny_rae
 from forked import run_ranks
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import save_file
@@ -238,6 +239,17 @@ def test_images_depend_on_seed_label_and_weights_alone(make_module: MakeModule) 
     torch.testing.assert_close(together[1:2], module.generate([4], [1]), atol=1e-4, rtol=1e-3)
     assert not torch.allclose(module.generate([4], [1]), module.generate([4], [2]))
     assert module.generate([], []).shape == (0, 3, 16, 16)
+
+
+def test_images_of_a_size_that_the_autoencoder_does_not_make_are_refused(make_module: MakeModule) -> None:
+    """Those of AutoencoderRAE have one, whatever its latents' size."""
+    denoiser = tiny_sd3(in_channels=64, out_channels=64, pos_embed_max_size=8)
+    module = make_module(autoencoder=Autoencoder(tiny_rae()), denoiser=denoiser)
+    assert module.generate([0], [0], image_size=8).shape == (1, 3, 8, 8)
+    with pytest.raises(
+        ValueError, match="`image_size` must be 8, the only size that the autoencoder decodes to, got 16"
+    ):
+        module.generate([0], [0], image_size=16)
 
 
 def test_images_in_training_mode_are_those_of_eval_mode(make_module: MakeModule) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
+from torch import nn
 
 from lpl_lightning.cli import main
 from lpl_lightning.parser_errors import plain_error
@@ -119,6 +122,35 @@ def test_what_is_mistyped_is_answered_in_one_line(
     assert len(error) == 1
     assert error[0].startswith("lpl: error: ")
     assert error[0].endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            {"class_path": "diffusers.AutoencoderKL", "init_args": {"norm_num_groups": 5}},
+            r"^num_channels \(64\) must be divisible by num_groups \(5\)$",
+        ),
+        ({"class_path": "test_parser_errors.Refusing"}, r"^`width` must be even, got 3\.$"),
+        ({"class_path": "test_parser_errors.Mistaken"}, rf"^KeyError in .*{Path(__file__).name}, line \d+: 'width'\."),
+    ],
+)
+def test_what_a_described_part_says_is_heard_where_it_could_be_a_path_too(model: dict[str, Any], said: str) -> None:
+    """And not what the parser says of the other kinds that it might have been."""
+    with pytest.raises(ValueError, match=said):
+        main(["fit", "-c", str(ROOT / "configs" / "quickstart.yaml"), f"--model.autoencoder.model={json.dumps(model)}"])
+
+
+class Refusing(nn.Module):
+    def __init__(self) -> None:
+        raise ValueError("`width` must be even, got 3.")
+
+
+class Mistaken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        given: dict[str, int] = {}
+        self.width = given["width"]
 
 
 @pytest.mark.parametrize("option", ["-c", "--config", "--suite"])

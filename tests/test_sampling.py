@@ -446,6 +446,16 @@ def test_a_scheduler_that_reads_edm_with_another_sign_is_refused(family: Any) ->
                 Sampler(scheduler=scheduler).check(process)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_scheduler_of_edm_is_taken_whatever_the_default_precision(dtype: torch.dtype) -> None:
+    """As a trainer's bf16-true and 64-true have it."""
+    torch.set_default_dtype(dtype)
+    try:
+        Sampler(scheduler=EDMDPMSolverMultistepScheduler(sigma_data=1.0)).check(EDM())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_what_has_a_standard_deviation_of_the_data_and_is_not_edm_is_refused() -> None:
     with pytest.raises(ValueError, match="CMStochasticIterativeScheduler with prediction_type=None reads what"):
         Sampler(scheduler=CMStochasticIterativeScheduler(sigma_data=1.0)).check(EDM())

@@ -20,6 +20,8 @@ from transformers import (
     CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLModel,
     T5EncoderModel,
 )
 
@@ -383,6 +385,24 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "lpl-lightning\[text\]": .*open_clip'):
         OpenCLIPText("ViT-B-32")
+
+
+def test_the_text_of_a_model_of_images_too_is_that_of_its_language_model() -> None:
+    """As Qwen2.5-VL's, which Qwen-Image is conditioned by; the vocabulary is in a config within its config."""
+    text: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 722}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16}
+    model = Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    encoder = TransformersText(model, tokenizer=str(TINY / "sdxl" / "tokenizer"), use_mask=True)
+    found = encoder(["a cat", "two dogs running"])
+    assert found.tokens is not None
+    assert found.mask is not None
+    ids = encoder.tokenizer(["a cat", "two dogs running"], padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        expected = model.language_model(**ids).last_hidden_state
+    torch.testing.assert_close(found.tokens[found.mask], expected[found.mask])
+    assert (encoder.token_dim, encoder.max_length) == (16, 77)
 
 
 TOWER: dict[str, Any] = {
