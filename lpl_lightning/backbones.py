@@ -207,6 +207,7 @@ class UNetDenoiser(Denoiser):
             "class_embed_type": (None,),
             "num_class_embeds": (None,),
             "encoder_hid_dim_type": (None,),
+            "time_cond_proj_dim": (None,),
         }
         for key, known in others.items():
             if config.get(key) not in known:
@@ -261,6 +262,11 @@ class FluxDenoiser(Denoiser):
         super().__init__(backbone, **options)
         self.guidance = guidance
         config = self.backbone.config
+        if config.out_channels not in (None, config.in_channels):
+            raise ValueError(
+                f"`out_channels`={config.out_channels} must equal in_channels = {config.in_channels}, since tokens "
+                "hold four latents each. Leave it out."
+            )
         if sum(config.axes_dims_rope) != config.attention_head_dim:
             raise ValueError(
                 f"`axes_dims_rope`={list(config.axes_dims_rope)} must add up to attention_head_dim = "

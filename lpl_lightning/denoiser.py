@@ -122,7 +122,8 @@ class Denoiser(nn.Module, ABC):
     @property
     def patch(self) -> int:
         """What the side of the latents must be a multiple of."""
-        return self.config_value("patch_size") or 1
+        size = self.config_value("patch_size") or 1
+        return int(size[-1] if isinstance(size, list | tuple) else size)  # one for each axis, the width last
 
     @property
     def needs(self) -> ConditionShape:

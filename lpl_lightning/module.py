@@ -174,6 +174,11 @@ class LatentDiffusionModule(LPLMixin, GeneratingModule):
 
     def _check_parts(self) -> None:
         check_noise(self.noise)
+        if self.autoencoder.space.rank not in (None, 4):
+            raise ValueError(
+                f"`autoencoder`: {type(self.autoencoder.model).__name__} is one of video, and this module trains on "
+                "images. Take one of images, or LatentPerceptualLoss in a loop of your own, which takes both."
+            )
         if self._image_size is not None:
             check_divides(self._image_size, self.autoencoder.downscale)
         latent_size = None if self._image_size is None else self.latent_size

@@ -6,8 +6,8 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
 from typing import Any, Literal, cast
 
@@ -50,6 +50,17 @@ def initial_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -
         (B, C, h, w) float32, on the CPU.
     """
     return torch.stack([torch.randn(*shape, generator=generator, dtype=torch.float32) for generator in generators])
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Schedulers make numbers of PyTorch's default dtype, which a trainer's ``64-true`` and ``bf16-true`` change."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Sampler:
@@ -129,6 +140,7 @@ class Sampler:
                 raise ValueError(message)
             rank_zero_warn(message)
 
+    @_float32_by_default()
     def _set_up(self, noise: NoiseProcess, device: torch.device) -> Any:
         """The scheduler with its timesteps, if it fits."""
         if self.scheduler is not None:
@@ -201,7 +213,8 @@ class Sampler:
                 conditional, unconditional = prediction.chunk(2)
                 prediction = unconditional + self.guidance_scale * (conditional - unconditional)
             _aim(scheduler, step, after)
-            z = cast(Tensor, scheduler.step(prediction, step, z, **noise_source).prev_sample)
+            with _float32_by_default():
+                z = cast(Tensor, scheduler.step(prediction, step, z, **noise_source).prev_sample)
         return z
 
     def _autocast(self, device_type: str) -> AbstractContextManager[Any]:

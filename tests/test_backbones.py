@@ -236,6 +236,8 @@ def test_a_backbone_of_another_class_or_place_is_refused(tmp_path: Path) -> None
             ValueError,
             r"`axes_dims_rope`=\[4, 4, 6\] must add up to attention_head_dim = \d+",
         ),
+        (lambda: FluxDenoiser(backbones.flux(out_channels=4)), ValueError, "`out_channels`=4 must equal .* = 16"),
+        (lambda: UNetDenoiser(backbones.unet(time_cond_proj_dim=8)), ValueError, "The UNet has time_cond_proj_dim=8"),
     ]
     for build, error, message in cases:
         with pytest.raises(error, match=message):

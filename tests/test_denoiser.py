@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -46,11 +47,14 @@ def test_a_backbone_of_ones_own_is_a_few_lines() -> None:
             return z_t * scale[:, :, None, None]
 
     class Net(nn.Linear):
-        config = nn.Module()
+        config: Any = nn.Module()
 
     mine = Mine(Net(1, 4))
     mine.check(4, 8, ClassLabels(3))
     assert mine(torch.randn(2, 4, 8, 8), torch.rand(2), Condition()).shape == (2, 4, 8, 8)
+    mine.backbone.config = SimpleNamespace(patch_size=(1, 2, 2))  # as diffusers' backbones of video say it
+    with pytest.raises(ValueError, match="latents are 7 wide, no multiple of 2"):
+        mine.check(4, 7, ClassLabels(3))
 
 
 def test_a_backbone_of_packed_latents_may_say_its_output_unpacked() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import image_batch, tiny_dit, tiny_kl, tiny_sd3
 from diffusers import DDPMScheduler
-from families import tiny_rae
+from families import FAMILIES, tiny_rae
 from forked import run_ranks
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import save_file
@@ -222,6 +222,11 @@ def test_what_does_not_fit_is_refused_before_the_first_step(make_module: MakeMod
             fits(make_module, autoencoder=Autoencoder(tiny_kl(latent_channels=16))),
             ShapesDataModule(image_size=16),
             "takes latents of 4 channels, the autoencoder makes 16",
+        ),
+        (
+            fits(make_module, autoencoder=Autoencoder(FAMILIES["qwen"].model())),
+            ShapesDataModule(image_size=16),
+            "AutoencoderKLQwenImage is one of video, and this module trains on images",
         ),
     ]
     for module, data, message in cases:

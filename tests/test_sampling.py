@@ -31,6 +31,7 @@ from diffusers import (
     LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    TCDScheduler,
     UnCLIPScheduler,
     UniPCMultistepScheduler,
 )
@@ -447,13 +448,33 @@ def test_a_scheduler_that_reads_edm_with_another_sign_is_refused(family: Any) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_scheduler_of_edm_is_taken_whatever_the_default_precision(dtype: torch.dtype) -> None:
-    """As a trainer's bf16-true and 64-true have it."""
+@pytest.mark.parametrize(
+    ("process", "scheduler"),
+    [
+        (EDM(), EDMDPMSolverMultistepScheduler(sigma_data=1.0)),
+        (FlowMatching(), UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")),
+        (DDPM(), TCDScheduler(**CHAIN, clip_sample=False)),
+    ],
+)
+def test_samples_do_not_depend_on_the_default_precision(
+    process: NoiseProcess, scheduler: Any, dtype: torch.dtype
+) -> None:
+    """Which a trainer's bf16-true and 64-true change."""
+    sampler, noise = Sampler(num_steps=5, guidance_scale=1.0, scheduler=scheduler), torch.randn(4000, 1, 1, 1)
+
+    def sample() -> Tensor:
+        sampler.check(process)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
+        return sampler(exact_denoiser(process), process, noise, NOTHING, generators=generators)
+
+    expected = sample()
     torch.set_default_dtype(dtype)
     try:
-        Sampler(scheduler=EDMDPMSolverMultistepScheduler(sigma_data=1.0)).check(EDM())
+        found = sample()
     finally:
         torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_what_has_a_standard_deviation_of_the_data_and_is_not_edm_is_refused() -> None:
