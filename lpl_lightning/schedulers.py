@@ -72,7 +72,7 @@ def check_scheduler(scheduler: Any, noise: NoiseProcess, num_steps: int) -> None
         )
     name = type(scheduler).__name__
     if made_for == "edm":
-        level = torch.tensor([2.0], dtype=torch.float32)
+        level = torch.tensor([2.0])
         times = getattr(scheduler, "precondition_noise", noise.time_at)
         if kind != "epsilon" or not torch.allclose(times(level), noise.time_at(level)):
             raise ValueError(

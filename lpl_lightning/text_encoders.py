@@ -144,7 +144,7 @@ class TransformersText(TextEncoder):
             places = [(str(model), place) for place in dict.fromkeys((convention, subfolder or ""))]
         self.tokenizer = find_tokenizer(places)
         name, known = type(self.model).__name__, self.tokenizer.get_vocab()
-        config = cast(Any, self.model).config.get_text_config()  # itself, but for models of images too
+        config = _text_config(self.model)
         if not len(self.tokenizer.all_special_ids) < len(self.tokenizer) <= config.vocab_size:
             numbers = f"knows {len(self.tokenizer)} tokens, {name} {config.vocab_size}"
             raise ValueError(f"The tokenizer in {places[0]} is of another model: it {numbers}. Give `tokenizer`.")
@@ -164,7 +164,7 @@ class TransformersText(TextEncoder):
     def _see_what_it_gives(self) -> None:
         name, one = type(self.model).__name__, torch.zeros(1, 1, dtype=torch.long, device=self.device)
         if self.device.type == "meta":  # a model without data can be counted, not run
-            width = cast(Any, self.model).config.get_text_config().hidden_size
+            width = _text_config(self.model).hidden_size
             projection = getattr(self.model, "text_projection", None)
             self.token_dim = width if self.tokens else None
             self.pooled_dim = (width if projection is None else projection.out_features) if self.pooled else None
@@ -309,3 +309,9 @@ def _checked(layer: int, tokens: bool, pooled: bool, dtype: str) -> torch.dtype:
 def _vector(output: Any) -> Tensor | None:
     """The projected vector, or else the pooler's, or else None."""
     return cast(Tensor | None, getattr(output, "text_embeds", getattr(output, "pooler_output", None)))
+
+
+def _text_config(model: nn.Module) -> Any:
+    """A model's config, or that of its text, where it is one of images too."""
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
