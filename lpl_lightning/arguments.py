@@ -109,17 +109,18 @@ def refusal(error: BaseException) -> BaseException:
     Returns:
         The first of its causes that was not raised by the parser itself, or the last where all were.
     """
-    found = error
-    while raised_in(found).startswith("jsonargparse") and (causes := _causes(found)):
-        found, *others = causes
-        if others:  # what a value could be, of which the first alone is chained
-            said = [refusal(cause) for cause in causes]
-            return next((one for one in said if not raised_in(one).startswith("jsonargparse")), said[0])
-    return found
+    if not _is_of_parser(error):
+        return error
+    said = [refusal(cause) for cause in _causes(error)]
+    return next((one for one in said if not _is_of_parser(one)), said[0] if said else error)
+
+
+def _is_of_parser(error: BaseException) -> bool:
+    return raised_in(error).startswith("jsonargparse")
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """What made a parser raise an error: of a union, the errors of all its members."""
+    """What made a parser raise an error: of a union, all its members' errors, of which it chains the first alone."""
     place = _place(error)
     tried = place.f_locals.get("exceptions") if place is not None else None
     if isinstance(tried, list) and error.__cause__ is not None and error.__cause__ in tried:
