@@ -11,9 +11,10 @@
 
 PHOTOS has ``train`` and ``val``, each with a folder a class. The autoencoder is the one that lies beside this file,
 unless ``--anew`` asks for one of your own. ``run`` makes what is missing and nothing twice: stopped and called again,
-it goes on, also within a training. ``--scale gpu`` lays ``configs/study/gpu.yaml`` over all models, ``--scale gpu-128``
-``configs/study/imagenette.yaml`` too, for photos of 128 px in an ``--out`` of their own, ``--jobs 8`` runs
-so many commands at a time, as many small models as it takes to fill a GPU, and ``--minutes 9`` begins none later.
+it goes on, also within a training. ``--pretraining 1`` starts from models that were pre-trained with another seed, in a
+folder beside ``--out``. ``--scale gpu`` lays ``configs/study/gpu.yaml`` over all models, ``--scale gpu-128``
+``configs/study/imagenette.yaml`` too, for photos of 128 px in an ``--out`` of their own, ``--jobs 8`` runs so many
+commands at a time, as many small models as it takes to fill a GPU, and ``--minutes 9`` begins none later.
 Commands run in the repository's folder, with ``PYTHONPATH=notebooks``.
 """
 
@@ -97,6 +98,7 @@ class Scale:
         fewer: The same where that is done for several averages or numbers of sampling steps, too.
         overlays: Config files that are laid over the models'.
         side: Of the photos, in pixels.
+        pretraining: Seed of the trainings before.
     """
 
     pretrain: int
@@ -107,6 +109,7 @@ class Scale:
     fewer: Setting
     overlays: tuple[str, ...] = ()
     side: int = 64
+    pretraining: int = 0
 
 
 SCALES = {
@@ -158,7 +161,7 @@ class Run:
 
 def pretrained(process: str, scale: Scale) -> Run:
     """What the others start from."""
-    return Run(f"pretrain-{process}", process, 0, scale.pretrain)
+    return Run(f"pretrain-{process}", process, scale.pretraining, scale.pretrain)
 
 
 def post(scale: Scale, name: str, process: str = "flow", seed: int = 1, **options: Any) -> Run:
@@ -661,8 +664,8 @@ def collect(out: Path) -> None:
 def table(path: Path, first: str = "none", second: str = "lpl") -> str:
     """Runs with LPL against those without, paired by seed, from what was collected.
 
-    Differences have 95 % intervals of Student's t over seeds: what another post-training would give, where those of
-    ``lpl compare`` say what other images of the same model would. A value of one seed alone has none.
+    Differences have 95 % intervals of Student's t over seeds: where the mean over post-trainings lies, where those of
+    ``lpl compare`` say what other images of the same model would give. A value of one seed alone has none.
     """
     from scipy import stats  # of the extra `dev`: machines that only train need it not
 
@@ -742,6 +745,9 @@ def main() -> None:
             f"--{name}", type=rooted, default=Path(name), help="folder, for the experiment of that name"
         )
     parser.add_argument("--out", type=rooted, default=Path("runs/study"))
+    parser.add_argument(
+        "--pretraining", type=int, default=0, metavar="SEED", help="of the models that others start from"
+    )
     parser.add_argument("--anew", action="store_true", help="with an autoencoder of your own, which is trained first")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no command begins")
@@ -753,6 +759,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="runs whose names hold this")
     given = parser.parse_args()
     os.chdir(ROOT)
+    if given.pretraining:
+        given.out = given.out.with_name(f"{given.out.name}-pretraining-{given.pretraining}")
     if given.action == "collect":
         collect(given.out)
         return
@@ -767,7 +775,7 @@ def main() -> None:
         return
     if unknown := set(given.experiments) - {*names, "ceilings"}:
         parser.error(f"There is no experiment {', '.join(sorted(unknown))}. Known: {', '.join(names)}, ceilings.")
-    scale = SCALES[given.scale]
+    scale = replace(SCALES[given.scale], pretraining=given.pretraining)
     asked: dict[str, Task] = {}
     for name in given.experiments or ["main"]:
         runs = [run for run in experiments(scale).get(name, []) if given.only in run.name]

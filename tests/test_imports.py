@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,84 +13,20 @@ from conftest import ROOT
 
 import lpl_lightning
 
-ORDER = [
-    "arguments",
-    "own_files",
-    "file_names",
-    "checkpoint_files",
-    "checkpoints",
-    "processes",
-    "memory",
-    "step_record",
-    "draws",
-    "loader_processes",
-    "run_folder",
-    "data",
-    "pretrained",
-    "model_loading",
-    "autoencoder_loading",
-    "frozen",
-    "posterior",
-    "latents",
-    "stages",
-    "video_stages",
-    "feature_modules",
-    "folded_convolution",
-    "frozen_normalization",
-    "frozen_operations",
-    "execution",
-    "autoencoder",
-    "times",
-    "noise",
-    "estimates",
-    "conditioning",
-    "text_loading",
-    "text_encoders",
-    "captions",
-    "agreement",
-    "metrics",
-    "denoiser",
-    "sharding",
-    "strategies",
-    "backbones",
-    "fine_tuning",
-    "base_weights",
-    "multiply_adds",
-    "losses",
-    "schedulers",
-    "sampling",
-    "optimization",
-    "mixin",
-    "rebuilding",
-    "drawing",
-    "generation",
-    "module",
-    "export",
-    "autoencoder_module",
-    "evaluation",
-    "captioning",
-    "callbacks",
-    "profiling",
-    "replay",
-    "sweep",
-    "encoding_tasks",
-    "encoder",
-    "encoding",
-    "chosen_checkpoint",
-    "stand_ins",
-    "packaged_configs",
-    "parser_errors",
-    "command_arguments",
-    "command_texts",
-    "cli",
-    "__main__",
-]
 PACKAGE = ROOT / "lpl_lightning"
+LAYOUT = [line.split("|")[1] for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| `")]
+ORDER = [*re.findall(r"`(\w+)(?:\.py|/)`", " ".join(LAYOUT)), "__main__"]
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 
 def unit(name: str) -> str:
     return name.split(".")[1]
+
+
+def test_the_layout_has_each_file_once() -> None:
+    """That of CONTRIBUTING.md, whose order is the one that imports follow."""
+    units = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert sorted(ORDER) == sorted(units)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -125,6 +125,18 @@ def test_a_tiny_decoder_is_distilled(tmp_path: Path) -> None:
     assert made.model.config["decoder_block_out_channels"] == [4, 4, 4]
 
 
+def test_another_pretraining_lies_beside(tmp_path: Path) -> None:
+    """Else what was trained from one would be taken for what was trained from the other."""
+    script = [sys.executable, str(SCRIPT), "plan", "main", "--out", str(tmp_path / "runs"), "--only", "flow-lpl-2"]
+    for options, seed, out in (([], 0, "runs"), (["--pretraining", "1"], 1, "runs-pretraining-1")):
+        said = subprocess.run([*script, *options], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        before, after = (line for line in said.splitlines() if line.startswith("lpl fit"))
+        assert f"--seed_everything={seed} " in before
+        assert "--seed_everything=2 " in after
+        assert f"--model.weights={tmp_path / out / 'pretrain-flow'}/" in after
+        assert said.count(str(tmp_path)) == said.count(f"{tmp_path / out}/") + said.count(f"={tmp_path / out} ")
+
+
 def test_latents_that_were_begun_go_on(tmp_path: Path) -> None:
     """``lpl encode`` writes its manifest before the first of them."""
     folder = tmp_path / "runs" / "latents"
