@@ -76,6 +76,11 @@ class LPLCLI(LightningCLI):
     Beside Lightning's commands there are ``profile``, ``replay``, ``sweep`` and ``encode``; see ``EncodingTrainer``.
     """
 
+    def __init__(self, *parts: Any, args: ArgsType = None, **options: Any) -> None:
+        words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+        self._words = [str(word) for word in words]
+        super().__init__(*parts, args=args, **options)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The commands, and which arguments of the trainer's methods are no options of theirs."""
@@ -89,6 +94,10 @@ class LPLCLI(LightningCLI):
             command.help = COMMANDS.get(command.dest, command.help)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        first = self._words[:1]
+        if first != [subcommand] and (first in (["-h"], ["--help"]) or {*first} & {*self.subcommands()}):
+            # Is listed, and no more: a command's arguments take longer to add than they do to read.
+            return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in EVALUATIONS:
             said = "Decay of the average of EMA to take from the checkpoint, or 'trained' for the weights as trained."
@@ -124,8 +133,7 @@ class LPLCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and put the stand-ins in place of what they stand in for; a refusal is one line."""
-        words = args if isinstance(args, list) else sys.argv[1:]
-        self._names_checkpoint = any(str(word).partition("=")[0] == "--ckpt_path" for word in words)
+        self._names_checkpoint = any(word.partition("=")[0] == "--ckpt_path" for word in self._words)
         try:
             self._parse(parser, args)
         except ArgumentError as error:

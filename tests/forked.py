@@ -79,9 +79,11 @@ def ended_well(*scripts: Script) -> list[CompletedProcess[str]]:
 
 
 def run_ranks(path: str | Path, *arguments: object, devices: int = 2) -> list[CompletedProcess[str]]:
-    """Run a script that trains on several devices, as processes that to Lightning were started by something else."""
+    """Run a script that trains on several devices, as processes that ``torchrun`` would have started."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = str(listening.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
-    return ended_well(*(Script(path, *arguments, **shared, LOCAL_RANK=str(rank)) for rank in range(devices)))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(devices), "GROUP_RANK": "0"}
+    shared["TORCHELASTIC_RUN_ID"] = "none"
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(devices))
+    return ended_well(*(Script(path, *arguments, **shared, **rank) for rank in ranks))

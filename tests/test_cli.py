@@ -26,7 +26,7 @@ from PIL import Image
 from lpl_lightning import Autoencoder, LatentDiffusionModule
 from lpl_lightning.captioning.batches import Share
 from lpl_lightning.captioning.journal import Journal
-from lpl_lightning.cli import WITHOUT_TRAINER, main
+from lpl_lightning.cli import LPLCLI, WITHOUT_TRAINER, main
 from lpl_lightning.evaluation import compare
 
 CONFIGS = ROOT / "configs"
@@ -76,7 +76,10 @@ def photos(tmp_path: Path) -> Path:
 
 
 def folder_args(photos: Path) -> list[str]:
+    """Of ``configs/folder.yaml``, for so few photos a model of one layer."""
+    sizes = {"num_layers": 1, "num_attention_heads": 1, "caption_projection_dim": 64}
     return [
+        *(f"--model.denoiser.backbone.{name}={size}" for name, size in sizes.items()),
         f"--data.root={photos}",
         "--data.num_workers=0",
         f"--model.autoencoder.model={photos.parent / 'vae'}",
@@ -219,6 +222,38 @@ def test_every_key_of_a_config_is_explained(name: str) -> None:
     lines = (CONFIGS / name).read_text().splitlines()
     comments = sum(line.lstrip().startswith("#") for line in lines)
     assert comments >= 0.3 * (len(lines) - comments)
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [(["fit"], 1), (["--help"], 0), (["-c", "CONFIG", "fit"], len(LPLCLI.subcommands()))],
+    ids=["command", "help", "config_first"],
+)
+def test_arguments_are_added_of_the_command_that_is_called(
+    words: list[str],
+    count: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Those of all take longer to add than one's take to read; a file before the command may be of any."""
+    added = []
+    add = LPLCLI.add_arguments_to_parser
+
+    def counted(self: LPLCLI, parser: Any) -> None:
+        added.append(parser)
+        add(self, parser)
+
+    monkeypatch.setattr(LPLCLI, "add_arguments_to_parser", counted)
+    own = tmp_path / "all.yaml"
+    own.write_text(yaml.safe_dump({"fit": yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())}))
+    words = [str(own) if word == "CONFIG" else word for word in words]
+    with pytest.raises(SystemExit) as ended:
+        main(words if words == ["--help"] else [*words, *(["-c", str(CONFIGS / "quickstart.yaml")]), "--print_config"])
+    assert ended.value.code == 0
+    assert len(added) == count
+    said = capsys.readouterr().out
+    assert all(f"    {name} " in said for name in LPLCLI.subcommands()) == (words == ["--help"])
 
 
 def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -444,14 +479,17 @@ def test_a_checkpoint_of_another_model_is_refused(photos: Path, tmp_path: Path) 
 def test_prediction_goes_on_in_another_process(tmp_path: Path) -> None:
     """What the first process recorded is what the second one finds, whatever the order of Python's sets."""
     out = tmp_path / "out"
-    for number, seed in ((1, "1"), (2, "2")):
-        command = [sys.executable, "-m", "lpl_lightning", "predict", "-c", str(CONFIGS / "quickstart.yaml"), *FEW]
-        command += [f"--data.num_generate={number}", f"--writer.dirname={out}", "--trainer.accelerator=cpu"]
-        command += [*in_folder(tmp_path), "--trainer.enable_progress_bar=false"]
-        environment = os.environ | {"PYTHONHASHSEED": seed}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert len(list(out.rglob("*.png"))) == number
+    command = ["predict", "-c", str(CONFIGS / "quickstart.yaml"), *FEW, f"--writer.dirname={out}"]
+    command += ["--trainer.accelerator=cpu", *in_folder(tmp_path), "--trainer.enable_progress_bar=false"]
+    environment = os.environ | {"PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
+    other = [sys.executable, "-m", "lpl_lightning", *command, "--data.num_generate=1"]
+    done = subprocess.run(other, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (made,) = out.rglob("*.png")
+    written = made.stat().st_mtime_ns
+    main([*command, "--data.num_generate=2"])
+    assert len(list(out.rglob("*.png"))) == 2
+    assert made.stat().st_mtime_ns == written
 
 
 def test_a_signal_ends_what_is_no_training(tmp_path: Path) -> None:

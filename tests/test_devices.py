@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import SD3Transformer2DModel
-from forked import run_script
+from forked import run_ranks, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from test_cli import in_folder
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("devices")
     one = ["one-life", "one-plain", "one-mixed", "one-true", "one-lora", "one-auto"]
     run_script(device_run.__file__, found, *one)
-    torchrun(found, *WAYS)
+    run_ranks(device_run.__file__, found, *WAYS)
     return found
 
 
