@@ -22,6 +22,7 @@ __all__ = [
     "autoencoder_fingerprint",
     "check_batch",
     "check_encoded",
+    "check_match",
     "check_meaning",
     "check_noise",
     "check_precision",
@@ -258,3 +259,19 @@ def _check_shape(what: str, found: Any, wanted: Sequence[int]) -> None:
     if not isinstance(found, Tensor) or tuple(found.shape) != tuple(wanted):
         got = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise ValueError(f"{what} must give a tensor of shape {tuple(wanted)}, got {got}.")
+
+
+def check_match(decoder: Autoencoder, encoder: object) -> None:
+    """Refuse an autoencoder of other latents than the module's."""
+    if not isinstance(encoder, Autoencoder) or encoder is decoder:
+        return
+    for name in ("latent_channels", "downscale"):
+        try:
+            own, other = getattr(decoder, name), getattr(encoder, name)
+        except ValueError:  # one of them does not say
+            continue
+        if own != other:
+            raise ValueError(
+                f"`autoencoder` must be made for the latents of the module's: its {name} is {own}, expected {other}. "
+                "For a cheaper decoder give the tiny autoencoder that was distilled from the module's own."
+            )

@@ -76,10 +76,12 @@ class LPLCLI(LightningCLI):
     Beside Lightning's commands there are ``profile``, ``replay``, ``sweep`` and ``encode``; see ``EncodingTrainer``.
     """
 
-    def __init__(self, *parts: Any, args: ArgsType = None, **options: Any) -> None:
+    def __init__(
+        self, model_class: Any = None, datamodule_class: Any = None, *, args: ArgsType = None, **options: Any
+    ) -> None:
         words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         self._words = [str(word) for word in words]
-        super().__init__(*parts, args=args, **options)
+        super().__init__(model_class, datamodule_class, args=args, **options)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

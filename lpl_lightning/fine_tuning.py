@@ -147,7 +147,9 @@ class LoRA(FineTuning):
         for parameter in denoiser.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        _save_only(denoiser, trained)
+        # What a denoiser of a user's own has beside the backbone is in no base model.
+        own = {name for name in denoiser.state_dict() if not name.startswith("backbone.")}
+        _save_only(denoiser, trained | own)
 
 
 def _save_only(denoiser: Denoiser, trained: set[str]) -> None:

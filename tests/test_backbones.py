@@ -156,6 +156,7 @@ def test_of_blocks_inside_blocks_the_outer_ones_are_compiled() -> None:
     assert {type(m).__name__ for m in compiled} == {"JointTransformerBlock"}
 
 
+@pytest.mark.slow
 def test_compiled_blocks_compute_the_same() -> None:
     plain, compiled, c = denoiser("SD3"), denoiser("SD3", compile=["JointTransformerBlock"]), condition()
     with torch.no_grad():

@@ -357,21 +357,25 @@ def test_bad_input_is_one_clear_error(
         assert len(str(raised.value)) < 400, "the message is the error, not a dump of the config"
 
 
-@pytest.mark.parametrize("command", ["validate", "test", "predict", "sweep"])
-def test_the_last_checkpoint_of_a_run_or_none(command: str, tmp_path: Path) -> None:
+def test_the_last_checkpoint_of_a_run_or_none(tmp_path: Path) -> None:
     """Not the model as it was drawn, which Lightning would take without more than a warning."""
     tiny = ["-c", str(CONFIGS / "quickstart.yaml"), "-c", str(CONFIGS / "tiny.yaml"), *in_folder(tmp_path)]
     tiny += ["--trainer.enable_progress_bar=false", "--ckpt_path=last"]
-    options = {
+    commands = {
         "validate": ["--validation.num_images=0"],
         "test": ["--evaluation.num_images=4"],
         "predict": ["--data.num_generate=2", f"--writer.dirname={tmp_path / 'images'}"],
         "sweep": ["--num_steps=[1]", "--evaluation.num_images=4"],
-    }[command]
-    with pytest.raises(ValueError, match=f"`ckpt_path` is last, and there is no checkpoint in .*: give `lpl {command}"):
-        main([command, *tiny, *options])
+    }
+    for name, options in commands.items():
+        with pytest.raises(
+            ValueError, match=f"`ckpt_path` is last, and there is no checkpoint in .*: give `lpl {name}"
+        ):
+            main([name, *tiny, *options])
     main(["fit", *tiny, "--trainer.max_steps=2"])
-    main([command, *tiny, *options])
+    for name, options in commands.items():
+        main([name, *tiny, *options])
+    assert len(list((tmp_path / "images").rglob("*.png"))) == 2
 
 
 ONLY_STEPS = [

@@ -284,6 +284,7 @@ def by_slurm(command: list[str]) -> None:
     assert "GLOBAL_RANK: 1, MEMBER: 2/2" in said[1]
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_by_fsdp2_and_predicts_with_the_average_asked_for(tmp_path: Path) -> None:
     source = by_command(tmp_path, "fsdp2", by_torchrun)
     configs = [
@@ -306,6 +307,7 @@ def test_the_command_line_trains_by_fsdp2_and_predicts_with_the_average_asked_fo
         main(["validate", *configs, *in_folder(tmp_path), "--ema", "0.5"])
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_by_ddp_as_tasks_of_slurm(tmp_path: Path) -> None:
     source = by_command(tmp_path, "ddp", by_slurm)
     found = torch.load(source, weights_only=True)

@@ -135,6 +135,7 @@ def test_another_model_in_the_same_place_is_run_as_itself(monkeypatch: pytest.Mo
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
+@pytest.mark.slow
 def test_stages_compiled_in_inference_mode_can_be_used_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of channels so many that convolutions of enlarged maps are folded."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

@@ -300,6 +300,7 @@ class Taef2(nn.Module):
         return images
 
 
+@pytest.mark.slow
 def test_a_real_autoencoder_that_diffusers_cannot_load(shared: Path) -> None:
     """FLUX.2's tiny one: features by name, and photos that come back as well as its notes say (27.5 dB)."""
     model = Taef2(shared / "weights" / "taef2")

@@ -77,6 +77,30 @@ def test_lora_is_the_low_rank_update_of_the_layers_it_names(name: str) -> None:
         model.load_state_dict(dict(list(state.items())[1:]))
 
 
+def test_what_a_denoiser_has_of_its_own_is_saved_beside_a_lora() -> None:
+    """It is in no base model."""
+
+    class Own(SD3Denoiser):
+        def __init__(self, backbone: Any) -> None:
+            super().__init__(backbone)
+            self.gain: torch.Tensor
+            self.register_buffer("gain", torch.ones(()))
+            self.skip = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def made() -> Own:
+        own = Own(denoiser("SD3").backbone)
+        LoRA(rank=2).prepare(own)
+        return own
+
+    own = made()
+    own.gain.fill_(2.0)
+    state = own.state_dict()
+    assert {name for name in state if "lora" not in name} == {"gain", "skip"}
+    other = made()
+    other.load_state_dict(state)
+    assert other.gain == 2
+
+
 def test_a_lora_in_bfloat16_trains_in_float32() -> None:
     model = denoiser("UNet (SDXL)", dtype="bfloat16")
     LoRA(rank=2).prepare(model)

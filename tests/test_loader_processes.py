@@ -54,7 +54,7 @@ class Drawn(Dataset[int]):
         return torch.initial_seed() % 2**31
 
 
-@pytest.mark.parametrize("context", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("context", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_loader_processes_outlive_signals(context: str) -> None:
     """By each way of starting them; in the last, threads of libraries are there before."""
     options: dict[str, Any] = {"num_workers": 2, "multiprocessing_context": context}
@@ -116,7 +116,9 @@ def stuck_outside(worker_id: int) -> None:
         libc.usleep(100_000)
 
 
-@pytest.mark.parametrize("numbers", [[], [signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1]])
+@pytest.mark.parametrize(
+    "numbers", [pytest.param([], marks=pytest.mark.slow), [signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1]]
+)
 def test_they_end_with_the_training_process(numbers: list[int]) -> None:
     """Python waits at its exit for such processes."""
     code = f"from test_loader_processes import leave; leave(*{[int(number) for number in numbers]})"

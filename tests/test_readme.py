@@ -41,6 +41,7 @@ def test_the_main_command_trains_what_it_says(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("samples/*.png"))
 
 
+@pytest.mark.slow
 def test_the_main_command_needs_nothing_of_the_extras(tmp_path: Path) -> None:
     """In a process where what is installed for them alone cannot be found."""
     words = shlex.split(command("main-command")[0].split("&&")[1])

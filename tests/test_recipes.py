@@ -42,6 +42,9 @@ STACKS = [
 ]
 
 
+PLAIN = [[config] for config in PAPER[1:]]
+
+
 def test_no_config_is_forgotten() -> None:
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PAPER, *LORA, *OTHERS, *OVERLAYS, *DEVICES}
 
@@ -50,7 +53,12 @@ def given(stack: list[str]) -> list[str]:
     return [word for name in stack for word in ("-c", str(CONFIGS / f"{name}.yaml"))]
 
 
-@pytest.mark.parametrize("stack", STACKS, ids="+".join)
+@pytest.mark.parametrize(
+    "stack",
+    # What is there with LPL too takes as long without.
+    [pytest.param(one, marks=pytest.mark.slow) if [*one, "lpl"] in STACKS or one in PLAIN else one for one in STACKS],
+    ids="+".join,
+)
 def test_every_config_takes_two_steps_and_draws(stack: list[str], tmp_path: Path) -> None:
     if stack[0] in LORA:
         pytest.importorskip("peft")
@@ -76,7 +84,11 @@ def test_every_config_takes_two_steps_and_draws(stack: list[str], tmp_path: Path
         assert metrics["lpl_weight"][-1] > 0
 
 
-@pytest.mark.parametrize("stack", [["imagenet256", "flow", "lpl"], ["cc12m256", "ddpm_v"]], ids="+".join)
+@pytest.mark.parametrize(
+    "stack",
+    [["imagenet256", "flow", "lpl"], pytest.param(["cc12m256", "ddpm_v"], marks=pytest.mark.slow)],
+    ids="+".join,
+)
 def test_what_was_trained_is_evaluated(stack: list[str], tmp_path: Path) -> None:
     """By ``lpl test`` into the run's folder, by labels and by captions; and quickly by ``lpl validate``."""
     options = ["--trainer.enable_progress_bar=false", "--evaluation.cache=false", "--validation.cache=false"]

@@ -49,7 +49,7 @@ def fit(run: ReplayingTrainer, module: Any, data: list[Any]) -> None:
     run.fit(module, loader, loader)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", [pytest.param("32-true", marks=pytest.mark.slow), "bf16-mixed"])
 def test_a_finite_step_has_the_losses_it_had(precision: str, make_module: MakeModule, tmp_path: Path) -> None:
     """The fourth step, of two batches: with its ramp of LPL's weight, subset, times, noise and dropout of classes."""
     torch.manual_seed(0)
@@ -171,6 +171,7 @@ def test_a_batch_that_came_so_is_named(make_module: MakeModule, tmp_path: Path) 
     assert "Not finite as they came: 0.image." in found.text()
 
 
+@pytest.mark.slow
 def test_the_command_replays_what_a_run_has_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ["-c", str(ROOT / "configs" / "quickstart.yaml"), "-c", str(ROOT / "configs" / "guards.yaml")]
     config += ["-c", str(ROOT / "configs" / "tiny.yaml"), "--trainer.enable_progress_bar=false", *in_folder(tmp_path)]

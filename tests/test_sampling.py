@@ -624,6 +624,7 @@ def test_the_denoiser_alone_runs_in_a_lower_precision(around: bool) -> None:
         Sampler(precision="half")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_compiled_backbone_samples_the_same() -> None:
     z_start = initial_noise([torch.Generator().manual_seed(i) for i in range(2)], (4, 8, 8))
     condition = Condition(tokens=torch.randn(2, 3, TOKEN_DIM), pooled=torch.randn(2, POOLED_DIM))

@@ -38,7 +38,9 @@ def planned(folder: Path, experiment: str, scale: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("scale", "experiments", "kinds"),
     [
-        ("cpu", ("main", "rivals", "thin", "ceilings", "dit", "taesd3", "taesd"), 30),
+        pytest.param(
+            "cpu", ("main", "rivals", "thin", "ceilings", "dit", "taesd3", "taesd"), 30, marks=pytest.mark.slow
+        ),
         pytest.param("gpu", ("thin",), 6, marks=pytest.mark.slow),
         pytest.param("gpu-128", ("thin", "dit"), 10, marks=pytest.mark.slow),
     ],
@@ -107,6 +109,7 @@ def test_the_tiny_decoder_decodes_as_the_autoencoder_does() -> None:
     assert sizes[0] > 10 * sizes[1]
 
 
+@pytest.mark.slow
 def test_a_tiny_decoder_is_distilled(tmp_path: Path) -> None:
     """Two steps by the script; blocks that do not upsample as far are refused."""
     for number in range(4):

@@ -107,6 +107,7 @@ def test_averages_of_a_checkpoint(module: LatentDiffusionModule, make_module: Ma
     assert f"- checkpoint: {path}\n" in table.read_text()
 
 
+@pytest.mark.slow
 def test_averages_are_loaded_into_weights_that_are_sharded(tmp_path: Path) -> None:
     """The test of the first setting has shared them out."""
     said = run_script(Path(__file__).with_name("sharded_sweep.py"), tmp_path).stdout.splitlines()

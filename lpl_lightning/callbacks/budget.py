@@ -92,6 +92,7 @@ class Budget:
         self.thinned = thinned
         self.most = most
         self.corrections = corrections
+        self._given = Subset()  # which a loss has from here, and not by itself
         self.forget()
 
     def forget(self) -> None:
@@ -116,7 +117,7 @@ class Budget:
         Raises:
             ValueError: It has a subset of its own.
         """
-        if self.share is not None and loss.subset not in (Subset(), Subset(keep=self.keep or 1.0)):
+        if self.share is not None and loss.subset not in (Subset(), self._given):
             raise ValueError(
                 "`budget` finds a subset of the loss, which has one by `subset` already. Leave one of them out."
             )
@@ -124,8 +125,11 @@ class Budget:
             raise ValueError("`budget` times the loss with its gradient, which needs `execution` with streamed: true.")
         if self.keep is not None and len(self.keep) != len(loss.compared):
             self.keep, self._found = None, None  # of another loss: measured anew
-        if self.keep is not None:
-            loss.subset = Subset(keep=self.keep)
+        if self.share is not None:
+            self._give(loss)
+
+    def _give(self, loss: LatentPerceptualLoss) -> None:
+        loss.subset = self._given = Subset(keep=self.keep or 1.0)
 
     def start_term(self, device: torch.device) -> None:
         """The loss of a step, or of a part of it, is about to be computed."""
@@ -203,7 +207,7 @@ class Budget:
             costs = MapCosts(costs.seconds, costs.seconds)
         allowed = self._allowed(seconds, whole) / seconds
         self.keep = best_probabilities(costs, allowed)
-        loss.subset = Subset(keep=self.keep)
+        self._give(loss)
         if allowed < 1:
             self._found = Found(costs, seconds / counted, max(LEAST, allowed), self.corrections)
         self._say(costs, seconds / whole, allowed)
@@ -234,7 +238,7 @@ class Budget:
         part = found.part + (self._allowed(seconds, whole) - seconds) / slope
         part = min((1 + found.part) / 2, max(found.part / 2, part))
         self.keep = best_probabilities(found.costs, part)
-        loss.subset = Subset(keep=self.keep)
+        self._give(loss)
         self._found = replace(found, part=part, corrections=found.corrections - 1)
         rank_zero_info(
             f"{taken}: from now on its maps are computed for {self._said()}. The second moment of its gradient is "

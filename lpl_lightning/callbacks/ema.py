@@ -221,6 +221,7 @@ class EMA(WeightsCallback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the weights back where training or an evaluation is interrupted."""
         self._kept.put_back(pl_module)
+        self._averages, self._of_checkpoint = {} if self._of_checkpoint else self._averages, False
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Note that Lightning has moved the module."""

@@ -8,8 +8,10 @@ from typing import Any, Literal, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lpl_lightning.agreement import check_match
 from lpl_lightning.arguments import at_least, whole_at_least
 from lpl_lightning.autoencoder import Autoencoder
 from lpl_lightning.callbacks.budget import Budget
@@ -148,8 +150,9 @@ class LPLCallback(Callback):
             return
         if self._fitting:
             self._count.prepare()
-            self._take_up(self._own or {})
-            self._own = None
+        self._take_up(self._own or {})
+        self._own = None
+        self._waited: int | None = 0  # batches without a call for the loss; None once there was one
         if stage == "fit" and not trainer.global_step:
             # Another training than the one before, if there was one; a checkpoint's state comes after this.
             self._calibration.forget()
@@ -172,7 +175,7 @@ class LPLCallback(Callback):
                 f"LPLCallback found no lpl_lightning.Autoencoder: {type(pl_module).__name__}.autoencoder is "
                 f"{type(autoencoder).__name__}. Give it one by `autoencoder`, such as Autoencoder(your_vae)."
             )
-        _check_match(autoencoder, getattr(pl_module, "autoencoder", None))
+        check_match(autoencoder, getattr(pl_module, "autoencoder", None))
         self._loss = loss = self.make_loss(autoencoder)
         self.budget.apply(loss)
         noise = getattr(pl_module, "noise", None)
@@ -189,6 +192,7 @@ class LPLCallback(Callback):
         noise_to_signal: Tensor | None,
     ) -> Tensor:
         """The weighted loss of a batch, a scalar."""
+        self._waited = None
         loss.announce(z0)
         # Not the module's mode: Lightning trains one that was left in eval mode as it is.
         training, step = trainer.training, self._count.steps(trainer)
@@ -226,7 +230,7 @@ class LPLCallback(Callback):
             for name, scalar in process_means(means, z0.device).items():
                 pl_module.log(name, scalar, prog_bar=True, batch_size=len(z0))
             # A tensor on the CPU: a number would be copied to the accelerator, and the step would wait for it.
-            logs = {"lpl_weight": torch.tensor(weight)}
+            logs = {"lpl_weight": torch.tensor(weight, dtype=torch.float32)}
             if diagnose:
                 # All processes add up theirs, also those none of whose samples were decoded.
                 sums = z0.new_zeros(count_of(loss.compared)) if diagnostics is None else diagnostics.sums()
@@ -267,6 +271,7 @@ class LPLCallback(Callback):
     ) -> None:
         """Let the calibration see the loss of the batch, and the budget its time."""
         self._step_ended = True
+        self._wait(last=False)
         self._count.end_batch(trainer)
         if self.budget.measuring and not self.calibrating and self._loss is not None:
             self.budget.end_batch(trainer, pl_module.device, self._loss)
@@ -276,6 +281,16 @@ class LPLCallback(Callback):
                 # The next whole step: one whose batches are being accumulated goes on without.
                 accumulating = trainer.fit_loop._should_accumulate()
                 self._calibrated_at = self._count.steps(trainer) + int(accumulating)
+
+    def _wait(self, last: bool) -> None:
+        """Say so where no batch has asked for the loss, once: after twenty, or at the end of fewer."""
+        if self._waited is not None:
+            self._waited += not last
+            if (0 < self._waited < 20) if last else self._waited == 20:
+                rank_zero_warn(
+                    f"LPL has no part in training: in {self._waited} batches `training_step` never called "
+                    "`self.auxiliary_loss(z0_hat, z0, noise_to_signal)`, whose value is to be added to its loss."
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """What ``auto`` and ``budget`` found, and how far several optimizers are; nothing without them."""
@@ -320,6 +335,7 @@ class LPLCallback(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise what the loss of the last step was still to raise, and say if ``auto`` has found no weight."""
         self.on_validation_epoch_end(trainer, pl_module)
+        self._wait(last=True)
         if self.calibrating:
             self._calibration.end(trainer)
 
@@ -332,19 +348,3 @@ class LPLCallback(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Detach the term, so that a run that was interrupted in a notebook can be started again."""
         self.teardown(trainer, pl_module, "fit")
-
-
-def _check_match(decoder: Autoencoder, encoder: object) -> None:
-    """Refuse an autoencoder of other latents than the module's."""
-    if not isinstance(encoder, Autoencoder) or encoder is decoder:
-        return
-    for name in ("latent_channels", "downscale"):
-        try:
-            own, other = getattr(decoder, name), getattr(encoder, name)
-        except ValueError:  # one of them does not say
-            continue
-        if own != other:
-            raise ValueError(
-                f"`autoencoder` must be made for the latents of the module's: its {name} is {own}, expected {other}. "
-                "For a cheaper decoder give the tiny autoencoder that was distilled from the module's own."
-            )

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -128,8 +127,10 @@ class Preemption(Callback):
         step = trainer.global_step
         if step == self._step:
             return  # gradients are being accumulated, and would be lost
+        # Several optimizers take several steps in a batch, and may pass over a multiple.
+        asks = step // self.every_n_steps > self._step // self.every_n_steps
         self._step = step
-        if trainer.world_size == 1 or step % self.every_n_steps == 0 or self._ends:
+        if trainer.world_size == 1 or asks or self._ends:
             self._end_if_received(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -200,7 +201,7 @@ class Preemption(Callback):
                 "no ModelCheckpoint, whose folder it would go to."
             )
         else:
-            path = Path(checkpoint.dirpath) / "preempted.ckpt"
+            path = os.path.join(checkpoint.dirpath, "preempted.ckpt")  # which may be of s3:// and so on
             trainer.save_checkpoint(path)
             rank_zero_info(
                 f"{number.name} received: step {trainer.global_step} saved in {path}. The same command with "

@@ -173,7 +173,7 @@ class StepGuard(Callback):
         every: int = cast(Any, trainer).log_every_n_steps
         if every and not trainer.global_step % every:
             # A tensor on the CPU: a number would be copied to the accelerator, and the step would wait for it.
-            pl_module.log("skipped_steps", torch.tensor(float(self.skipped)), batch_size=1)
+            pl_module.log("skipped_steps", torch.tensor(float(self.skipped), dtype=torch.float32), batch_size=1)
 
     def _record(
         self,

@@ -34,13 +34,21 @@ class UnfinishedValidation(Callback):
     ) -> None:
         """Note whether a validation is to be made first."""
         if trainer.state.fn == "fit" and "loops" in checkpoint:
-            total = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            total, current = progress["total"], progress["current"]
+            if current["ready"] == current["completed"] > 0:
+                # It was whole; this callback once left the batch there that had told of the one before.
+                total["ready"] = total["started"] = total["completed"]
             self._is_open = total["ready"] > total["completed"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let it be time for that: Lightning asks the clock, which begins with the run that goes on."""
         if self._is_open and getattr(trainer, "_val_check_time_interval", None) is not None:
             cast(Any, trainer)._last_val_time = -math.inf
+        if self._is_open:
+            # Lightning has seen by now that it is to go on with it. What is saved from here on is to say no such thing.
+            total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+            total.ready = total.started = total.completed
         self._is_open = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -63,7 +71,11 @@ class UnfinishedValidation(Callback):
         fetcher: Any = trainer.fit_loop._data_fetcher
         if not self._validates:
             after_batch = trained["total"]["processed"] == trained["total"]["completed"] + 1
-            if not (after_batch and loop._should_check_val_fx(fetcher)):
+            # A run that is to stop validates once more; the one that goes on from here is not to stop.
+            stops, trainer.should_stop = trainer.should_stop, False
+            due = after_batch and loop._should_check_val_fx(fetcher)
+            trainer.should_stop = stops
+            if not due:
                 return
         for part in ("current", "total"):
             trained[part]["completed"] = trained[part]["processed"]

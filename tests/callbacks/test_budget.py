@@ -13,6 +13,7 @@ from conftest import tiny_kl
 from lightning.pytorch.strategies import DDPStrategy
 from test_lpl_callback import Latents, run, ungated
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lpl_lightning import Autoencoder, LatentPerceptualLoss, LPLCallback
 from lpl_lightning.callbacks import budget
@@ -218,6 +219,34 @@ def test_what_was_found_is_kept_in_checkpoints(tmp_path: Path) -> None:
     run(Slow(), tmp_path, other, max_steps=17, num_batches=15, ckpt_path=tmp_path / "last.ckpt")
     assert other.budget.measuring, "what was found was for another share"
     assert LPLCallback(weight=1.0).state_dict() == {}
+
+
+class Looked(Slow):
+    def test_step(self, *args: Any) -> Tensor:
+        return super().training_step(*args)
+
+
+def test_a_checkpoint_from_before_a_correction_is_evaluated(tmp_path: Path, clock: list[float]) -> None:
+    """With the probabilities that it has, and not refused for a subset of the user's own."""
+    losses: list[LatentPerceptualLoss] = []
+
+    def make(autoencoder: Autoencoder) -> LatentPerceptualLoss:
+        losses.append(ungated(autoencoder))
+        return losses[-1]
+
+    callback = LPLCallback(weight=1.0, loss=make, autoencoder=slow_decoder(), budget=0.2)
+    trainer = run(Looked(), tmp_path, callback, max_steps=15, num_batches=15)
+    trainer.save_checkpoint(tmp_path / "best.ckpt")
+    found, corrected = callback.budget.keep, [0.5] * 4
+    assert found != corrected
+    callback.budget.keep = corrected
+    latents: Any = list(torch.randn(4, 4, 4, 4))
+    loader = DataLoader(latents, batch_size=4)
+    trainer.test(Looked(), loader, ckpt_path=tmp_path / "best.ckpt", weights_only=True, verbose=False)
+    assert losses[-1].subset == Subset(keep=found)  # type: ignore[arg-type]
+    run(Slow(), tmp_path, callback, max_steps=1)
+    with pytest.raises(ValueError, match="`budget` finds a subset of the loss, which has one by `subset` already"):
+        callback.budget.apply(LatentPerceptualLoss(slow_decoder(), subset=Subset(keep=0.5)))
 
 
 def test_another_training_is_measured_anew(tmp_path: Path, clock: list[float]) -> None:

@@ -345,6 +345,40 @@ def test_before_the_first_update_and_after_an_interruption_the_weights_are_in_pl
     assert torch.equal(key(trained), watch.steps[-1])
 
 
+def test_an_evaluation_that_ends_with_an_error_leaves_no_average(tmp_path: Path) -> None:
+    """The next one is of the weights that it is given, and a training keeps averages of its own."""
+
+    class Fail(Callback):
+        fails = True
+
+        def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if self.fails and trainer.state.fn == "validate":
+                raise RuntimeError("stopped")
+
+    fit = trainer(tmp_path, max_steps=2, callbacks=[EMA(decay=0.5)])
+    fit.fit(module(), data())
+    fit.save_checkpoint(tmp_path / "first.ckpt")
+    fail, watch = Fail(), Watch()
+    again = trainer(tmp_path, max_steps=2, callbacks=[EMA(decay=0.5), fail, watch])
+    with pytest.raises(RuntimeError, match="stopped"):
+        again.validate(module(), data(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    fail.fails = False
+    other = module()
+    with torch.no_grad():
+        other.denoiser.backbone.proj_out.weight.fill_(3.0)
+    watch.validated.clear()
+    again.validate(other, data(), verbose=False)
+    assert (watch.validated[0] == 3).all()
+    fail.fails = True
+    with pytest.raises(RuntimeError, match="stopped"):
+        again.validate(module(), data(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    again.fit(module(), data())
+    fail.fails = False
+    again.validate(module(), data(), verbose=False)
+    again.save_checkpoint(tmp_path / "second.ckpt")
+    assert torch.load(tmp_path / "second.ckpt", weights_only=True)["lpl_lightning_averages"].keys() == {"0.5"}
+
+
 def test_fsdp1_is_refused() -> None:
     class Trainer:
         strategy = FSDPStrategy()

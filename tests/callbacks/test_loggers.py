@@ -41,6 +41,7 @@ def logger(name: str, folder: Path, more: str = "") -> str:
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
 
 
+@pytest.mark.slow
 def test_several_loggers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one's folder is the run's; CSV has no pictures, which lie beside its table."""
     pytest.importorskip("matplotlib")

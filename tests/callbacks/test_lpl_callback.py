@@ -594,6 +594,30 @@ def test_steps_are_those_of_the_batches_after_a_checkpoint_within_one(tmp_path: 
     assert [bool(term) for term in resumed.terms] == [False, True, True]
 
 
+@pytest.mark.parametrize(("batches", "count"), [(25, 20), (3, 3)])
+def test_a_module_that_never_asks_for_the_loss_is_told(tmp_path: Path, batches: int, count: int) -> None:
+    class Forgets(Latents):
+        def training_step(self, z0: Tensor, batch_idx: int) -> Tensor:
+            loss: Tensor = self.net(z0).square().mean()
+            return loss
+
+    callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    said = f"LPL has no part in training: in {count} batches `training_step` never called `self.auxiliary_loss"
+    with pytest.warns(UserWarning, match=said) as warned:
+        run(Forgets(), tmp_path, callback, max_steps=batches, num_batches=batches)
+    assert [said in str(one.message) for one in warned].count(True) == 1
+    run(Latents(), tmp_path, callback, max_steps=batches, num_batches=batches)
+
+
+def test_the_weight_is_logged_as_it_is(tmp_path: Path) -> None:
+    """Also under Lightning's precisions that lower PyTorch's default."""
+    logger = Recorder()
+    callback = LPLCallback(weight=0.01234567, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
+    run(Latents(), tmp_path, callback, max_steps=1, logger=logger, log_every_n_steps=1, precision="bf16-true")
+    (weight,) = (metrics["lpl_weight"] for metrics in logger.seen if "lpl_weight" in metrics)
+    assert weight == pytest.approx(0.01234567, rel=1e-6)
+
+
 def test_a_checkpoint_that_is_tested_takes_no_steps_back(tmp_path: Path) -> None:
     class Looked(TwoOptimizers):
         def test_step(self, z0: Tensor, batch_idx: int) -> None:
@@ -634,6 +658,9 @@ def test_a_checkpoint_that_is_tested_leaves_the_weight_that_was_found(tmp_path: 
     for _ in range(2):
         trainer.test(module, loader, ckpt_path=tmp_path / "other.ckpt", weights_only=True)
         assert found.weight == later.weight != weight, "what is evaluated has its own"
+    trainer.test(module, loader)
+    assert found.weight == weight, "what is trained has the training's"
+    trainer.test(module, loader, ckpt_path=tmp_path / "other.ckpt", weights_only=True)
     trainer.fit_loop.epoch_loop.max_steps = 8
     trainer.fit(module, loader)
     assert found.weight == weight
@@ -796,6 +823,7 @@ def test_a_prediction_that_cannot_be_compared_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")
+@pytest.mark.slow
 def test_a_compiled_module_is_trained_without_the_ratio(tmp_path: Path) -> None:
     """Its prediction and ``z0_hat`` come out of one graph, in which autograd sees no way from one to the other."""
 

@@ -10,8 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import image_batch
+import yaml
+from conftest import ROOT, image_batch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
@@ -47,7 +49,6 @@ def fit(
     **options: Any,
 ) -> pl.Trainer:
     trainer = pl.Trainer(
-        max_steps=6,
         accelerator="cpu",
         logger=False,
         callbacks=list(callbacks),
@@ -55,7 +56,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **options,
+        **({"max_steps": 6} | options),
     )
     batches: Any = [image_batch(2) for _ in range(12)]
     path = None if ckpt_path is None else str(ckpt_path)
@@ -85,6 +86,64 @@ def test_without_signals_nothing_is_saved(tmp_path: Path, make_module: Callable[
     fit(tmp_path, make_module(), Preemption(), ModelCheckpoint(tmp_path / "saved", every_n_train_steps=100))
     assert not (tmp_path / "saved" / "preempted.ckpt").exists()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_its_config_saves_at_the_last_batch_of_an_epoch_too(
+    tmp_path: Path, make_module: Callable[..., LatentDiffusionModule]
+) -> None:
+    """Also where a validation comes much later, until which Lightning would put it off, or never."""
+    config = yaml.safe_load((ROOT / "configs/preemptible.yaml").read_text())
+    (saving,) = config["trainer"]["callbacks+"]
+    options = saving["init_args"] | {"every_n_train_steps": 6, "dirpath": tmp_path / "saved"}
+    batches: Any = [image_batch(2)]
+    validation = DataLoader(batches, batch_size=None)
+    seldom: dict[str, Any] = {
+        "max_steps": 24,
+        "max_epochs": -1,
+        "val_check_interval": 100,
+        "check_val_every_n_epoch": None,
+    }
+    fit(tmp_path, make_module(), ModelCheckpoint(**options), validation=validation, **seldom)
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"recent-step=18.ckpt", "recent-step=24.ckpt"}
+
+
+class TwoSteps(pl.LightningModule):
+    """From the sixth batch on two optimizers step in each, so that steps are odd and pass over each multiple of ten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.nets = torch.nn.ModuleList([torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)])
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        for net, optimizer in list(zip(self.nets, optimizers, strict=True))[: 2 if batch_idx > 4 else 1]:
+            optimizer.zero_grad()
+            self.manual_backward(net(batch["image"].mean((2, 3))).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(net.parameters(), lr=0.1) for net in self.nets]
+
+
+def test_processes_ask_one_another_though_steps_pass_over_the_multiple(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    sends = Signals(signal.SIGTERM, at=6)
+    saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=100)
+    callbacks = (sends, Preemption(every_n_steps=10), saving)
+    with pytest.raises(SystemExit):
+        fit(tmp_path, TwoSteps(), *callbacks, max_steps=-1, max_epochs=1, use_distributed_sampler=False)  # type: ignore[arg-type]
+    assert torch.load(tmp_path / "saved" / "preempted.ckpt", weights_only=True)["global_step"] == 11
+
+
+def test_a_folder_elsewhere_is_saved_to(tmp_path: Path, make_module: Callable[..., LatentDiffusionModule]) -> None:
+    """As on s3://, and not in a folder of that name."""
+    saving = ModelCheckpoint("memory://bucket/run", every_n_train_steps=100)
+    with pytest.raises(SystemExit):
+        fit(tmp_path, make_module(), Signals(signal.SIGTERM, 2), Preemption(), saving)
+    assert get_filesystem("memory://").exists("/bucket/run/preempted.ckpt")
 
 
 def test_without_a_checkpoint_callback_it_says_so(

@@ -50,6 +50,7 @@ class Record(Callback):
         self.validated: list[tuple[int, int, float]] = []
         self.found: list[tuple[int, int, float]] = []
         self.batches = 0
+        self.logged: list[int] = []  # steps that loggers are told
 
     def save(self, trainer: pl.Trainer, hook: str) -> None:
         if self.folder is not None and hook == self.hook:
@@ -57,6 +58,7 @@ class Record(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.trained.append((trainer.fit_loop.total_batch_idx, float(outputs["loss"])))
+        self.logged.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
         self.save(trainer, "batch")
 
     def on_validation_batch_end(
@@ -164,6 +166,50 @@ def test_gradients_stay_while_the_validation_is_made_up_for(
     found = recorded(rest, make_module, folders[1] / "0.ckpt", **options)
     assert rest.trained == whole.trained[3:]
     assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+def test_a_checkpoint_after_one_that_was_made_up_for_is_of_a_whole_one(
+    make_module: Callable[..., LatentDiffusionModule], tmp_path: Path
+) -> None:
+    """Else the run that goes on from there would validate again, on a part of the batches."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    whole, rest = Record(), Record()
+    recorded(whole, make_module, val_check_interval=1)
+    recorded(Record(first, "batch"), make_module, val_check_interval=1)
+    recorded(Record(second, "validation"), make_module, first / "1.ckpt", val_check_interval=1)
+    recorded(rest, make_module, second / "1.ckpt", val_check_interval=1)
+    assert [found[:2] for found in rest.found] == [found[:2] for found in whole.found[2:]]
+    assert rest.validated == whole.validated[2 * 3 :]
+    # One that was written so before.
+    saved = torch.load(second / "1.ckpt", weights_only=True)
+    total = saved["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+    assert total["ready"] == total["started"] == total["completed"]
+    total["ready"] = total["started"] = total["completed"] + 1
+    torch.save(saved, second / "1.ckpt")
+    again = Record()
+    recorded(again, make_module, second / "1.ckpt", val_check_interval=1)
+    assert again.validated == rest.validated
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_the_validation_of_a_run_that_stops_early_is_not_due_when_it_goes_on(
+    at: int, make_module: Callable[..., LatentDiffusionModule], tmp_path: Path
+) -> None:
+    """Unless one would have come there: as by a limit on time, whose run goes on with more of it."""
+
+    class Stop(Record):
+        def save(self, trainer: pl.Trainer, hook: str) -> None:
+            if hook == "batch" and len(self.trained) == at:
+                trainer.should_stop = True
+            super().save(trainer, hook)
+
+    whole, stopped, rest = Record(), Stop(tmp_path, "batch"), Record()
+    recorded(whole, make_module, val_check_interval=2)
+    recorded(stopped, make_module, val_check_interval=2)
+    recorded(rest, make_module, tmp_path / f"{at}.ckpt", val_check_interval=2)
+    assert rest.trained == whole.trained[at:]
+    assert rest.logged == whole.logged[at:]
+    assert [found[:2] for found in rest.found] == [found[:2] for found in whole.found]
 
 
 def test_checkpoints_of_other_moments_are_as_they_were(

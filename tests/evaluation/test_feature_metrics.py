@@ -303,6 +303,7 @@ def test_what_the_number_of_generated_images_moves() -> None:
     assert many["coverage"] > few["coverage"] + 0.2
 
 
+@pytest.mark.slow
 def test_sets_of_one_distribution_seldom_differ_clearly(tmp_path: Path) -> None:
     """Of 95 % intervals, those of about one in twenty differences leave 0 out; here with other generated images."""
     measure, sets, trials = of(neighbours=3), Sets(16, 60, 60), 60
@@ -369,6 +370,7 @@ def inception() -> InceptionFeatures:
     return InceptionFeatures("random:")
 
 
+@pytest.mark.slow
 def test_inception_has_the_names_that_papers_use(inception: InceptionFeatures, tmp_path: Path) -> None:
     real, generated = REAL[:3], GENERATED[:12]
     measure = FeatureMetrics(inception, neighbours=1, allow_few=True)
@@ -418,6 +420,7 @@ def test_inception_has_them_all(inception: InceptionFeatures) -> None:
     assert list(found) == ["fid", "rfid", "inception_score", "mifid"]
 
 
+@pytest.mark.slow
 def test_inceptions_of_two_kinds_stand_side_by_side(inception: InceptionFeatures) -> None:
     measure = FeatureMetrics(inception, "smooth", None, kernel=False, allow_few=True)
     found = values(measure, REAL[:2], GENERATED[:2])

@@ -372,6 +372,7 @@ def test_shipped_suites(tmp_path: Path, name: str) -> None:
     assert sorted(path.stem for path in (ROOT / "configs" / "metrics").iterdir()) == sorted(NAMES)
 
 
+@pytest.mark.slow
 def test_real_photos_by_a_real_network(shared: Path, tmp_path: Path) -> None:
     """Blurred photos are told from photos, by the distance that scipy gives of features taken without the package."""
     weights = shared / "weights" / "squeezenet1_0_imagenet" / "squeezenet1_0_fp16.pth"

@@ -47,7 +47,9 @@ def test_each_map_is_drawn_with_its_probability(keep: Any, count: int) -> None:
         assert set(drawn.sum(dim=1).tolist()) <= {math.floor(count * q), math.ceil(count * q)}
 
 
-@pytest.mark.parametrize("keep", [0.4, [1.0, 0.7, 0.5, 0.5], [0.6, 0.3, 0.3, 0.2]], ids=str)
+@pytest.mark.parametrize(
+    "keep", [0.4, pytest.param([1.0, 0.7, 0.5, 0.5], marks=pytest.mark.slow), [0.6, 0.3, 0.3, 0.2]], ids=str
+)
 def test_value_and_gradient_are_exact_in_expectation(keep: Any) -> None:
     """The mean over draws lies within five of its standard errors of the exact one, in every component."""
     autoencoder = Autoencoder(tiny_kl().double())

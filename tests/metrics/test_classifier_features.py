@@ -220,7 +220,9 @@ def test_inception_says_where_to_put_its_weights(tmp_path: Path, monkeypatch: py
         InceptionFeatures("random:", layer="1024")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("layer", ["2048", "logits_unbiased", "192"])
+@pytest.mark.parametrize(
+    "layer", [*(pytest.param(layer, marks=pytest.mark.slow) for layer in ("2048", "logits_unbiased")), "192"]
+)
 def test_inception_is_that_of_torch_fidelity_and_torchmetrics(layer: Any, tmp_path: Path) -> None:
     module = fidelity()
     first = InceptionFeatures("random:", layer=layer)
@@ -247,6 +249,7 @@ def test_inception_is_that_of_torch_fidelity_and_torchmetrics(layer: Any, tmp_pa
     torch.testing.assert_close(found(batch), theirs(eight)[0], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_real_network_tells_photos_from_worse_ones(shared: Path) -> None:
     """SqueezeNet 1.0 on photos; its weights take pixels less a mean, in place of torchvision's normalization."""
     weights = shared / "weights" / "squeezenet1_0_imagenet" / "squeezenet1_0_fp16.pth"
