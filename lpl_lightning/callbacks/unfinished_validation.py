@@ -19,6 +19,9 @@ class UnfinishedValidation(Callback):
     batches. With this callback the whole validation comes first when the run goes on, as it would have come. The one
     after the last step of all is not made up for, since ``fit`` then has nothing left to do: ``validate`` makes it.
     Where validations come by time (``val_check_interval: "00:00:30:00"``), the next comes so long after that one.
+
+    A run with ``max_steps`` that goes on from a checkpoint of an epoch's end (``save_on_train_epoch_end``) begins the
+    next epoch; Lightning would train on a batch of it in the old one where no validation fell on the last batch.
     """
 
     def __init__(self) -> None:
@@ -50,6 +53,7 @@ class UnfinishedValidation(Callback):
             total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
             total.ready = total.started = total.completed
         self._is_open = False
+        _end_epoch(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that one has begun."""
@@ -86,3 +90,16 @@ class UnfinishedValidation(Callback):
         # By a batch that has begun and not ended Lightning tells that it is to go on with the validation.
         total["ready"] = total["started"] = total["completed"] + 1
         validated["current"] = dict.fromkeys(validated["current"], 0)
+
+
+def _end_epoch(trainer: pl.Trainer) -> None:
+    """Leave an epoch that was over but for its last entry when the checkpoint was written, at the end of the epoch.
+
+    Lightning goes on in it where ``max_steps`` is given, with a batch of the next one.
+    """
+    loop: Any = trainer.fit_loop
+    if getattr(loop, "restarted_on_epoch_end", False):
+        loop.epoch_progress.increment_completed()
+        loop.reset_restart_stage()
+        loop.epoch_loop.restarting = False
+        loop.epoch_loop.reset_restart_stage()

@@ -51,6 +51,7 @@ class Record(Callback):
         self.found: list[tuple[int, int, float]] = []
         self.batches = 0
         self.logged: list[int] = []  # steps that loggers are told
+        self.rates: list[float] = []
 
     def save(self, trainer: pl.Trainer, hook: str) -> None:
         if self.folder is not None and hook == self.hook:
@@ -59,7 +60,11 @@ class Record(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.trained.append((trainer.fit_loop.total_batch_idx, float(outputs["loss"])))
         self.logged.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
         self.save(trainer, "batch")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.save(trainer, "epoch")
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -82,7 +87,6 @@ def recorded(
     module = make_module()
     module.validation_step = steps_with_losses(module)  # type: ignore[method-assign]
     trainer = pl.Trainer(
-        max_epochs=2,
         accelerator="cpu",
         logger=False,
         callbacks=[UnfinishedValidation(), AccumulatedGradients(), record],
@@ -90,7 +94,7 @@ def recorded(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **options,
+        **({"max_epochs": 2} | options),
     )
     loader: Any = Rest()
     batches: Any = [image_batch(2) for _ in range(3)]
@@ -210,6 +214,35 @@ def test_the_validation_of_a_run_that_stops_early_is_not_due_when_it_goes_on(
     assert rest.trained == whole.trained[at:]
     assert rest.logged == whole.logged[at:]
     assert [found[:2] for found in rest.found] == [found[:2] for found in whole.found]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("validation", [1000, 3])
+def test_a_checkpoint_of_the_end_of_an_epoch_begins_the_next(
+    validation: int, accumulate: int, make_module: Callable[..., LatentDiffusionModule], tmp_path: Path
+) -> None:
+    """Where steps are counted, and no validation falls on the last batch: Lightning would go on in the old epoch."""
+
+    def scheduled() -> LatentDiffusionModule:
+        module = make_module()
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        found = {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+        module.configure_optimizers = lambda: found  # type: ignore[method-assign,assignment,return-value]
+        return module
+
+    options = {"max_epochs": -1, "max_steps": 12 // accumulate, "accumulate_grad_batches": accumulate}
+    options |= {"val_check_interval": validation, "check_val_every_n_epoch": None}
+    whole, rest = Record(), Record()
+    weights = recorded(whole, scheduled, **options)
+    recorded(Record(tmp_path, "epoch"), scheduled, **options)
+    found = recorded(rest, scheduled, tmp_path / "4.ckpt", **options)
+    assert rest.trained == whole.trained[4:]
+    assert rest.logged == whole.logged[4:]
+    assert rest.rates == whole.rates[4:]
+    assert rest.found == [one for one in whole.found if one[0] > 4]
+    for name, value in weights.items():
+        assert torch.equal(found[name], value), name
 
 
 def test_checkpoints_of_other_moments_are_as_they_were(
