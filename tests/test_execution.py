@@ -151,6 +151,7 @@ def test_stages_compiled_in_inference_mode_can_be_used_in_training(monkeypatch: 
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
+@pytest.mark.slow
 def test_stages_are_no_changing_shapes_of_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch.compile takes to change it compiles for all shapes, which is slower, and fails for some decoders."""
     torch._dynamo.reset()

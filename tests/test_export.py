@@ -948,6 +948,7 @@ def test_a_folder_of_a_stranger_runs_no_code(run: Path, tmp_path: Path, ran: Pat
         refused(ran, message, lambda: export_checkpoint(str(shards), out))
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_precision_and_comes_from_the_shell(run: Path, tmp_path: Path) -> None:
     arguments = ["export", f"--ckpt={run}", f"--out={tmp_path / 'out'}", "--dtype=float16", "--ema=0.5"]
     subprocess.run([sys.executable, "-m", "lpl_lightning", *arguments], check=True, capture_output=True)

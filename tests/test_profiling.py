@@ -366,6 +366,7 @@ print(memory.above_start, memory.peak)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_what_is_gone_at_the_end() -> None:
     """In a process of its own, in which nothing that other tests have left comes and goes."""
     done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)

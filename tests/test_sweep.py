@@ -42,6 +42,7 @@ def module(make_module: MakeModule) -> LatentDiffusionModule:
     )
 
 
+@pytest.mark.slow
 def test_each_setting_is_what_a_test_with_it_finds(module: LatentDiffusionModule, tmp_path: Path) -> None:
     swept = trainer(tmp_path / "sweep", callbacks=[evaluation()], limit_test_batches=2)
     found = swept.sweep(module, data(), num_steps=[3, 1])

@@ -100,6 +100,7 @@ def test_every_call_of_a_step_counts(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert [r.message for r in caplog.records if "LPL takes 80% of a step and may take 50%" in r.message]
 
 
+@pytest.mark.slow
 def test_few_samples_that_take_the_time_of_many_are_taken_more_rarely(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, clock: list[float]
 ) -> None:

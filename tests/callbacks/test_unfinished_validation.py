@@ -231,7 +231,7 @@ def test_a_checkpoint_of_the_end_of_an_epoch_begins_the_next(
         module.configure_optimizers = lambda: found  # type: ignore[method-assign,assignment,return-value]
         return module
 
-    options = {"max_epochs": -1, "max_steps": 12 // accumulate, "accumulate_grad_batches": accumulate}
+    options: dict[str, Any] = {"max_epochs": -1, "max_steps": 12 // accumulate, "accumulate_grad_batches": accumulate}
     options |= {"val_check_interval": validation, "check_val_every_n_epoch": None}
     whole, rest = Record(), Record()
     weights = recorded(whole, scheduled, **options)
