@@ -192,7 +192,7 @@ class LPLCallback(Callback):
         noise_to_signal: Tensor | None,
     ) -> Tensor:
         """The weighted loss of a batch, a scalar."""
-        self._waited = None
+        self._waited = None if trainer.training else self._waited
         loss.announce(z0)
         # Not the module's mode: Lightning trains one that was left in eval mode as it is.
         training, step = trainer.training, self._count.steps(trainer)

@@ -601,6 +601,14 @@ def test_a_module_that_never_asks_for_the_loss_is_told(tmp_path: Path, batches: 
             loss: Tensor = self.net(z0).square().mean()
             return loss
 
+        def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:  # as a validation between them does
+            self.trainer.training = False
+            self.auxiliary_loss(batch, batch)
+            self.trainer.training = True
+
+        def log(self, *_: Any, **__: Any) -> None:
+            pass
+
     callback = LPLCallback(weight=1.0, loss=ungated, autoencoder=Autoencoder(tiny_kl()))
     said = f"LPL has no part in training: in {count} batches `training_step` never called `self.auxiliary_loss"
     with pytest.warns(UserWarning, match=said) as warned:
