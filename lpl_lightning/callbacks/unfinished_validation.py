@@ -46,9 +46,9 @@ class UnfinishedValidation(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let it be time for that: Lightning asks the clock, which begins with the run that goes on."""
-        if self._is_open and getattr(trainer, "_val_check_time_interval", None) is not None:
-            cast(Any, trainer)._last_val_time = -math.inf
         if self._is_open:
+            if getattr(trainer, "_val_check_time_interval", None) is not None:
+                cast(Any, trainer)._last_val_time = -math.inf
             # Lightning has seen by now that it is to go on with it. What is saved from here on is to say no such thing.
             total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
             total.ready = total.started = total.completed

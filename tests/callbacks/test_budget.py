@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,13 +199,19 @@ def test_a_loss_that_fits_stays_exact(tmp_path: Path, caplog: pytest.LogCaptureF
     assert any("LPL stays exact: it takes" in r.message for r in caplog.records)
 
 
-def test_what_was_found_is_kept_in_checkpoints(tmp_path: Path) -> None:
-    losses: list[LatentPerceptualLoss] = []
+def keeping(losses: list[LatentPerceptualLoss]) -> Callable[[Autoencoder], LatentPerceptualLoss]:
+    """What makes a callback's losses, and keeps them."""
 
     def make(autoencoder: Autoencoder) -> LatentPerceptualLoss:
         losses.append(ungated(autoencoder))
         return losses[-1]
 
+    return make
+
+
+def test_what_was_found_is_kept_in_checkpoints(tmp_path: Path) -> None:
+    losses: list[LatentPerceptualLoss] = []
+    make = keeping(losses)
     first = LPLCallback(weight=1.0, loss=make, autoencoder=slow_decoder(), budget=0.2)
     trainer = run(Slow(), tmp_path, first, max_steps=15, num_batches=15)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -230,12 +237,7 @@ class Looked(Slow):
 def test_a_checkpoint_from_before_a_correction_is_evaluated(tmp_path: Path, clock: list[float]) -> None:
     """With the probabilities that it has, and not refused for a subset of the user's own."""
     losses: list[LatentPerceptualLoss] = []
-
-    def make(autoencoder: Autoencoder) -> LatentPerceptualLoss:
-        losses.append(ungated(autoencoder))
-        return losses[-1]
-
-    callback = LPLCallback(weight=1.0, loss=make, autoencoder=slow_decoder(), budget=0.2)
+    callback = LPLCallback(weight=1.0, loss=keeping(losses), autoencoder=slow_decoder(), budget=0.2)
     trainer = run(Looked(), tmp_path, callback, max_steps=15, num_batches=15)
     trainer.save_checkpoint(tmp_path / "best.ckpt")
     found, corrected = callback.budget.keep, [0.5] * 4
